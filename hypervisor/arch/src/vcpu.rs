@@ -21,6 +21,12 @@ pub struct Interruptibility {
 /// general-purpose registers are plain memory; the others may cost a VMREAD or VMWRITE each, so
 /// handlers ask only for what they need.
 pub trait Vcpu {
+    /// Makes this vCPU the current one of the calling core: control structure, switched MSRs,
+    /// debug registers and extended state (XSAVE) of the guest are on the core until
+    /// [`Vcpu::unload`], so that an exit and entry in between need not touch them.
+    fn load(&mut self);
+    /// Takes the guest's state off the core.
+    fn unload(&mut self);
     /// Enters guest mode and comes back with the reason. Host interrupts are disabled around it.
     /// An event that was being delivered when the guest left is queued again by the backend, so
     /// that the next entry delivers it unless [`Vcpu::inject`] combines something with it.
