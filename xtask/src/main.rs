@@ -290,7 +290,7 @@ impl Job<'_> {
                 console.tail(12)
             ));
         }
-        switch_off(session, &outcome);
+        switch_off(&mut session, &outcome);
         Ok((status, outcome, console.text().to_owned()))
     }
 }
