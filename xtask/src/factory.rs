@@ -17,8 +17,9 @@ use crate::toolchain::{NONE, Toolchain, UEFI, Workspace};
 
 /// The hypervisor's package and program.
 const KERNEL: &str = "tessera";
-/// The loaders' packages.
-const UEFI_LOADER: &str = "boot-uefi";
+/// The loader for UEFI: package and program, with `.efi` after it.
+pub const UEFI_LOADER: &str = "boot-uefi";
+/// The entry for multiboot2.
 const MULTIBOOT2_STUB: &str = "boot-multiboot2";
 /// The Rust guests: package and program have the same name.
 const GUESTS: [&str; 4] = [
@@ -65,6 +66,18 @@ impl Factory {
         Self {
             workspace,
             state: Mutex::default(),
+        }
+    }
+
+    /// A factory with a toolchain chosen by the caller.
+    pub fn with(workspace: Workspace, toolchain: Toolchain) -> Self {
+        let state = State {
+            toolchain: Some(toolchain),
+            ..State::default()
+        };
+        Self {
+            workspace,
+            state: Mutex::new(state),
         }
     }
 

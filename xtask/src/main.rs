@@ -9,12 +9,14 @@ mod config;
 mod factory;
 mod image;
 mod kernel;
+mod lint;
 mod linux;
 mod packages;
 mod progress;
 mod run;
 mod select;
 mod terminal;
+mod test;
 mod toolchain;
 
 use std::path::PathBuf;
@@ -62,6 +64,10 @@ enum Command {
     /// test devices are on: port 0xf4 (value v ends the VM with code (v << 1) | 1) and the debug
     /// console at port 0xe9. A power-off is code 0, a crash 101.
     Kernel(KernelArgs),
+    /// Lint, test on this machine, and play the emulator cases
+    ///
+    /// Without filters everything, on QEMU and on Bochs. The last line is `N passed, N failed`.
+    Test(TestArgs),
 }
 
 #[derive(Args)]
@@ -143,6 +149,18 @@ struct KernelArgs {
     place: Where,
 }
 
+#[derive(Args)]
+struct TestArgs {
+    /// Play the emulator cases on this one only [default: QEMU and Bochs]
+    #[arg(long, value_enum)]
+    on: Option<On>,
+    /// Say what groups and cases there are
+    #[arg(long)]
+    list: bool,
+    /// A group (lint, host, boot, linux, ...), group/case, or a part of a case's name
+    filter: Vec<String>,
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let interrupted = || {
@@ -156,6 +174,14 @@ fn main() -> ExitCode {
         Command::Run(args) => run_command(&args),
         Command::Image(args) => image_command(&args),
         Command::Kernel(args) => kernel_command(&args),
+        Command::Test(args) if args.list => {
+            test::list();
+            Ok(0)
+        }
+        Command::Test(args) => {
+            let passed = test::test(Workspace::find()?, args.on, &args.filter)?;
+            Ok(u8::from(!passed))
+        }
     });
     match done {
         Ok(status) => ExitCode::from(status),
