@@ -26,6 +26,10 @@ pub struct AcpiInfo {
     pub reset: Option<(u16, u8)>,
     /// Processors that the MADT lists as usable.
     pub processors: u32,
+    /// Physical address of the I/O APIC that serves GSI 0 and up.
+    pub io_apic: Option<u64>,
+    /// The GSI of ISA interrupt 4 (COM1), where the MADT overrides it.
+    pub com1_gsi: Option<u8>,
     /// Tables that were found but are damaged.
     pub damaged: u32,
 }
@@ -223,6 +227,13 @@ impl Reader {
             };
             if flags.is_some_and(|flags| flags & 1 != 0) {
                 info.processors += 1;
+            }
+            match kind {
+                // I/O APIC: address, and the first GSI it serves.
+                1 if self.u32(at + 8) == Some(0) => info.io_apic = self.u32(at + 4).map(u64::from),
+                // Interrupt source override: bus, source, GSI.
+                2 if self.u8(at + 3) == Some(4) => info.com1_gsi = self.u8(at + 4),
+                _ => {}
             }
             at += u64::from(length);
         }

@@ -10,12 +10,16 @@ pub const TIMER_VECTOR: u8 = 0xf0;
 /// The vector of spurious interrupts (low four bits set, for old APICs).
 pub const SPURIOUS_VECTOR: u8 = 0xff;
 
+/// The vector of the serial port.
+pub const SERIAL_VECTOR: u8 = 0x40;
+
 const ENABLED: u64 = 1 << 11;
 const X2APIC: u64 = 1 << 10;
 const MASKED: u32 = 1 << 16;
 const TSC_DEADLINE_MODE: u32 = 2 << 17;
 
 /// Register offsets.
+const ID: u32 = 0x20;
 const TPR: u32 = 0x80;
 const EOI: u32 = 0xb0;
 const SVR: u32 = 0xf0;
@@ -88,6 +92,17 @@ impl LocalApic {
             Some(page) => unsafe { page.add(register as usize).cast::<u32>().read_volatile() },
             // SAFETY: as in `write`.
             None => unsafe { Msr::new(msr::X2APIC_FIRST + (register >> 4)).read() as u32 },
+        }
+    }
+
+    /// The core's APIC id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        let id = self.read(ID);
+        if self.registers.is_some() {
+            id >> 24
+        } else {
+            id
         }
     }
 
@@ -184,4 +199,50 @@ impl CoreTimer {
         };
         self.apic.write(INITIAL_COUNT, count);
     }
+}
+
+/// Sends one edge-triggered interrupt of the I/O APIC at `registers` (82093AA §3.0) to a core,
+/// and masks the two 8259A, which firmware may have left open.
+///
+/// # Errors
+/// The I/O APIC's registers are not mapped, or it has no such pin.
+///
+/// # Safety
+/// `registers` is the I/O APIC that the firmware named; nothing else drives it or the 8259As.
+pub unsafe fn route_interrupt(
+    map: DirectMap,
+    registers: u64,
+    pin: u8,
+    vector: u8,
+    apic_id: u32,
+) -> Result<(), &'static str> {
+    let page = map
+        .pointer(HostPhysAddr::new(registers), 0x20)
+        .ok_or("I/O APIC is not mapped")?;
+    let access = |index: u32, value: Option<u32>| {
+        // SAFETY: IOREGSEL and IOWIN of the I/O APIC (promised by the caller).
+        unsafe {
+            page.cast::<u32>().write_volatile(index);
+            let window = page.add(0x10).cast::<u32>();
+            value.map_or_else(
+                || window.read_volatile(),
+                |value| {
+                    window.write_volatile(value);
+                    value
+                },
+            )
+        }
+    };
+    let last_pin = access(1, None) >> 16 & 0xff;
+    if u32::from(pin) > last_pin {
+        return Err("the I/O APIC has no such pin");
+    }
+    for port in [0x21u16, 0xa1] {
+        // SAFETY: masking the 8259As (promised by the caller).
+        unsafe { crate::power::Port::<u8>::new(port).write(0xff) };
+    }
+    let entry = 0x10 + 2 * u32::from(pin);
+    access(entry + 1, Some((apic_id & 0xff) << 24));
+    access(entry, Some(vector.into()));
+    Ok(())
 }

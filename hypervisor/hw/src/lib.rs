@@ -11,7 +11,9 @@ mod rtc;
 mod screen;
 mod serial;
 
-pub use apic::{CoreTimer, LocalApic, SPURIOUS_VECTOR, TIMER_VECTOR};
+pub use apic::{
+    CoreTimer, LocalApic, SERIAL_VECTOR, SPURIOUS_VECTOR, TIMER_VECTOR, route_interrupt,
+};
 pub use clock::{ClockError, TscFrequency, calibrate, rdtsc};
 pub use direct_map::DirectMap;
 pub use rtc::wall_clock;

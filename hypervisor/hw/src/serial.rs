@@ -1,14 +1,18 @@
 //! The machine's first serial port, 115200 8N1.
 
 use uart_16550::backend::PioBackend;
+use uart_16550::spec::registers::{FifoTriggerLevel, IER};
 use uart_16550::{BaudRate, Config, Uart16550};
 
 /// COM1's I/O base.
 const COM1: u16 = 0x3f8;
 
-/// 115200 baud, eight data bits, no parity, one stop bit, FIFOs on.
+/// 115200 baud, eight data bits, no parity, one stop bit, FIFOs on, and an interrupt for each
+/// byte that comes in.
 const CONFIG: Config = Config {
     baud_rate: BaudRate::Baud115200,
+    interrupts: IER::DATA_READY,
+    fifo_trigger_level: Some(FifoTriggerLevel::One),
     ..Config::DEFAULT
 };
 
