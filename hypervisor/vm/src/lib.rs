@@ -8,4 +8,4 @@ extern crate alloc;
 pub mod bundle;
 pub mod config;
 pub mod layout;
-//pub mod load;
+pub mod load;
