@@ -398,3 +398,157 @@ fn header(name: &str, size: usize) -> Option<[u8; BLOCK]> {
     header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
     Some(header)
 }
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+
+    use super::*;
+
+    const LONG: &str = concat!(
+        "images/a-directory-with-a-name-that-takes-a-good-part-of-the-hundred-bytes-of-the-name-field/",
+        "vmlinuz-6.1.0-18-cloud-amd64"
+    );
+
+    fn sample() -> Vec<u8> {
+        pack(&[
+            (CONFIGURATION, b"[host]\n"),
+            ("kernel", &[0x90; 1000]),
+            (LONG, b"long"),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn what_was_packed_is_found() {
+        let archive = sample();
+        let bundle = Bundle::open(&archive).unwrap();
+        assert_eq!(bundle.get_text(CONFIGURATION).unwrap(), "[host]\n");
+        assert_eq!(bundle.get("kernel").unwrap(), [0x90; 1000]);
+        assert_eq!(bundle.get(LONG).unwrap(), b"long");
+        assert_eq!(bundle.damage(), None);
+        assert_eq!(
+            bundle.get("kernal").unwrap_err().to_string(),
+            format!("`kernal` is not in the bundle; it holds `tessera.toml`, `kernel`, `{LONG}`")
+        );
+    }
+
+    #[test]
+    fn names_that_do_not_fit_are_not_packed() {
+        for name in [
+            "",
+            "a\nb",
+            &"x".repeat(101),
+            &format!("{}/x", "y".repeat(156)),
+        ] {
+            assert_eq!(pack(&[(name, b"")]), Err(name.to_owned()));
+        }
+    }
+
+    /// Where the contents of the sample's files begin: a header in front of each.
+    const CONFIGURATION_AT: usize = 3 * BLOCK;
+    const KERNEL_AT: usize = 5 * BLOCK;
+
+    #[test]
+    fn damage_is_put_down_to_its_file() {
+        let error = |damage: &dyn Fn(&mut Vec<u8>), name| {
+            let mut archive = sample();
+            damage(&mut archive);
+            let bundle = Bundle::open(&archive).unwrap();
+            bundle.get(CONFIGURATION).unwrap();
+            bundle.get(name).unwrap_err().to_string()
+        };
+        let crc = crc32fast::hash(&[0x90; 1000]);
+        let flipped = error(&|archive| archive[KERNEL_AT + 5] ^= 1, "kernel");
+        assert!(
+            flipped.starts_with("corrupt bundle: `kernel` has CRC "),
+            "{flipped}"
+        );
+        assert!(
+            flipped.contains(&format!("MANIFEST says {crc:08x}")),
+            "{flipped}"
+        );
+        assert_eq!(
+            error(&|archive| archive.truncate(KERNEL_AT + 700), "kernel"),
+            "truncated bundle: `kernel` has 700 of its 1000 bytes; write the image again"
+        );
+        assert_eq!(
+            error(&|archive| archive.truncate(KERNEL_AT + 700), LONG),
+            format!(
+                "truncated bundle: `{LONG}` is missing, though MANIFEST lists it; write the image again"
+            )
+        );
+        assert_eq!(
+            error(&|archive| archive[KERNEL_AT - BLOCK] ^= 1, "kernel"),
+            "corrupt bundle: the entry header at offset 0x800 has a wrong checksum"
+        );
+        let manifest = format!("{crc:08x} 1000 kernel");
+        let at = |archive: &[u8]| {
+            archive
+                .windows(manifest.len())
+                .position(|bytes| bytes == manifest.as_bytes())
+                .unwrap()
+        };
+        assert_eq!(
+            error(
+                &|archive| {
+                    let at = at(archive) + 9;
+                    archive[at] = b'2'
+                },
+                "kernel"
+            ),
+            "corrupt bundle: `kernel` has 1000 bytes, but MANIFEST says 2000"
+        );
+    }
+
+    #[test]
+    fn what_is_no_bundle_is_not_opened() {
+        let open = |archive: &[u8]| Bundle::open(archive).err().unwrap().to_string();
+        assert_eq!(
+            open(&[]),
+            "the bundle is empty: no archive was handed over at boot"
+        );
+        assert_eq!(
+            open(&[0; 4096]),
+            "the bundle is empty: no archive was handed over at boot"
+        );
+        assert_eq!(
+            open(&[7; 4096]),
+            "this is no bundle: it begins with [07, 07, 07, 07, 07, 07, 07, 07], \
+             not with a ustar entry `MANIFEST`"
+        );
+        assert!(
+            open(&sample()[CONFIGURATION_AT - BLOCK..]).contains("with the file `tessera.toml`")
+        );
+        assert!(open(&sample()[..BLOCK + 3]).starts_with("truncated bundle: `MANIFEST` has 3 of"));
+        let mut bad = sample();
+        bad[BLOCK] = b'x';
+        assert_eq!(
+            open(&bad),
+            "corrupt bundle: line 1 of MANIFEST is not `crc32 size name`"
+        );
+    }
+
+    /// A damaged archive gives either an error or exactly what was packed.
+    #[test]
+    fn damage_is_never_silent() {
+        let mut random = crate::testing::Random::new(3);
+        for _ in 0..20_000 {
+            let mut archive = sample();
+            let length = archive.len() as u64;
+            random.damage(&mut archive, 0, length);
+            let Ok(bundle) = Bundle::open(&archive) else {
+                continue;
+            };
+            for (name, data) in [
+                (CONFIGURATION, &b"[host]\n"[..]),
+                ("kernel", &vec![0x90; 1000]),
+                (LONG, b"long"),
+            ] {
+                if let Ok(found) = bundle.get(name) {
+                    assert_eq!(found, data);
+                }
+            }
+        }
+    }
+}

@@ -789,3 +789,265 @@ fn edits(a: &str, b: &str) -> usize {
     }
     row.last().copied().unwrap_or(a.len())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+[host]
+focus = "linux"
+when_done = "halt"
+log = "debug"
+
+[[vm]]
+name = "linux"
+kind = "linux"
+kernel = "vmlinuz"
+initrd = "initrd.cpio"
+cmdline = "console=ttyS0"
+memory = "256MiB"
+vcpus = 1
+
+[[vm]]
+name = "hello-2"
+kind = "multiboot"
+kernel = "hello"
+modules = ["a", "b"]
+memory = "1MiB"
+large_pages = false
+on_reboot = "stop"
+[vm.devices]
+debug_exit = true
+success_code = 0x21
+"#;
+
+    #[test]
+    fn a_full_configuration() {
+        let config = parse(GOOD, "tessera.toml").unwrap();
+        assert_eq!(
+            config.host,
+            HostConfig {
+                focus: Some("linux".into()),
+                when_done: WhenDone::Halt,
+                log: LevelFilter::Debug,
+            }
+        );
+        let [Ok(linux), Ok(hello)] = &config.vms[..] else {
+            panic!("{:?}", config.vms)
+        };
+        assert_eq!(
+            (linux.kind, linux.memory, linux.vcpus),
+            (Kind::Linux, 256 << 20, 1)
+        );
+        assert_eq!(
+            (linux.large_pages, linux.on_reboot),
+            (true, OnReboot::Restart)
+        );
+        assert_eq!(linux.devices, Devices::default());
+        assert_eq!(linux.position, Position { line: 7, column: 1 });
+        assert_eq!(
+            linux.kernel.position,
+            Position {
+                line: 10,
+                column: 10
+            }
+        );
+        assert_eq!(
+            (hello.large_pages, hello.on_reboot),
+            (false, OnReboot::Stop)
+        );
+        assert_eq!(
+            (hello.devices.debug_exit, hello.devices.success_code),
+            (true, 0x21)
+        );
+        let images: Vec<_> = hello.images().map(|image| &image.name[..]).collect();
+        assert_eq!(images, ["hello", "a", "b"]);
+    }
+
+    /// The error when `from` in the good configuration becomes `to`.
+    fn refusal(from: &str, to: &str) -> String {
+        assert!(GOOD.contains(from), "{from}");
+        match parse(&GOOD.replacen(from, to, 1), "t.toml") {
+            Err(error) => error.to_string(),
+            Ok(config) => {
+                let errors: Vec<_> = config
+                    .vms
+                    .iter()
+                    .filter_map(|vm| vm.as_ref().err())
+                    .collect();
+                assert_eq!(
+                    errors.len(),
+                    1,
+                    "one VM is refused, the other is not harmed"
+                );
+                errors[0].to_string()
+            }
+        }
+    }
+
+    #[test]
+    fn mistakes_have_place_and_remedy() {
+        for (from, to, error) in [
+            (
+                "memory = \"256MiB\"",
+                "memroy = \"256MiB\"",
+                "t.toml:13:1: VM `linux`: unknown key `memroy` in [[vm]], did you mean `memory`?",
+            ),
+            (
+                "focus",
+                "fucos",
+                "t.toml:3:1: unknown key `fucos` in [host], did you mean `focus`?",
+            ),
+            (
+                "log =",
+                "x =",
+                "t.toml:5:1: unknown key `x` in [host], valid keys: `focus`, `when_done`, `log`",
+            ),
+            (
+                "[host]",
+                "[hosts]",
+                "t.toml:2:2: unknown key `hosts` in the file, did you mean `host`?",
+            ),
+            (
+                "debug_exit",
+                "debug-exit",
+                "t.toml:25:1: VM `hello-2`: unknown key `debug-exit` in [vm.devices], did you mean `debug_exit`?",
+            ),
+            (
+                "vcpus = 1",
+                "vcpus = 0",
+                "t.toml:14:9: VM `linux`: `vcpus` is 0, but must be at least 1: a VM without a CPU cannot run",
+            ),
+            (
+                "vcpus = 1",
+                "vcpus = 4",
+                "t.toml:14:9: VM `linux`: `vcpus` is 4, but must be 1: this version gives a VM one virtual CPU",
+            ),
+            (
+                "vcpus = 1",
+                "vcpus = -1",
+                "t.toml:14:9: VM `linux`: `vcpus` is -1, but must be 1: this version gives a VM one virtual CPU",
+            ),
+            (
+                "\"256MiB\"",
+                "256",
+                "t.toml:13:10: VM `linux`: `memory` is 256, but must be a size such as \"512MiB\" or \"2GiB\"",
+            ),
+            (
+                "\"256MiB\"",
+                "\"256MB\"",
+                "t.toml:13:10: VM `linux`: `memory` is \"256MB\", but must be a size such as \"512MiB\" or \"2GiB\"",
+            ),
+            (
+                "\"256MiB\"",
+                "\"2TiB\"",
+                "t.toml:13:10: VM `linux`: `memory` is \"2TiB\", but must be between 1MiB and 1TiB",
+            ),
+            (
+                "\"256MiB\"",
+                "\"1025KiB\"",
+                "t.toml:13:10: VM `linux`: `memory` is \"1025KiB\", but must be a multiple of 4KiB",
+            ),
+            (
+                "\"256MiB\"",
+                "\"99999999999999999999GiB\"",
+                "t.toml:13:10: VM `linux`: `memory` is \"99999999999999999999GiB\", but must be a size such as \"512MiB\" or \"2GiB\"",
+            ),
+            (
+                "memory = \"256MiB\"\n",
+                "",
+                "t.toml:7:1: VM `linux`: [[vm]] lacks `memory`, which must be a size such as \"512MiB\" or \"2GiB\"",
+            ),
+            (
+                "kind = \"linux\"",
+                "kind = \"bsd\"",
+                "t.toml:9:8: VM `linux`: `kind` is \"bsd\", but must be one of \"linux\", \"multiboot\", \"pvh\"",
+            ),
+            (
+                "kind = \"multiboot\"",
+                "kind = \"linux\"",
+                "t.toml:20:11: VM `hello-2`: `modules` is an array, but must be left out for kind \"linux\", which takes one `initrd`",
+            ),
+            (
+                "\"hello-2\"",
+                "\"linux\"",
+                "t.toml:17:8: VM `linux`: the name `linux` is taken by the VM at 8:8; names must be unique",
+            ),
+            (
+                "\"hello-2\"",
+                "\"Hello\"",
+                "t.toml:17:8: VM `Hello`: `name` is \"Hello\", but must be 1 to 32 characters of a-z, 0-9 and -",
+            ),
+            (
+                "focus = \"linux\"",
+                "focus = \"minix\"",
+                "t.toml:3:9: `focus` is \"minix\", but must be the name of a VM in this file",
+            ),
+            (
+                "0x21",
+                "2",
+                "t.toml:26:16: VM `hello-2`: `success_code` is 2, but must be an odd number: writing v to port 0xf4 gives (v << 1) | 1",
+            ),
+            (
+                "ttyS0",
+                "ttyS0\\n",
+                "t.toml:12:11: VM `linux`: `cmdline` is \"console=ttyS0\\n\", but must be one line without control characters",
+            ),
+            (
+                "[\"a\", \"b\"]",
+                "[\"ä\", 3]",
+                "t.toml:20:17: VM `hello-2`: `modules` is 3, but must be a file name of 1 to 255 bytes without control characters",
+            ),
+            (
+                "debug_exit = true",
+                "debug_exit = 1",
+                "t.toml:25:14: VM `hello-2`: `debug_exit` is 1, but must be true or false",
+            ),
+        ] {
+            assert_eq!(refusal(from, to), error);
+        }
+        let syntax = refusal("vcpus = 1", "vcpus = ");
+        assert!(syntax.starts_with("t.toml:14:"), "{syntax}");
+        let long = refusal("console=ttyS0", &"x".repeat(3000));
+        assert!(
+            long.ends_with("xxx…\", but must be at most 2047 bytes long (it has 3000)"),
+            "{long}"
+        );
+    }
+
+    #[test]
+    fn there_are_one_to_sixteen_vms() {
+        for text in ["", "[host]\n", "vm = []"] {
+            assert_eq!(parse(text, "t").unwrap_err().problem, Problem::NoVm);
+        }
+        let one = parse("[vm]\nname = \"a\"", "t").unwrap_err().to_string();
+        assert_eq!(
+            one,
+            "t:1:1: `vm` is a table, but must be written [[vm]], one for each VM"
+        );
+        let many: String = (0..17)
+            .map(|i| format!("[[vm]]\nname='v{i}'\nkind='pvh'\nkernel='k'\nmemory='1MiB'\n"))
+            .collect();
+        let config = parse(&many, "t").unwrap();
+        assert!(config.vms[..16].iter().all(Result::is_ok));
+        let error = config.vms[16].as_ref().unwrap_err();
+        assert_eq!(error.problem, Problem::TooManyVms { number: 17 });
+        assert_eq!(error.position.line, 81);
+    }
+
+    #[test]
+    fn damaged_text_never_panics() {
+        let mut random = crate::testing::Random::new(2);
+        for _ in 0..5_000 {
+            let mut text = GOOD.as_bytes().to_vec();
+            let length = text.len() as u64;
+            random.damage(&mut text, 0, length);
+            let text = String::from_utf8_lossy(&text);
+            match parse(&text, "t") {
+                Ok(config) => assert!(!config.vms.is_empty()),
+                Err(error) => assert!(!error.to_string().is_empty()),
+            }
+        }
+    }
+}

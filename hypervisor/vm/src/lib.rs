@@ -9,3 +9,5 @@ pub mod bundle;
 pub mod config;
 pub mod layout;
 pub mod load;
+#[cfg(test)]
+mod testing;
