@@ -8,6 +8,7 @@
 
 use alloc::{
     borrow::ToOwned,
+    boxed::Box,
     format,
     string::{String, ToString},
     vec::Vec,
@@ -207,16 +208,16 @@ impl fmt::Display for Position {
 #[error("{file}:{position}: {}{problem}", VmPrefix(.vm))]
 pub struct ConfigError {
     /// The file's name as given to [`parse`].
-    pub file: String,
+    pub file: Box<str>,
     /// The key or value at fault.
     pub position: Position,
     /// The VM it is about, if its name could be read.
-    pub vm: Option<String>,
+    pub vm: Option<Box<str>>,
     /// What is wrong.
     pub problem: Problem,
 }
 
-struct VmPrefix<'a>(&'a Option<String>);
+struct VmPrefix<'a>(&'a Option<Box<str>>);
 
 impl fmt::Display for VmPrefix<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -336,7 +337,7 @@ pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
                 .get("name")
                 .and_then(|name| name.get_ref().as_str());
             vm(&value, index, &mut names).map_err(|error| ConfigError {
-                vm: name.map(ToOwned::to_owned),
+                vm: name.map(Into::into),
                 ..error
             })
         })
@@ -485,7 +486,7 @@ impl Source<'_> {
 
     fn error(&self, at: usize, problem: Problem) -> ConfigError {
         ConfigError {
-            file: self.file.to_owned(),
+            file: self.file.into(),
             position: self.position(at),
             vm: None,
             problem,

@@ -2,7 +2,6 @@
 //! (System V ABI, chapter 5).
 
 use alloc::vec::Vec;
-use core::ops::Range;
 
 use super::{
     Problem,
@@ -159,9 +158,9 @@ impl<'a> Elf<'a> {
             .filter(|header| header.kind == LOAD && header.memory_size != 0)
     }
 
-    /// Puts all segments where they belong; gives the physical range they span.
-    pub(super) fn load(&self, ram: &mut Ram<'_>) -> Result<Range<u64>, Problem> {
-        let mut span = u64::MAX..0;
+    /// Puts all segments where they belong; gives the address after the last.
+    pub(super) fn load(&self, ram: &mut Ram<'_>) -> Result<u64, Problem> {
+        let mut top = 0;
         for segment in self.loads() {
             let (at, size) = (segment.phys, segment.memory_size);
             if segment.file_size > size {
@@ -179,9 +178,9 @@ impl<'a> Elf<'a> {
             })?;
             ram.claim("a segment of the kernel", size, 1, Place::At(at))?;
             ram.write(at, data)?;
-            span = span.start.min(at)..span.end.max(at + size);
+            top = top.max(at + size);
         }
-        if span.is_empty() {
+        if top == 0 {
             let (field, right) = (
                 "the number of segments to load",
                 "a kernel has at least one",
@@ -192,7 +191,7 @@ impl<'a> Elf<'a> {
                 right,
             });
         }
-        Ok(span)
+        Ok(top)
     }
 
     /// Whether a physical address lies in a segment.

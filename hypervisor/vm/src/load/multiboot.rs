@@ -147,8 +147,8 @@ fn load_kernel(file: &[u8], ram: &mut Ram<'_>) -> Result<(u64, u64), Problem> {
             right,
         });
     }
-    let span = elf.load(ram)?;
-    Ok((elf.physical_entry()?, span.end))
+    let end = elf.load(ram)?;
+    Ok((elf.physical_entry()?, end))
 }
 
 /// Loads by the header's address fields (§3.1.3).
