@@ -1,2 +1,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
+
+pub mod emulate;
+#[cfg(any(test, feature = "mock"))]
+pub mod mock;
+pub mod paging;
