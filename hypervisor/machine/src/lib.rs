@@ -1,2 +1,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod apic;
+pub mod clock;
