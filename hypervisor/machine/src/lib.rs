@@ -6,6 +6,8 @@
 
 extern crate alloc;
 
+pub mod apic;
+pub mod clock;
 pub mod emulate;
 pub mod map;
 #[cfg(any(test, feature = "mock"))]
