@@ -6,4 +6,7 @@ extern crate alloc;
 
 pub mod guard;
 pub mod host;
+pub mod page;
 pub mod paging;
+pub mod virt;
+pub mod xstate;
