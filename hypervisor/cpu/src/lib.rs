@@ -5,5 +5,6 @@
 extern crate alloc;
 
 pub mod page;
+pub mod svm;
 pub mod virt;
 pub mod xstate;
