@@ -1,4 +1,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+extern crate alloc;
+
+pub mod acpi;
 pub mod map;
