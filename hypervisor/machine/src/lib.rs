@@ -6,9 +6,11 @@
 
 extern crate alloc;
 
+pub mod acpi;
 pub mod apic;
 pub mod clock;
 pub mod emulate;
+
 pub mod map;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;

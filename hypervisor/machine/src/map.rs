@@ -39,6 +39,12 @@ pub const IO_APIC_PINS: u32 = 24;
 pub const PCI_INTX_GSI: [u32; 4] = [16, 17, 18, 19];
 /// ISA interrupts of the same four lines while the guest uses the 8259A pair.
 pub const PCI_INTX_PIC: [u8; 4] = [10, 11, 10, 11];
+/// Which of the four lines the interrupt pin (0 to 3 for INTA# to INTD#) of a device on bus 0
+/// drives: slots are wired in turn, so that their INTA# do not all share one line.
+#[must_use]
+pub const fn pci_intx_line(device: u8, pin: u8) -> usize {
+    (device as usize + pin as usize) % PCI_INTX_GSI.len()
+}
 /// The timer's ISA interrupt 0 is wired to this I/O APIC pin.
 pub const TIMER_GSI: u32 = 2;
 /// System control interrupt: level triggered, active high.
