@@ -5,3 +5,4 @@ extern crate alloc;
 
 pub mod apic;
 pub mod clock;
+pub mod cpuid;
