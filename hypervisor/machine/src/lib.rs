@@ -9,8 +9,8 @@ extern crate alloc;
 pub mod acpi;
 pub mod apic;
 pub mod clock;
+pub mod cpuid;
 pub mod emulate;
-
 pub mod map;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
