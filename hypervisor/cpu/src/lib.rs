@@ -6,4 +6,5 @@ extern crate alloc;
 
 pub mod page;
 pub mod virt;
+pub mod vmx;
 pub mod xstate;
