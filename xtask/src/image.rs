@@ -69,6 +69,7 @@ const MODULES: [&str; 15] = [
 /// GRUB says on screen and serial port why it cannot go on, and stays.
 /// Without a serial port, `terminal_output` fails and the screen remains.
 const GRUB_CFG: &str = r#"serial --unit=0 --speed=115200
+terminfo -g 250x24 serial dumb
 terminal_input console serial
 terminal_output console serial
 set timeout=0
@@ -85,7 +86,7 @@ if cpuid -l; then
 else
   echo "tessera boot: this processor has no 64-bit long mode; Tessera needs an x86-64 machine"
 fi
-while true; do sleep 3600; done
+sleep 99999999
 "#;
 
 /// Makes the disk image `out`, a sparse file. What is there is replaced.

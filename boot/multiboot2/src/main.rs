@@ -174,9 +174,35 @@ fn screen(information: &BootInformation<'_>) -> Option<Screen> {
     })
 }
 
+/// The VGA text screen, 80 by 25 cells, from its top. In a graphics mode
+/// nobody sees this, and it does no harm.
+struct TextScreen {
+    cell: usize,
+}
+
+impl Write for TextScreen {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        const WHITE_ON_RED: u16 = 0x4f00;
+        let cells = 0xb8000 as *mut u16;
+        for byte in text.bytes().filter(|byte| *byte >= b' ') {
+            if self.cell < 80 * 25 {
+                // SAFETY: the cell is one of the 2000, identity mapped; this
+                // memory is the screen's and nobody else's.
+                unsafe { cells.add(self.cell).write_volatile(WHITE_ON_RED | u16::from(byte)) };
+                self.cell += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Tells a person, and stops the machine: there is nothing to return to.
 fn stop(message: fmt::Arguments<'_>) -> ! {
-    let _ = writeln!(Serial::new(), "\ntessera boot: {message}");
+    let (mut serial, mut screen) = (Serial::new(), TextScreen { cell: 0 });
+    for out in [&mut serial as &mut dyn Write, &mut screen] {
+        // Neither ever fails.
+        let _ = writeln!(out, "\ntessera boot: {message}");
+    }
     loop {
         // SAFETY: stopping the processor touches nothing.
         unsafe { core::arch::asm!("cli", "hlt", options(nomem, nostack)) };
