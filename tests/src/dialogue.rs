@@ -102,6 +102,8 @@ pub enum Load {
         /// What is done to the finished bundle.
         spoil: Option<fn(&mut Vec<u8>)>,
     },
+    /// The loaders' probe in place of the hypervisor, with a bundle that holds one file.
+    Probe,
     /// A guest without Tessera, in plain QEMU: the reference.
     Reference {
         /// The guest's program.

@@ -179,7 +179,7 @@ fn esp(files: &[(&str, &[u8])], id: u32) -> Result<Vec<u8>> {
     let size = (content + content / 64 + 8 * MIB)
         .next_multiple_of(MIB)
         .max(MIN_ESP);
-    let cluster = (size / MIN_CLUSTERS).max(SECTOR).min(32 * 1024);
+    let cluster = (size / MIN_CLUSTERS).clamp(SECTOR, 32 * 1024);
     let cluster = 1 << cluster.ilog2();
     let mut volume = vec![0; usize::try_from(size)?];
     let options = fatfs::FormatVolumeOptions::new()

@@ -75,7 +75,7 @@ struct Crate {
     name: String,
     /// Relative to the root.
     dir: PathBuf,
-    /// The bare target it is built for; `None` for crates that also live on the host.
+    /// The bare target it is built for; `None` for what builds on the host.
     target: Option<&'static str>,
     inherits_lints: bool,
 }
@@ -124,8 +124,11 @@ fn crates(workspace: &Workspace) -> Result<Vec<Crate>> {
         let inherits = manifest
             .get("lints")
             .and_then(|l| l.get("workspace")?.as_bool());
+        let is_macro = manifest
+            .get("lib")
+            .and_then(|l| l.get("proc-macro")?.as_bool());
         let target = match &name {
-            _ if host.contains(&dir) => None,
+            _ if host.contains(&dir) || is_macro == Some(true) => None,
             name if name == UEFI_LOADER => Some(UEFI),
             _ => Some(NONE),
         };

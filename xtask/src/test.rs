@@ -13,7 +13,7 @@ use harness::emulator::Boot;
 use harness::{Emulator, Firmware, Machine};
 
 use crate::config::memory_for;
-use crate::factory::{Factory, bundle_of};
+use crate::factory::{Factory, Kernel, bundle_of};
 use crate::lint::lint;
 use crate::packages::need;
 use crate::progress::{note, seconds, step};
@@ -257,12 +257,11 @@ fn files_of(factory: &Factory, files: &[(&str, Source)]) -> Result<Vec<(String, 
 /// Builds what the tasks share, so that they only differ in their images.
 fn prepare(factory: &Factory, tasks: &[Task]) -> Result<Facts> {
     let mut release = String::new();
-    let mut tessera = false;
     for task in tasks {
         match task.case.load {
             Load::Reference { guest, .. } => drop(factory.file(guest)?),
+            Load::Probe => {}
             Load::Bundle { files, .. } => {
-                tessera = true;
                 if files.iter().any(|(name, _)| *name == "vmlinuz") {
                     release = factory.linux()?.release;
                 }
@@ -270,8 +269,11 @@ fn prepare(factory: &Factory, tasks: &[Task]) -> Result<Facts> {
             }
         }
     }
+    let tessera = tasks
+        .iter()
+        .any(|t| !matches!(t.case.load, Load::Reference { .. } | Load::Probe));
     if tessera {
-        factory.warm_up()?;
+        factory.tessera()?;
     }
     Ok(Facts { release })
 }
@@ -324,21 +326,24 @@ fn play_one(factory: &Factory, facts: &Facts, task: Task) -> Outcome {
             let _ = fs::remove_file(disk);
         }
         played.map_err(|failure| {
-            let log = failure.log.map_or(String::new(), |l| {
-                format!("\nthe emulator's log: {}", l.display())
-            });
             let mut console = harness::Console::default();
             console.feed(failure.console.as_bytes());
-            let told = console.tail(TAIL);
-            anyhow::anyhow!("{:#}", failure.error)
-                .context(format!("{name} on {place}\n--- console\n{told}\n---{log}"))
+            println!(
+                "--- {name} on {place}: the console's last lines\n{}\n---",
+                console.tail(TAIL)
+            );
+            if let Some(log) = failure.log {
+                println!("--- the emulator's log: {}", log.display());
+            }
+            failure.error
         })
     });
     let took = begin.elapsed();
     let passed = result.is_ok();
     let remark = result.err().map_or(String::new(), |error| {
-        println!("{error:?}");
-        error.root_cause().to_string()
+        let error = format!("{error:#}");
+        println!("--- {name} on {place}: {error}");
+        error.lines().next().unwrap_or_default().to_owned()
     });
     say(passed, &name, &place, took);
     Outcome {
@@ -372,7 +377,12 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
                 spoil(&mut bundle);
             }
             machine.memory = case.memory.unwrap_or_else(|| memory_for(&text));
-            factory.image_of(&bundle, &disk)?;
+            factory.image_of(Kernel::Tessera, &bundle, &disk)?;
+        }
+        Load::Probe => {
+            let bundle = bundle_of("# nothing", &[]);
+            machine.memory = case.memory.unwrap_or(machine.memory);
+            factory.image_of(Kernel::Probe, &bundle, &disk)?;
         }
         Load::Reference { guest, append } => {
             let file = dir.join(guest);

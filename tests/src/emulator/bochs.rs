@@ -156,7 +156,8 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     let mut process = Process::spawn(command)?;
 
     listener.set_nonblocking(true)?;
-    let until = Instant::now() + Duration::from_secs(30);
+    // A machine with several GiB takes a while before it connects.
+    let until = Instant::now() + Duration::from_secs(120);
     let stream = loop {
         match listener.accept() {
             Ok((stream, _)) => break stream,
