@@ -4,8 +4,10 @@
 //! unmodified Linux that runs on Tessera.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod bundle;
 mod config;
+mod doctor;
 mod factory;
 mod image;
 mod kernel;
@@ -68,6 +70,13 @@ enum Command {
     ///
     /// Without filters everything, on QEMU and on Bochs. The last line is `N passed, N failed`.
     Test(TestArgs),
+    /// Measure what Tessera costs, in counted instructions that repeat
+    ///
+    /// On Bochs and on QEMU, from inside a guest, beside what KVM takes on the same emulator.
+    /// Fails when a figure is above a third of KVM's.
+    Bench(BenchArgs),
+    /// Say what this machine offers, what is missing, and how to get it
+    Doctor,
 }
 
 #[derive(Args)]
@@ -161,6 +170,18 @@ struct TestArgs {
     filter: Vec<String>,
 }
 
+#[derive(Args)]
+struct BenchArgs {
+    /// The bench [default: all; known: exits]
+    name: Option<String>,
+    /// Measure on this one only [default: Bochs and QEMU's own emulation]
+    #[arg(long, value_enum)]
+    on: Option<On>,
+    /// One JSON object a line: bench, case, on, value, unit
+    #[arg(long)]
+    json: bool,
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let interrupted = || {
@@ -182,6 +203,17 @@ fn main() -> ExitCode {
             let passed = test::test(Workspace::find()?, args.on, &args.filter)?;
             Ok(u8::from(!passed))
         }
+        Command::Bench(args) => {
+            let factory = Factory::new(Workspace::find()?);
+            let request = bench::Request {
+                name: args.name.as_deref(),
+                on: args.on,
+                json: args.json,
+            };
+            let good = bench::bench(&factory, &request)?;
+            Ok(u8::from(!good))
+        }
+        Command::Doctor => Ok(u8::from(!doctor::doctor())),
     });
     match done {
         Ok(status) => ExitCode::from(status),
