@@ -6,3 +6,8 @@ extern crate alloc;
 pub mod apic;
 pub mod clock;
 pub mod cpuid;
+pub mod msr;
+pub mod pvclock;
+
+#[cfg(test)]
+mod fake;
