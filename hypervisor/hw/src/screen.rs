@@ -84,13 +84,13 @@ impl Screen {
                 else {
                     return;
                 };
-                for (line, pixels) in glyph.raster().iter().enumerate() {
+                for (line, pixels) in glyph.rows().enumerate() {
                     let y = row * HEIGHT.val() + line;
                     let x = column * glyph.width();
                     let mut at = frame
                         .start
                         .wrapping_add(((y * frame.stride + x) * frame.bytes_per_pixel) as u64);
-                    for &grey in *pixels {
+                    for &grey in pixels {
                         let pixel = [grey; 4];
                         if let Some(pixel) = pixel.get(..frame.bytes_per_pixel) {
                             self.map.write(at, pixel);

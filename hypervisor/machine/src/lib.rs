@@ -15,3 +15,8 @@ pub mod map;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod paging;
+pub mod msr;
+pub mod pvclock;
+
+#[cfg(test)]
+mod fake;
