@@ -5,7 +5,7 @@ use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::{self, Write};
-use hw::{Serial, TextScreen};
+use hw::{Screen, Serial};
 use spin::Mutex;
 
 /// Ctrl-T.
@@ -32,7 +32,7 @@ struct GuestConsole {
 
 struct Console {
     serial: Serial,
-    screen: Option<TextScreen>,
+    screen: Option<Screen>,
     focus: Focus,
     prefix: bool,
     /// The cursor stands at the start of a line.
@@ -50,7 +50,7 @@ pub enum Request {
 }
 
 /// Takes the serial port and, if there is one, the screen.
-pub fn init(serial: Serial, screen: Option<TextScreen>) {
+pub fn init(serial: Serial, screen: Option<Screen>) {
     *CONSOLE.lock() = Some(Console {
         serial,
         screen,
@@ -68,7 +68,9 @@ pub fn init(serial: Serial, screen: Option<TextScreen>) {
 /// Adds a guest's console; guests are numbered in this order.
 pub fn add_guest(name: &str) -> usize {
     let mut console = CONSOLE.lock();
-    let Some(console) = console.as_mut() else { return 0 };
+    let Some(console) = console.as_mut() else {
+        return 0;
+    };
     console.guests.push(GuestConsole {
         name: name.into(),
         line: Vec::new(),
@@ -108,8 +110,13 @@ pub fn guest_input(guest: usize, take: &mut dyn FnMut(&[u8]) -> usize) {
 
 /// Whether a guest has typed input waiting.
 pub fn has_input(guest: usize) -> bool {
-    with(|console| console.guests.get(guest).is_some_and(|guest| !guest.input.is_empty()))
-        .unwrap_or(false)
+    with(|console| {
+        console
+            .guests
+            .get(guest)
+            .is_some_and(|guest| !guest.input.is_empty())
+    })
+    .unwrap_or(false)
 }
 
 /// Shows what is left of guests' unfinished lines.
@@ -166,8 +173,7 @@ impl Console {
         for part in text.lines() {
             self.line("tessera", part.as_bytes());
             if let Some(screen) = &mut self.screen {
-                screen.write(b"\n");
-                screen.write(part.as_bytes());
+                screen.write_line(part);
             }
         }
     }
@@ -178,7 +184,9 @@ impl Console {
             return;
         }
         for &byte in bytes {
-            let Some(console) = self.guests.get_mut(guest) else { return };
+            let Some(console) = self.guests.get_mut(guest) else {
+                return;
+            };
             match byte {
                 b'\r' => {}
                 b'\n' => self.show_line(guest),
@@ -193,14 +201,20 @@ impl Console {
     }
 
     fn show_line(&mut self, guest: usize) {
-        let Some(console) = self.guests.get_mut(guest) else { return };
+        let Some(console) = self.guests.get_mut(guest) else {
+            return;
+        };
         let line = core::mem::take(&mut console.line);
         let name = console.name.clone();
         self.line(&name, &line);
     }
 
     fn flush_line(&mut self, guest: usize) {
-        if self.guests.get(guest).is_some_and(|guest| !guest.line.is_empty()) {
+        if self
+            .guests
+            .get(guest)
+            .is_some_and(|guest| !guest.line.is_empty())
+        {
             self.show_line(guest);
         }
     }
@@ -310,7 +324,10 @@ pub fn say(text: fmt::Arguments<'_>) {
             Ok(())
         }
     }
-    let mut line = Line { bytes: [0; 1024], used: 0 };
+    let mut line = Line {
+        bytes: [0; 1024],
+        used: 0,
+    };
     let _ = line.write_fmt(text);
     let text = core::str::from_utf8(&line.bytes[..line.used]).unwrap_or("");
     with(|console| console.log(text));

@@ -14,4 +14,9 @@ pub mod emulate;
 pub mod map;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
+pub mod msr;
 pub mod paging;
+pub mod pvclock;
+
+#[cfg(test)]
+mod fake;
