@@ -188,11 +188,7 @@ impl Write for TextScreen {
             if self.cell < 80 * 25 {
                 // SAFETY: the cell is one of the 2000, identity mapped; this
                 // memory is the screen's and nobody else's.
-                unsafe {
-                    cells
-                        .add(self.cell)
-                        .write_volatile(WHITE_ON_RED | u16::from(byte))
-                };
+                unsafe { cells.add(self.cell).write_volatile(WHITE_ON_RED | u16::from(byte)) };
                 self.cell += 1;
             }
         }

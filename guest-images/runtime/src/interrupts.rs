@@ -73,10 +73,7 @@ pub(crate) fn init() {
         gate[0] = offset & 0xffff | 8 << 16 | 0x8e << 40 | (offset & 0xffff_0000) << 32;
         gate[1] = offset >> 32;
     }
-    let pointer = Pointer {
-        limit: 4095,
-        base: IDT.0.get() as u64,
-    };
+    let pointer = Pointer { limit: 4095, base: IDT.0.get() as u64 };
     // SAFETY: the table is complete and lives for ever.
     unsafe { asm!("lidt [{}]", in(reg) &pointer, options(nostack)) };
 }
@@ -106,13 +103,7 @@ core::arch::global_asm!(
     ".globl guest_try",
     ".globl guest_resume",
     "guest_try:", // rdi = work, rsi = argument, rdx = &RESUME
-    "push rbx",
-    "push rbp",
-    "push r12",
-    "push r13",
-    "push r14",
-    "push r15",
-    "push rdx",
+    "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15", "push rdx",
     "mov [rdx], rsp",
     "mov rax, rdi",
     "mov rdi, rsi",
@@ -121,12 +112,7 @@ core::arch::global_asm!(
     "2:",
     "pop rdx",
     "mov qword ptr [rdx], 0",
-    "pop r15",
-    "pop r14",
-    "pop r13",
-    "pop r12",
-    "pop rbp",
-    "pop rbx",
+    "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx",
     "ret",
     "guest_resume:",
     "mov eax, 1",

@@ -14,8 +14,8 @@ pub mod emulate;
 pub mod map;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
-pub mod msr;
 pub mod paging;
+pub mod msr;
 pub mod pvclock;
 
 #[cfg(test)]

@@ -138,13 +138,11 @@ pub struct VmSetup<'a, P, F> {
 
 /// Makes the vCPU, given the root of the nested tables, the local APIC's register page, and the
 /// bits of CR4 that CPUID allows.
-pub type MakeVcpu<'a, V> = &'a mut dyn FnMut(HostPhysAddr, *const u8, u64) -> Result<V, String>;
+pub type MakeVcpu<'a, V> =
+    &'a mut dyn FnMut(HostPhysAddr, *const u8, u64) -> Result<V, String>;
 
 fn image<'a>(bundle: &Bundle<'a>, image: &'a ImageName) -> Result<Image<'a>, BundleError> {
-    Ok(Image {
-        name: &image.name,
-        data: bundle.get(&image.name)?,
-    })
+    Ok(Image { name: &image.name, data: bundle.get(&image.name)? })
 }
 
 /// What a VM costs the host besides its RAM and page tables, with room to spare: devices, vCPU,
@@ -191,10 +189,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let VmSetup { config, bundle, .. } = setup;
         let wanted = config.memory.saturating_add(OVERHEAD);
         if wanted > setup.free_bytes {
-            return Err(VmError::TooMuchMemory {
-                wanted,
-                free: setup.free_bytes,
-            });
+            return Err(VmError::TooMuchMemory { wanted, free: setup.free_bytes });
         }
         let layout = MemoryLayout::new(config.memory);
         let regions: Vec<Region> = layout
@@ -217,11 +212,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             memory.map_device_page(GuestPhysAddr::new(map::LOCAL_APIC), page)?;
         }
         let kernel = image(bundle, &config.kernel)?;
-        let initrd = config
-            .initrd
-            .as_ref()
-            .map(|initrd| image(bundle, initrd))
-            .transpose()?;
+        let initrd = config.initrd.as_ref().map(|initrd| image(bundle, initrd)).transpose()?;
         let modules = config
             .modules
             .iter()
@@ -231,11 +222,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let clock = TscClock::new(khz);
         let cpuid = CpuidPolicy::build(
             setup.host_cpuid,
-            &CpuidConfig {
-                vcpus: config.vcpus,
-                tsc_khz: khz,
-                enabled: setup.enabled,
-            },
+            &CpuidConfig { vcpus: config.vcpus, tsc_khz: khz, enabled: setup.enabled },
         );
         let board = Board::new(&BoardConfig {
             vcpus: config.vcpus,
@@ -246,14 +233,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             debug_exit: config.devices.debug_exit,
             debug_console: config.devices.debug_console,
         });
-        let rsdp = acpi::install(
-            &AcpiConfig {
-                vcpus: config.vcpus,
-                hpet: false,
-            },
-            &mut memory,
-        )
-        .map_err(VmError::Memory)?;
+        let rsdp = acpi::install(&AcpiConfig { vcpus: config.vcpus, hpet: false }, &mut memory)
+            .map_err(VmError::Memory)?;
         let boot = Boot {
             kind: config.kind,
             kernel,
@@ -263,8 +244,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         };
         let entry = load::load(&boot, &layout, &mut memory, rsdp)?;
         let apic_page = board.apic.local[0].page_ptr();
-        let mut vcpu =
-            make_vcpu(memory.root(), apic_page, cpuid.features().cr4).map_err(VmError::Vcpu)?;
+        let mut vcpu = make_vcpu(memory.root(), apic_page, cpuid.features().cr4).map_err(VmError::Vcpu)?;
         entry.apply(&mut vcpu);
         vcpu.set_tsc_offset(0u64.wrapping_sub(setup.tsc));
         let mut this = Self {
@@ -343,8 +323,6 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         if time == Nanos::NEVER {
             return u64::MAX;
         }
-        self.origin
-            .saturating_add(self.clock.nanos_to_ticks(time.0))
-            .saturating_add(1)
+        self.origin.saturating_add(self.clock.nanos_to_ticks(time.0)).saturating_add(1)
     }
 }
