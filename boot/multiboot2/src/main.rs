@@ -41,9 +41,9 @@ enum Error {
     #[error("the loader gave no memory map; use the GRUB of this image")]
     NoMemoryMap,
     #[error(
-        "module {number} ({what}) is missing or empty; give `module2 /tessera/kernel` and `module2 /tessera/bundle` in grub.cfg, in this order"
+        "{file} is missing or empty: it must be module {number} of the loader; build the image again with `cargo xtask image`"
     )]
-    Module { number: usize, what: &'static str },
+    Module { number: usize, file: &'static str },
 }
 
 /// Called by `entry.s` with the address of the information structure.
@@ -64,8 +64,8 @@ fn load(information: u64) -> Result<HandOff, Error> {
     // has 32 bits), and nothing writes to it: `FreeMemory` spares it.
     let information = unsafe { BootInformation::load(information as *const BootInformationHeader) }
         .map_err(Error::Information)?;
-    let kernel = module(&information, 0, "the kernel")?;
-    let bundle = module(&information, 1, "the bundle")?;
+    let kernel = module(&information, 1, "/tessera/kernel")?;
+    let bundle = module(&information, 2, "/tessera/bundle")?;
     let screen = screen(&information);
     let areas = information.memory_map_tag().ok_or(Error::NoMemoryMap)?;
     let e820 = areas.memory_areas().iter().map(|area| MemoryRegion {
@@ -111,17 +111,17 @@ fn load(information: u64) -> Result<HandOff, Error> {
 fn module(
     information: &BootInformation<'_>,
     number: usize,
-    what: &'static str,
+    file: &'static str,
 ) -> Result<Span, Error> {
     information
         .module_tags()
-        .nth(number)
+        .nth(number - 1)
         .map(|tag: &ModuleTag| Span {
             start: tag.start_address().into(),
             end: tag.end_address().into(),
         })
         .filter(|span| span.start < span.end && span.start != 0)
-        .ok_or(Error::Module { number, what })
+        .ok_or(Error::Module { number, file })
 }
 
 /// Multiboot2 gives a copy of the ACPI root pointer, not its address: puts
@@ -188,7 +188,11 @@ impl Write for TextScreen {
             if self.cell < 80 * 25 {
                 // SAFETY: the cell is one of the 2000, identity mapped; this
                 // memory is the screen's and nobody else's.
-                unsafe { cells.add(self.cell).write_volatile(WHITE_ON_RED | u16::from(byte)) };
+                unsafe {
+                    cells
+                        .add(self.cell)
+                        .write_volatile(WHITE_ON_RED | u16::from(byte))
+                };
                 self.cell += 1;
             }
         }
