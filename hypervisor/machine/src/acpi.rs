@@ -9,7 +9,6 @@
 //! and a scan of the ROM area finds.
 
 use alloc::{format, vec, vec::Vec};
-use core::ops::Range;
 
 use acpi_tables::{
     Aml, AmlSink,
@@ -26,6 +25,8 @@ use acpi_tables::{
     xsdt::XSDT,
 };
 
+use arch::{GuestMemory, GuestPhysAddr, MemoryFault};
+
 use crate::map;
 
 const OEM: [u8; 6] = *b"TESERA";
@@ -33,14 +34,10 @@ const OEM_TABLE: [u8; 8] = *b"TESSERA ";
 const OEM_REVISION: u32 = 1;
 
 /// What differs between guests.
-#[derive(Clone, Debug)]
-pub struct AcpiConfig<'a> {
-    /// Local APIC identifiers, one per virtual CPU; the index is the processor's UID.
-    pub apic_ids: &'a [u32],
-    /// PCI buses, 1 to 256, each with its MiB of ECAM.
-    pub pci_buses: u16,
-    /// PCI memory window above 4 GiB, if there is one.
-    pub high_window: Option<Range<u64>>,
+#[derive(Clone, Copy, Debug)]
+pub struct AcpiConfig {
+    /// Virtual CPUs. Processor UIDs and local APIC identifiers both count from zero.
+    pub vcpus: u32,
     /// Whether there is an HPET.
     pub hpet: bool,
 }
@@ -63,20 +60,35 @@ impl core::fmt::Display for TooLarge {
     }
 }
 
+/// Writes all tables into a guest's memory; gives the address of the root pointer.
+///
+/// # Errors
+/// The address that cannot be written: there is no RAM, or the tables would leave their area.
+pub fn install(
+    config: &AcpiConfig,
+    memory: &mut dyn GuestMemory,
+) -> Result<GuestPhysAddr, MemoryFault> {
+    let end = GuestPhysAddr::new(map::ACPI_TABLES.end);
+    let tables = build(config).map_err(|TooLarge { .. }| MemoryFault::NotRam(end))?;
+    let root = GuestPhysAddr::new(map::ACPI_TABLES.start);
+    memory.write(root, &tables)?;
+    Ok(root)
+}
+
 /// Builds all tables, to be written to guest memory at the start of [`map::ACPI_TABLES`], which is
 /// also the address of the root pointer.
 ///
 /// # Errors
 /// Too many CPUs for the area.
-pub fn build(config: &AcpiConfig<'_>) -> Result<Vec<u8>, TooLarge> {
+pub fn build(config: &AcpiConfig) -> Result<Vec<u8>, TooLarge> {
     let mut blob = Blob(vec![0; RSDP_LENGTH]);
     // The FACS is shared with the guest's ACPI code and has an alignment of its own (§5.2.10).
     let facs = blob.place(&FACS::new(), 64);
     let dsdt = blob.place(&dsdt(config), 16);
     let mut tables = vec![
         blob.place(&fadt(facs, dsdt), 16),
-        blob.place(&madt(config.apic_ids), 16),
-        blob.place(&mcfg(config.pci_buses), 16),
+        blob.place(&madt(config.vcpus), 16),
+        blob.place(&mcfg(), 16),
     ];
     if config.hpet {
         tables.push(blob.place(&hpet(), 16));
@@ -188,7 +200,7 @@ fn fadt(facs: u32, dsdt: u32) -> impl Aml {
 }
 
 /// Interrupt controllers (§5.2.12).
-fn madt(apic_ids: &[u32]) -> Sdt {
+fn madt(vcpus: u32) -> Sdt {
     /// MPS INTI flags (§5.2.12.5): active high and level triggered.
     const HIGH_LEVEL: u16 = 1 | 3 << 2;
     /// As the bus has it: for ISA, active high and edge triggered.
@@ -198,17 +210,17 @@ fn madt(apic_ids: &[u32]) -> Sdt {
     let mut body = Vec::new();
     body.dword(map::LOCAL_APIC as u32);
     body.dword(PCAT_COMPAT);
-    for (uid, id) in (0u32..).zip(apic_ids) {
-        match (u8::try_from(uid), u8::try_from(*id)) {
-            (Ok(uid), Ok(id @ 0..=254)) => {
-                body.vec(&[0, 8, uid, id]);
+    for id in 0..vcpus {
+        match u8::try_from(id) {
+            Ok(id @ 0..=254) => {
+                body.vec(&[0, 8, id, id]);
                 body.dword(ENABLED);
             }
             _ => {
                 body.vec(&[9, 16, 0, 0]);
-                body.dword(*id);
+                body.dword(id);
                 body.dword(ENABLED);
-                body.dword(uid);
+                body.dword(id);
             }
         }
     }
@@ -228,7 +240,7 @@ fn madt(apic_ids: &[u32]) -> Sdt {
     body.vec(&[4, 6, 0xff]);
     body.word(CONFORMS);
     body.byte(1);
-    if apic_ids.iter().any(|id| *id >= 255) {
+    if vcpus > 255 {
         body.vec(&[0xa, 12]);
         body.word(CONFORMS);
         body.dword(u32::MAX);
@@ -238,14 +250,10 @@ fn madt(apic_ids: &[u32]) -> Sdt {
 }
 
 /// ECAM (PCI Firmware Specification 3.3 §4.1.2).
-fn mcfg(buses: u16) -> MCFG {
+fn mcfg() -> MCFG {
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
-    mcfg.add_ecam(map::ECAM.start, 0, 0, last_bus(buses));
+    mcfg.add_ecam(map::ECAM.start, 0, 0, map::PCI_LAST_BUS);
     mcfg
-}
-
-fn last_bus(buses: u16) -> u8 {
-    u8::try_from(buses.saturating_sub(1)).unwrap_or(u8::MAX)
 }
 
 /// HPET (IA-PC HPET 1.0a §3.2.4).
@@ -304,7 +312,7 @@ fn bytes(aml: &dyn Aml) -> Vec<u8> {
 }
 
 /// Everything that is not fixed hardware.
-fn dsdt(config: &AcpiConfig<'_>) -> Sdt {
+fn dsdt(config: &AcpiConfig) -> Sdt {
     let s5 = map::S5_SLEEP_TYPE;
     let mut body = bytes(&Name::new(
         "_S5_".into(),
@@ -320,9 +328,9 @@ fn dsdt(config: &AcpiConfig<'_>) -> Sdt {
     )
     .to_aml_bytes(&mut body);
 
-    let mut devices = pci_root(config);
+    let mut devices = pci_root();
     devices.extend(motherboard());
-    for uid in 0..config.apic_ids.len() as u32 {
+    for uid in 0..config.vcpus {
         // Names have three hexadecimal digits; `build` refuses so many CPUs long before.
         let name = format!("C{:03X}", uid & 0xfff);
         let hid = Name::new("_HID".into(), &"ACPI0007");
@@ -338,18 +346,8 @@ fn dsdt(config: &AcpiConfig<'_>) -> Sdt {
 }
 
 /// The PCI Express root (PCI Firmware Specification 3.3 §4), with its windows and interrupts.
-fn pci_root(config: &AcpiConfig<'_>) -> Vec<u8> {
-    let memory = |range: &Range<u64>| {
-        let cacheable = AddressSpaceCacheable::NotCacheable;
-        AddressSpace::new_memory(
-            cacheable,
-            true,
-            range.start,
-            range.end.saturating_sub(1),
-            None,
-        )
-    };
-    let buses = AddressSpace::new_bus_number(0u16, u16::from(last_bus(config.pci_buses)));
+fn pci_root() -> Vec<u8> {
+    let buses = AddressSpace::new_bus_number(0u16, u16::from(map::PCI_LAST_BUS));
     let mechanism_1 = ports(0xcf8, 8);
     let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
     let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
@@ -360,15 +358,7 @@ fn pci_root(config: &AcpiConfig<'_>) -> Vec<u8> {
         (map::PCI_WINDOW.end - 1) as u32,
         None,
     );
-    let high_window = config
-        .high_window
-        .as_ref()
-        .filter(|range| !range.is_empty())
-        .map(memory);
-    let mut resources: Vec<&dyn Aml> = vec![&buses, &mechanism_1, &low_ports, &high_ports, &window];
-    if let Some(window) = &high_window {
-        resources.push(window);
-    }
+    let resources: Vec<&dyn Aml> = vec![&buses, &mechanism_1, &low_ports, &high_ports, &window];
     bytes(&Device::new(
         "PCI0".into(),
         vec![
@@ -493,14 +483,10 @@ mod tests {
 
     use super::*;
 
-    fn config(apic_ids: &[u32]) -> AcpiConfig<'_> {
-        AcpiConfig {
-            apic_ids,
-            pci_buses: 4,
-            high_window: None,
-            hpet: true,
-        }
-    }
+    const ONE: AcpiConfig = AcpiConfig {
+        vcpus: 1,
+        hpet: true,
+    };
 
     fn number(bytes: &[u8]) -> usize {
         bytes
@@ -545,23 +531,19 @@ mod tests {
 
     #[test]
     fn a_guest_finds_all_tables() {
-        let blob = build(&config(&[0])).unwrap();
+        let blob = build(&ONE).unwrap();
         let names: Vec<_> = walk(&blob).into_iter().map(|(name, _)| name).collect();
         assert_eq!(
             names,
             ["RSDT", "XSDT", "DSDT", "FACP", "APIC", "MCFG", "HPET"]
         );
-        let without = build(&AcpiConfig {
-            hpet: false,
-            ..config(&[0])
-        })
-        .unwrap();
+        let without = build(&AcpiConfig { hpet: false, ..ONE }).unwrap();
         assert_eq!(walk(&without).len(), 6);
     }
 
     #[test]
     fn processors_beyond_255_are_x2apics() {
-        let blob = build(&config(&[0, 254, 255, 1000])).unwrap();
+        let blob = build(&AcpiConfig { vcpus: 257, ..ONE }).unwrap();
         let tables = walk(&blob);
         let mut entries = &tables.iter().find(|(name, _)| name == "APIC").unwrap().1[44..];
         let mut found = Vec::new();
@@ -569,18 +551,17 @@ mod tests {
             found.push((*kind, number(&rest[..usize::from(*length) - 2])));
             entries = &entries[usize::from(*length)..];
         }
-        assert_eq!(found[..2], [(0, 0x1_0000), (0, 0x1_fe01)]);
+        // Identifier 255 is a broadcast to a local APIC, so 255 and up are x2APICs.
+        assert_eq!(found[254], (0, 0x1_fefe));
+        let kinds: Vec<_> = found[254..].iter().map(|entry| entry.0).collect();
+        assert_eq!(kinds, [0, 9, 9, 1, 2, 2, 4, 10]);
         assert_eq!(
-            found.iter().map(|entry| entry.0).collect::<Vec<_>>(),
-            [0, 0, 9, 9, 1, 2, 2, 4, 10]
-        );
-        assert_eq!(
-            found[5],
+            found[258],
             (2, 2 << 16),
             "the timer's interrupt goes to pin 2"
         );
         assert_eq!(
-            found[6],
+            found[259],
             (2, 0xd << 48 | 9 << 16 | 9 << 8),
             "the SCI is level, active high"
         );
@@ -588,8 +569,7 @@ mod tests {
 
     #[test]
     fn too_many_processors_are_refused() {
-        let ids: Vec<u32> = (0..4096).collect();
-        let need = build(&config(&ids)).unwrap_err().need;
+        let need = build(&AcpiConfig { vcpus: 4096, ..ONE }).unwrap_err().need;
         assert!(need > 0x2_0000);
     }
 
@@ -602,11 +582,7 @@ mod tests {
         }
         let folder = std::env::temp_dir().join(format!("tessera-acpi-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
-        let config = AcpiConfig {
-            high_window: Some(1 << 40..2 << 40),
-            ..config(&[0, 1, 300])
-        };
-        let blob = build(&config).unwrap();
+        let blob = build(&AcpiConfig { vcpus: 257, ..ONE }).unwrap();
         let iasl = |arguments: &[&str]| {
             let output = Command::new("iasl")
                 .args(arguments)

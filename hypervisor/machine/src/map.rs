@@ -25,6 +25,8 @@ pub const HIGH_RAM: u64 = 0x1_0000_0000;
 pub const PCI_WINDOW: Range<u64> = 0xc000_0000..0xe000_0000;
 /// Enhanced configuration access of PCI segment 0: 1 MiB a bus (PCIe 6.0 §7.2.2).
 pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
+/// The last PCI bus: all devices are on bus 0.
+pub const PCI_LAST_BUS: u8 = 0;
 /// I/O APIC registers, one page.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// HPET registers, 1 KiB, if the guest has one.
