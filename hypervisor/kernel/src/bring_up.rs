@@ -300,5 +300,5 @@ fn read_config(bundle: &vm::bundle::Bundle<'_>) -> Result<Config, alloc::string:
     let text = bundle.get("tessera.toml").map_err(|error| error.to_string())?;
     let text = core::str::from_utf8(text)
         .map_err(|error| alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to()))?;
-    Config::parse(text, "tessera.toml").map_err(|error| error.to_string())
+    vm::config::parse(text, "tessera.toml").map_err(|error| error.to_string())
 }

@@ -279,7 +279,7 @@ impl<B: Backend> Core<'_, B> {
             {
                 let mut taken = 0;
                 console::guest_input(number, &mut |bytes| {
-                    let used = vm.input(bytes);
+                    let used = vm.input(bytes, hw::rdtsc());
                     taken += used;
                     used
                 });
