@@ -27,8 +27,6 @@ const STACK_PAGES: u64 = 4;
 pub struct Host {
     /// Physical memory.
     pub map: DirectMap,
-    /// Firmware tables.
-    pub acpi: AcpiInfo,
     /// The TSC's frequency in Hz.
     pub tsc_hz: u64,
     /// Seconds since 1970 when the TSC read `wall_tsc`.
@@ -222,7 +220,7 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
         info!("serial port: no interrupt, so it is polled");
         run::poll_serial();
     }
-    Host { map, acpi, tsc_hz: tsc.hz, wall_seconds: wall.unwrap_or(0), wall_tsc, apic }
+    Host { map, tsc_hz: tsc.hz, wall_seconds: wall.unwrap_or(0), wall_tsc, apic }
 }
 
 /// The bundle that the loader put into memory.
