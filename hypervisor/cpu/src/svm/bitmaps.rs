@@ -98,7 +98,7 @@ mod tests {
     /// Five pages in one run, with addresses in place of physical ones.
     fn pages() -> ([HostPage; 3], [HostPage; 2]) {
         #[repr(align(4096))]
-        struct Run([u8; 5 * 4096]);
+        struct Run(#[allow(dead_code)] [u8; 5 * 4096]);
         let base = NonNull::from(Box::leak(Box::new(Run([0; 5 * 4096])))).cast::<u8>();
         let page = |i: usize| {
             // SAFETY: inside the leaked run, page-aligned, each page taken once.

@@ -1,7 +1,7 @@
 //! What the processor's SVM can do, and turning it on and off (AMD APM Vol. 2 §15.4, §15.30,
 //! Vol. 3 appendix E, function 8000_000AH).
 
-use super::{SvmError, contiguous};
+use super::contiguous;
 use crate::page::HostPage;
 use crate::virt::{Extension, VirtUnavailable};
 use arch::msr::IA32_EFER;

@@ -286,7 +286,7 @@ impl SvmVcpu {
             return None;
         }
         if !self.nmi.blocked && !self.shadow() {
-            return Some(Exit::NmiWindow);
+            return Some(self.nmi_window());
         }
         let save = self.save();
         let (rip, dr6, rflags) = (save.rip, save.dr6, save.rflags);
@@ -342,10 +342,17 @@ impl SvmVcpu {
             return None;
         }
         Some(if self.nmi.window && !self.nmi.blocked {
-            Exit::NmiWindow
+            self.nmi_window()
         } else {
             Exit::Benign
         })
+    }
+
+    /// The window is told once: who still waits asks again.
+    fn nmi_window(&mut self) -> Exit {
+        self.nmi.window = false;
+        self.update_attention();
+        Exit::NmiWindow
     }
 
     fn update_attention(&mut self) {
@@ -862,8 +869,10 @@ impl Vcpu for SvmVcpu {
             self.control_mut().event_inj = field;
         }
         if event == Event::Nmi {
-            self.nmi.blocked = true;
-            self.nmi.iret = None;
+            self.nmi = Nmi {
+                blocked: true,
+                ..Nmi::default()
+            };
             self.intercept_iret(true);
             self.update_attention();
         }
