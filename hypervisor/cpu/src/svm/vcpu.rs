@@ -33,6 +33,8 @@ const DR6_FIXED: u64 = 0xffff_0ff0;
 const DR7_FIXED: u64 = 0x400;
 /// DR6: a single step.
 const DR6_BS: u64 = 1 << 14;
+/// The CR intercepts at 000H: writes of CR8.
+const CR8_WRITE: u32 = 1 << (16 + 8);
 /// Consecutive PAUSEs before an exit, and the longest gap in cycles that still counts as one loop
 /// (§15.14.4): a spinning vCPU gives its core away after some ten microseconds.
 const PAUSE_COUNT: u16 = 3000;
@@ -100,12 +102,10 @@ pub struct SvmVcpu {
     window: bool,
     /// Asked for by [`Vcpu::set_virtual_tpr`].
     tpr_threshold: u8,
-    /// This processor takes a virtual interrupt whose priority equals the TPR, too (QEMU does;
-    /// §15.21.2 says greater). Learned at the first such exit.
-    inclusive_priority: bool,
     dr: [u64; 4],
     tsc_aux: u64,
     xstate: XState,
+    has_xsave: bool,
 }
 
 impl SvmVcpu {
@@ -139,10 +139,10 @@ impl SvmVcpu {
             nmi: Nmi::default(),
             window: false,
             tpr_threshold: 0,
-            inclusive_priority: false,
             dr: [0; 4],
             tsc_aux: 0,
             xstate: XState::new(&config.xstate),
+            has_xsave: config.xstate.has_xsave(),
         };
         set_controls(vcpu.control_mut(), caps, &config);
         vcpu.reset();
@@ -238,14 +238,13 @@ impl SvmVcpu {
         self.flush();
     }
 
-    /// Brings V_IRQ and its priority to what is asked for.
+    /// Brings V_IRQ and its priority to what is asked for. Where CR8 writes exit, nothing can
+    /// lower the TPR unseen.
     fn arm_virtual_interrupt(&mut self) {
-        let priority =
-            self.tpr_threshold - u8::from(self.inclusive_priority && self.tpr_threshold > 0);
         let wanted = if self.window {
             IntCtl::V_IRQ | IntCtl::V_IGN_TPR | IntCtl::V_INTR_PRIO
-        } else if priority > 0 {
-            IntCtl::V_IRQ | IntCtl::from_bits_retain(u64::from(priority & 15) << 16)
+        } else if self.tpr_threshold > 0 && self.control().intercept_cr & CR8_WRITE == 0 {
+            IntCtl::V_IRQ | IntCtl::from_bits_retain(u64::from(self.tpr_threshold) << 16)
         } else {
             IntCtl::empty()
         };
@@ -256,21 +255,6 @@ impl SvmVcpu {
             control.int_ctl = word;
             control.clean &= !Clean::TPR;
         }
-    }
-
-    /// Which window a VINTR exit opened.
-    #[cold]
-    fn window_opened(&mut self) -> Exit {
-        if self.window {
-            return Exit::InterruptWindow;
-        }
-        let class = self.control().int_ctl.bits() as u8 & 15;
-        if class < self.tpr_threshold {
-            return Exit::TprBelowThreshold;
-        }
-        self.inclusive_priority = true;
-        self.arm_virtual_interrupt();
-        Exit::Benign
     }
 
     /// The long way into the guest: `Some` is an exit that needs no entry.
@@ -403,9 +387,14 @@ fn set_controls(control: &mut Control, caps: &SvmCaps, config: &SvmConfig) {
     .map(|exception| 1 << exception as u32)
     .iter()
     .fold(0, |bits, bit| bits | bit);
-    // CR, DR: none. TPR is V_TPR, CR2 and DR6/DR7 are in the VMCB, DR0–DR3 in the registers; CR0,
+    // CR, DR: none as a rule. TPR is V_TPR, CR2 and DR6/DR7 are in the VMCB, DR0–DR3 in the registers; CR0,
     // CR3 and CR4 do nothing under nested paging that the hardware does not do for the guest
-    // (§15.25.3).
+    // (§15.25.3). Old processors, and QEMU, which dies of some CR8 writes while a virtual
+    // interrupt waits and takes one of equal priority, are known by their lack of decode assists:
+    // there, CR8 writes exit.
+    if !caps.has(SvmFeatures::DECODE_ASSISTS) {
+        control.intercept_cr = CR8_WRITE;
+    }
     if caps.has(SvmFeatures::RDPRU) {
         control.intercept_misc2 |= Misc2::RDPRU;
     }
@@ -533,10 +522,12 @@ impl Vcpu for SvmVcpu {
         if !self.loaded() {
             return;
         }
+        let xcr0 = self.xcr0();
         self.host = 0;
         self.update_attention();
         // SAFETY: the state on the core is this vCPU's since `load`; else as there.
         unsafe {
+            self.xstate.set_xcr0(xcr0, false);
             self.xstate.save();
             self.dr = entry::save_debug();
             if self.features.contains(SvmFeatures::TSC_AUX) {
@@ -574,7 +565,7 @@ impl Vcpu for SvmVcpu {
         }
         let assists = self.features.contains(SvmFeatures::DECODE_ASSISTS);
         match decode(self.block(), assists) {
-            Exit::InterruptWindow => self.window_opened(),
+            Exit::InterruptWindow if !self.window => Exit::TprBelowThreshold,
             exit => exit,
         }
     }
@@ -823,8 +814,14 @@ impl Vcpu for SvmVcpu {
         true
     }
 
+    /// Of a loaded vCPU this is the register's: QEMU 7.2 has no XSETBV intercept.
     fn xcr0(&self) -> u64 {
-        self.xstate.xcr0()
+        if self.loaded() && self.has_xsave {
+            // SAFETY: with XSAVE, the core was made ready for it at bring-up.
+            unsafe { entry::read_xcr0() }
+        } else {
+            self.xstate.xcr0()
+        }
     }
 
     fn set_xcr0(&mut self, value: u64) {
