@@ -90,8 +90,6 @@ pub struct SvmVcpu {
     /// Physical address of the core's host VMCB while loaded.
     host: u64,
     attention: u8,
-    /// What the clean field becomes after an exit: all ones, or zero where there are none.
-    all_clean: Clean,
     features: SvmFeatures,
     vmcb: HostPage,
     /// VM_HSAVE_PA of the core this vCPU ran on last, 0 for none.
@@ -127,11 +125,6 @@ impl SvmVcpu {
             gprs: Gprs::default(),
             host: 0,
             attention: attention::UNLOADED,
-            all_clean: if caps.has(SvmFeatures::CLEAN_BITS) {
-                Clean::all()
-            } else {
-                Clean::empty()
-            },
             features: caps.features,
             vmcb,
             core: 0,
@@ -257,8 +250,55 @@ impl SvmVcpu {
         }
     }
 
-    /// The long way into the guest: `Some` is an exit that needs no entry.
+    /// Into the guest and back, with what every exit needs: RAX, which the hardware keeps, and the
+    /// fields that hold for one entry.
+    #[inline(always)]
+    fn switch(&mut self) {
+        let (guest, host) = (self.vmcb.phys().as_u64(), self.host);
+        self.block_mut().save.rax = self.gprs[Gpr::Rax];
+        // SAFETY: loaded (else `attention` is set, and `before_entry` says no), so that SVM is on
+        // and `host` was saved here; the block is this vCPU's, with the intercepts of
+        // `set_controls`; the caller has interrupts off, by the trait.
+        unsafe { entry::world_switch(&mut self.gprs, guest, host) };
+        let block = self.block_mut();
+        let (rax, info) = (block.save.rax, block.control.exit_int_info);
+        // Processors without clean bits ignore them.
+        block.control.clean = Clean::all();
+        block.control.tlb_control = tlb::KEEP;
+        block.control.event_inj = 0;
+        self.gprs[Gpr::Rax] = rax;
+        if info & event::VALID != 0 {
+            self.requeue();
+        }
+    }
+
+    #[inline(always)]
+    fn decode(&self) -> Exit {
+        match decode(self.block(), &self.features) {
+            Exit::InterruptWindow if !self.window => Exit::TprBelowThreshold,
+            exit => exit,
+        }
+    }
+
+    /// Queues the event again whose delivery was cut short.
     #[cold]
+    fn requeue(&mut self) {
+        let control = self.control_mut();
+        control.event_inj = requeue(control.exit_int_info);
+    }
+
+    /// [`Vcpu::enter`] while an NMI is being handled or waits, and of a vCPU that is not loaded.
+    #[cold]
+    #[inline(never)]
+    fn enter_attended(&mut self) -> Exit {
+        if let Some(exit) = self.before_entry() {
+            return exit;
+        }
+        self.switch();
+        self.after_exit().unwrap_or_else(|| self.decode())
+    }
+
+    /// What comes before an entry in that case: `Some` is an exit that needs no entry.
     fn before_entry(&mut self) -> Option<Exit> {
         if !self.loaded() {
             return Some(Exit::EntryFailed(EntryFailure {
@@ -288,8 +328,7 @@ impl SvmVcpu {
         None
     }
 
-    /// The long way out of the guest: `Some` is the exit in place of the hardware's.
-    #[cold]
+    /// What comes after it: `Some` is the exit in place of the hardware's.
     fn after_exit(&mut self) -> Option<Exit> {
         let code = self.control().exit_code as u32;
         let rip = self.save().rip;
@@ -461,7 +500,6 @@ fn decode_event(field: u64) -> Option<Event> {
 ///
 /// QEMU calls the delivery of a virtual interrupt an exception, and an NMI's one of vector 2;
 /// VMRUN refuses both as such.
-#[cold]
 fn requeue(info: u64) -> u64 {
     let kind = match (info & event::TYPE, info as u8) {
         (event::INTERRUPT, _) => event::INTERRUPT,
@@ -536,38 +574,14 @@ impl Vcpu for SvmVcpu {
         }
     }
 
-    #[inline]
+    // Inlined into the run loop, which then saves only the registers it needs across the switch.
+    #[inline(always)]
     fn enter(&mut self) -> Exit {
-        if self.attention != 0
-            && let Some(exit) = self.before_entry()
-        {
-            return exit;
+        if self.attention != 0 {
+            return self.enter_attended();
         }
-        let (guest, host) = (self.vmcb.phys().as_u64(), self.host);
-        self.block_mut().save.rax = self.gprs[Gpr::Rax];
-        // SAFETY: loaded, so that SVM is on and `host` was saved here; the block is this vCPU's,
-        // with the intercepts of `set_controls`; the caller has interrupts off, by the trait.
-        unsafe { entry::world_switch(&mut self.gprs, guest, host) };
-        let all_clean = self.all_clean;
-        let block = self.block_mut();
-        let (rax, info) = (block.save.rax, block.control.exit_int_info);
-        block.control.clean = all_clean;
-        block.control.tlb_control = tlb::KEEP;
-        block.control.event_inj = 0;
-        if info & event::VALID != 0 {
-            block.control.event_inj = requeue(info);
-        }
-        self.gprs[Gpr::Rax] = rax;
-        if self.attention != 0
-            && let Some(exit) = self.after_exit()
-        {
-            return exit;
-        }
-        let assists = self.features.contains(SvmFeatures::DECODE_ASSISTS);
-        match decode(self.block(), assists) {
-            Exit::InterruptWindow if !self.window => Exit::TprBelowThreshold,
-            exit => exit,
-        }
+        self.switch();
+        self.decode()
     }
 
     #[inline]
