@@ -10,4 +10,5 @@ pub mod page;
 pub mod paging;
 pub mod svm;
 pub mod virt;
+pub mod vmx;
 pub mod xstate;

@@ -1,6 +1,7 @@
 //! From the loader's jump to the first guest.
 
 use crate::frames::{self, Frames};
+use crate::backend::Backend;
 use crate::{console, panic, run};
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
@@ -75,8 +76,8 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
     let host = find_hardware(map, boot.rsdp_addr.into_option());
     let bundle = ramdisk(boot, map);
     match cpu::virt::extension() {
-        Ok(Extension::Vmx) => start::<crate::run::VmxBackend>(&host, bundle),
-        Ok(Extension::Svm) => start::<crate::run::SvmBackend>(&host, bundle),
+        Ok(Extension::Vmx) => start::<crate::backend::VmxBackend>(&host, bundle),
+        Ok(Extension::Svm) => start::<crate::backend::SvmBackend>(&host, bundle),
         Err(error) => no_guests(&error),
     }
 }
@@ -244,7 +245,7 @@ pub fn host_pages(map: DirectMap, count: u64) -> Option<Vec<HostPage>> {
         .collect()
 }
 
-fn start<B: run::Backend>(host: &Host, bundle: &'static [u8]) -> ! {
+fn start<B: Backend>(host: &Host, bundle: &'static [u8]) -> ! {
     let backend = match B::enable(host) {
         Ok(backend) => backend,
         Err(error) => no_guests(&error),

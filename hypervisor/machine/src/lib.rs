@@ -6,8 +6,10 @@
 
 extern crate alloc;
 
+pub mod acpi;
 pub mod apic;
 pub mod clock;
+pub mod cpuid;
 pub mod emulate;
 pub mod map;
 #[cfg(any(test, feature = "mock"))]

@@ -156,6 +156,7 @@ impl Fetched {
             }),
             // Longer than CS or than an instruction may be.
             Err(DecoderError::NoMoreBytes) => Err(Fault::GP0.into()),
+            Err(_) if too_long(&mode, code, rip, options) => Err(Fault::GP0.into()),
             // An instruction that decodes, but not with this LOCK prefix or these operands.
             Err(_) if decode(&mode, code, rip, DecoderOptions::NO_INVALID_CHECK).is_ok() => {
                 Err(Fault::UD.into())
@@ -168,6 +169,16 @@ impl Fetched {
     pub fn next(&self) -> u64 {
         self.mode.advance(self.rip, self.instruction.len() as u64)
     }
+}
+
+/// Whether all 15 bytes are not enough; the decoder calls that invalid.
+fn too_long(mode: &CodeMode, code: &Code, rip: u64, options: u32) -> bool {
+    let shorter = code.truncated(MAX as usize - 1);
+    shorter != *code
+        && matches!(
+            decode(mode, &shorter, rip, options),
+            Err(DecoderError::NoMoreBytes)
+        )
 }
 
 fn fetch_more(

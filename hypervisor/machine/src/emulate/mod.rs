@@ -21,6 +21,8 @@ mod length;
 mod operand;
 mod string;
 mod string_io;
+#[cfg(test)]
+mod tests;
 
 use core::fmt;
 
