@@ -935,8 +935,9 @@ impl Vcpu for SvmVcpu {
             control.int_ctl = word;
             control.clean &= !Clean::TPR;
         }
+        let threshold = threshold & 15;
         if threshold != self.tpr_threshold {
-            self.tpr_threshold = threshold & 15;
+            self.tpr_threshold = threshold;
             self.arm_virtual_interrupt();
         }
     }
@@ -978,5 +979,356 @@ impl Vcpu for SvmVcpu {
         self.intercept_iret(false);
         self.update_attention();
         self.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bitmaps;
+    use super::*;
+    use crate::xstate::KNOWN;
+    use alloc::boxed::Box;
+
+    const QEMU: SvmFeatures = SvmFeatures::NESTED_PAGING.union(SvmFeatures::VGIF);
+
+    fn vcpu(features: SvmFeatures) -> SvmVcpu {
+        let caps = SvmCaps {
+            revision: 1,
+            asids: 16,
+            features,
+        };
+        let config = SvmConfig {
+            nested_root: HostPhysAddr::new(0x5000),
+            asid: 15,
+            asid_shared: false,
+            bitmaps: Box::leak(Box::new(bitmaps::tests::maps(&caps))),
+            xstate: XStateCaps::detect(KNOWN),
+        };
+        let mut vcpu = SvmVcpu::new(&caps, HostPage::for_test(), config).expect("a vCPU");
+        vcpu.exits(0, 0xfff0);
+        vcpu
+    }
+
+    impl SvmVcpu {
+        /// What `switch` leaves behind when the guest exits with `code` at `rip`.
+        fn exits(&mut self, code: u32, rip: u64) {
+            let block = self.block_mut();
+            block.save.rip = rip;
+            block.control.exit_code = code.into();
+            block.control.event_inj = 0;
+            block.control.clean = Clean::all();
+            block.control.tlb_control = tlb::KEEP;
+        }
+    }
+
+    #[test]
+    fn asids_are_checked() {
+        let caps = SvmCaps {
+            revision: 1,
+            asids: 16,
+            features: QEMU,
+        };
+        for asid in [0, 16] {
+            let config = SvmConfig {
+                nested_root: HostPhysAddr::new(0),
+                asid,
+                asid_shared: false,
+                bitmaps: Box::leak(Box::new(bitmaps::tests::maps(&caps))),
+                xstate: XStateCaps::detect(KNOWN),
+            };
+            let error = SvmVcpu::new(&caps, HostPage::for_test(), config).err();
+            assert_eq!(
+                error,
+                Some(SvmError::Asid {
+                    asked: asid,
+                    highest: 15
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn a_vcpu_that_is_not_loaded_does_not_run() {
+        assert!(matches!(vcpu(QEMU).enter(), Exit::EntryFailed(_)));
+    }
+
+    #[test]
+    fn reset_is_the_manuals_and_can_be_entered() {
+        let vcpu = vcpu(QEMU);
+        assert_eq!(vcpu.violations(), Violations::empty());
+        assert_eq!(vcpu.cr(ControlRegister::Cr0), 0x6000_0010);
+        assert_eq!((vcpu.efer(), vcpu.rip(), vcpu.cpl()), (0, 0xfff0, 0));
+        assert_eq!(vcpu.rflags().bits(), 2);
+        let cs = vcpu.segment(SegmentRegister::Cs);
+        assert_eq!(
+            (cs.selector, cs.base, cs.limit, cs.rights.0),
+            (0xf000, 0xffff_0000, 0xffff, 0x9b)
+        );
+        assert_eq!(vcpu.segment(SegmentRegister::Tr).rights.0, 0x8b);
+        assert_eq!(vcpu.msr(msr::IA32_PAT), Some(0x0007_0406_0007_0406));
+    }
+
+    #[test]
+    fn writing_a_group_clears_its_clean_bit() {
+        use ControlRegister::{Cr0, Cr2, Cr3, Cr4, Cr8};
+        type Write = fn(&mut SvmVcpu);
+        let cases: [(Clean, Write); 15] = [
+            (Clean::CRX, |v| v.set_cr(Cr0, 0x31)),
+            (Clean::CR2, |v| v.set_cr(Cr2, 1)),
+            (Clean::CRX, |v| v.set_cr(Cr3, 1)),
+            (Clean::CRX, |v| v.set_cr(Cr4, 0x20)),
+            (Clean::TPR, |v| v.set_cr(Cr8, 3)),
+            (Clean::CRX, |v| v.set_efer(1)),
+            (Clean::DRX, |v| v.set_dr(DebugRegister::Dr7, 0x401)),
+            (Clean::TABLES, |v| v.set_gdtr(DescriptorTable::default())),
+            (Clean::SEGMENTS, |v| {
+                v.set_segment(SegmentRegister::Ds, Segment::default())
+            }),
+            (Clean::NESTED, |v| assert!(v.set_msr(msr::IA32_PAT, 6))),
+            (Clean::LBR, |v| assert!(v.set_msr(msr::IA32_DEBUGCTL, 1))),
+            (Clean::INTERCEPTS, |v| v.set_tsc_offset(5)),
+            (Clean::TPR, |v| v.request_interrupt_window(true)),
+            (Clean::NESTED, |v| v.flush_nested(HostPhysAddr::new(0x9000))),
+            (Clean::empty(), |v| {
+                v.set_rip(5);
+                v.set_rsp(5);
+                v.set_rflags(RFlags::IF);
+                v.set_virtual_tpr(0, 0);
+                v.request_interrupt_window(false);
+                assert!(v.set_msr(msr::IA32_LSTAR, 5));
+                assert!(v.inject(Event::UD));
+            }),
+        ];
+        for (number, (group, write)) in cases.into_iter().enumerate() {
+            let mut vcpu = vcpu(QEMU);
+            write(&mut vcpu);
+            assert_eq!(vcpu.control().clean, Clean::all() & !group, "case {number}");
+        }
+    }
+
+    #[test]
+    fn flushes_are_as_narrow_as_the_processor_can() {
+        for (more, expected) in [
+            (SvmFeatures::empty(), tlb::FLUSH_ALL),
+            (SvmFeatures::FLUSH_BY_ASID, tlb::FLUSH_GUEST),
+        ] {
+            let mut vcpu = vcpu(QEMU | more);
+            vcpu.set_cr(ControlRegister::Cr3, 0x1000);
+            assert_eq!(vcpu.control().tlb_control, expected);
+        }
+    }
+
+    #[test]
+    fn long_mode_follows_paging() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.set_cr(ControlRegister::Cr4, 0x20);
+        vcpu.set_efer(0x100);
+        assert_eq!(vcpu.efer(), 0x100);
+        vcpu.set_cr(ControlRegister::Cr0, 0x8000_0001);
+        assert_eq!(
+            (vcpu.efer(), vcpu.cr(ControlRegister::Cr0)),
+            (0x500, 0x8000_0011)
+        );
+        vcpu.set_cr(ControlRegister::Cr0, 1);
+        assert_eq!(vcpu.efer(), 0x100);
+        assert_eq!(
+            vcpu.save().efer,
+            0x1100,
+            "SVME, which the guest does not see"
+        );
+    }
+
+    #[test]
+    fn broken_state_is_named() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.set_efer(0x100);
+        vcpu.set_cr(ControlRegister::Cr0, 0x8000_0001);
+        assert_eq!(vcpu.violations(), Violations::LONG_MODE);
+        vcpu.set_cr(ControlRegister::Cr0, 0x2000_0000);
+        assert_eq!(vcpu.violations(), Violations::CACHE);
+    }
+
+    #[test]
+    fn cpl_is_that_of_ss() {
+        let mut vcpu = vcpu(QEMU);
+        let user = Segment {
+            selector: 0x2b,
+            rights: arch::AccessRights(0xc0f3),
+            limit: !0,
+            base: 0,
+        };
+        vcpu.set_segment(SegmentRegister::Ss, user);
+        assert_eq!((vcpu.cpl(), vcpu.segment(SegmentRegister::Ss)), (3, user));
+        // SYSRET leaves CPL 3 with whatever DPL was there.
+        vcpu.block_mut().save.segments[SegmentRegister::Ss as usize].attributes = 0xc93;
+        assert_eq!(vcpu.segment(SegmentRegister::Ss).rights.dpl(), 3);
+    }
+
+    #[test]
+    fn next_rip_only_where_it_is_told() {
+        let next = |features, code: u32, nrip, info2| {
+            let mut vcpu = vcpu(features);
+            vcpu.exits(code, 0x1000);
+            vcpu.control_mut().next_rip = nrip;
+            vcpu.control_mut().exit_info_2 = info2;
+            vcpu.next_rip()
+        };
+        let nrips = QEMU | SvmFeatures::NEXT_RIP;
+        assert_eq!(next(QEMU, code::CPUID, 0x1002, 0), None);
+        assert_eq!(next(nrips, code::CPUID, 0x1002, 0), Some(0x1002));
+        assert_eq!(next(nrips, code::NPF, 0, 0xfee0_0000), None);
+        assert_eq!(next(QEMU, code::IOIO, 0, 0x1001), Some(0x1001));
+    }
+
+    #[test]
+    fn events_keep_their_shape() {
+        for (event, field) in [
+            (Event::Interrupt(Vector(0x30)), 0x8000_0030),
+            (Event::Nmi, 0x8000_0202),
+            (Event::UD, 0x8000_0306),
+            (Event::page_fault(7), 0x7_8000_0b0e),
+        ] {
+            assert_eq!(encode(event, true), Some(field));
+            assert_eq!(decode_event(field), Some(event));
+        }
+        assert_eq!(
+            encode(Event::GP0, false),
+            Some(0x8000_030d),
+            "none in real mode"
+        );
+        assert_eq!(decode_event(0x30), None);
+    }
+
+    #[test]
+    fn cut_deliveries_come_again() {
+        for (info, again) in [
+            (0x8000_0030, 0x8000_0030),     // interrupt
+            (0x8000_0202, 0x8000_0202),     // NMI
+            (0x5_8000_0b0d, 0x5_8000_0b0d), // #GP(5)
+            (0x5_8000_0306, 0x8000_0306),   // stray error code
+            (0x8000_0330, 0x8000_0030),     // QEMU: a virtual interrupt
+            (0x8000_0302, 0x8000_0202),     // QEMU: an NMI
+            (0x8000_0303, 0),               // INT3 executes again
+            (0x8000_0480, 0),               // so does INT 80h
+        ] {
+            assert_eq!(requeue(info), again, "{info:#x}");
+        }
+    }
+
+    #[test]
+    fn an_exception_joins_what_was_cut_short() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.set_cr(ControlRegister::Cr0, 1);
+        vcpu.control_mut().event_inj = requeue(0x8000_0b0e);
+        assert!(vcpu.inject(Event::GP0));
+        let double = Event::Exception {
+            exception: Exception::DoubleFault,
+            error_code: Some(0),
+        };
+        assert_eq!(vcpu.pending_event(), Some(double));
+        assert!(!vcpu.inject(Event::GP0), "triple fault");
+    }
+
+    #[test]
+    fn windows_are_virtual_interrupts() {
+        let mask = IntCtl::V_IRQ | IntCtl::V_IGN_TPR | IntCtl::V_INTR_PRIO;
+        let armed = |vcpu: &SvmVcpu| vcpu.control().int_ctl & mask;
+        let mut modern = vcpu(QEMU | SvmFeatures::DECODE_ASSISTS);
+        modern.set_virtual_tpr(0x60, 5);
+        assert_eq!(armed(&modern).bits(), 0x5_0100);
+        assert_eq!(modern.virtual_tpr(), Some(0x60));
+        modern.exits(code::VINTR, 0);
+        assert_eq!(modern.decode(), Exit::TprBelowThreshold);
+        modern.request_interrupt_window(true);
+        assert_eq!(armed(&modern), mask);
+        assert_eq!(modern.decode(), Exit::InterruptWindow);
+        modern.request_interrupt_window(false);
+        modern.set_virtual_tpr(0x60, 0);
+        assert_eq!(armed(&modern), IntCtl::empty());
+        // Where CR8 writes exit, there is no threshold to watch.
+        let mut old = vcpu(QEMU);
+        old.set_virtual_tpr(0x60, 5);
+        assert_eq!(armed(&old), IntCtl::empty());
+    }
+
+    #[test]
+    fn shadows_hold_events_back_until_the_next_instruction() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.set_rflags(RFlags::IF);
+        vcpu.control_mut().interrupt_shadow = 1;
+        assert_eq!(vcpu.interruptibility(), Interruptibility::default());
+        vcpu.set_rip(1);
+        let open = Interruptibility {
+            interrupts_open: true,
+            nmi_open: true,
+        };
+        assert_eq!(vcpu.interruptibility(), open);
+        assert!(vcpu.inject(Event::Nmi));
+        assert_eq!(vcpu.interruptibility(), Interruptibility::default());
+    }
+
+    #[test]
+    fn an_nmi_blocks_until_its_iret_completed() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.host = 0x1000; // as if loaded
+        assert!(vcpu.inject(Event::Nmi));
+        assert!(vcpu.control().intercept_misc1.contains(Misc1::IRET));
+        // The handler runs; a second NMI waits.
+        vcpu.exits(code::CPUID, 0x100);
+        assert_eq!(vcpu.after_exit(), None);
+        vcpu.request_nmi_window(true);
+        assert_eq!(vcpu.before_entry(), None);
+        assert!(
+            !vcpu.rflags().contains(RFlags::TF),
+            "no step before the IRET"
+        );
+        // It reaches its IRET, which is then stepped over.
+        vcpu.exits(code::IRET, 0x110);
+        assert_eq!(vcpu.after_exit(), None);
+        assert!(!vcpu.interruptibility().nmi_open);
+        assert!(!vcpu.control().intercept_misc1.contains(Misc1::IRET));
+        assert_eq!(vcpu.before_entry(), None);
+        assert!(vcpu.rflags().contains(RFlags::TF));
+        // A nested fault on the way hides the step again.
+        vcpu.exits(code::NPF, 0x110);
+        assert_eq!(vcpu.after_exit(), None);
+        assert!(!vcpu.rflags().contains(RFlags::TF) && !vcpu.interruptibility().nmi_open);
+        assert_eq!(vcpu.before_entry(), None);
+        // Done: flags are those that IRET brought, DR6 is as it was.
+        vcpu.exits(code::EXCEPTION_DB, 0x2000);
+        vcpu.block_mut().save.rflags = 0x302;
+        vcpu.block_mut().save.dr6 |= DR6_BS;
+        assert_eq!(vcpu.after_exit(), Some(Exit::NmiWindow));
+        assert_eq!(
+            (vcpu.rflags().bits(), vcpu.dr(DebugRegister::Dr6)),
+            (0x302, DR6_FIXED)
+        );
+        assert!(vcpu.interruptibility().nmi_open);
+        assert_eq!(vcpu.attention, 0);
+        vcpu.host = 0;
+    }
+
+    #[test]
+    fn an_open_nmi_window_is_told_at_once_and_once() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.host = 0x1000; // as if loaded
+        vcpu.request_nmi_window(true);
+        assert_eq!(vcpu.before_entry(), Some(Exit::NmiWindow));
+        assert_eq!(vcpu.before_entry(), None);
+        vcpu.host = 0;
+    }
+
+    #[test]
+    fn with_virtual_nmis_the_hardware_keeps_the_blocking() {
+        let mut vcpu = vcpu(QEMU | SvmFeatures::VNMI);
+        assert!(vcpu.inject(Event::Nmi));
+        assert!(
+            vcpu.control()
+                .int_ctl
+                .contains(IntCtl::V_NMI | IntCtl::V_NMI_ENABLE)
+        );
+        assert_eq!(vcpu.pending_event(), None);
+        assert!(vcpu.interruptibility().nmi_open);
+        assert!(!vcpu.control().intercept_misc1.contains(Misc1::IRET));
     }
 }
