@@ -4,7 +4,7 @@ use crate::bring_up::{Host, host_page, host_pages};
 use crate::frames::Frames;
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
-use arch::{FrameSource, HostPhysAddr, PageSize, Vcpu};
+use arch::{Cr4, FrameSource, HostPhysAddr, PageSize, Vcpu};
 use core::arch::x86_64::__cpuid_count;
 use cpu::page::HostPage;
 use cpu::svm::{Svm, SvmBitmaps, SvmCaps, SvmConfig, SvmFeatures, SvmVcpu};
@@ -22,13 +22,15 @@ pub trait Backend: Sized {
     const FORMAT: Format;
     /// Turns the extension on, on this core.
     fn enable(host: &Host) -> Result<Self, VirtUnavailable>;
-    /// A vCPU with these nested tables, and the local APIC's register page.
+    /// A vCPU with these nested tables, the local APIC's register page, and the bits of CR4 that
+    /// its CPUID allows.
     fn create_vcpu(
         &mut self,
         host: &Host,
         number: u16,
         root: HostPhysAddr,
         apic_page: HostPhysAddr,
+        cr4: u64,
     ) -> Result<Self::Vcpu, String>;
     /// Takes a vCPU's pages back.
     fn destroy_vcpu(&mut self, vcpu: Self::Vcpu);
@@ -97,13 +99,17 @@ impl Backend for VmxBackend {
         number: u16,
         root: HostPhysAddr,
         apic_page: HostPhysAddr,
+        cr4: u64,
     ) -> Result<VmxVcpu, String> {
         let [vmcs, msr_bitmap] = pages(host).ok_or("there is no memory for its control pages")?;
+        let cr4_guest = Cr4::from_bits_retain(cr4) & VmxConfig::CR4_GUEST;
         let config = VmxConfig {
             ept_root: root,
             vpid: number + 1,
             virtual_apic_page: Some(apic_page),
             apic_access_page: self.apic_access_page(),
+            cr4_guest,
+            speculation_control: false,
             xstate: self.xstate,
         };
         // SAFETY: VMX and the extended state are on here; the pages are fresh; the tables and the
@@ -162,6 +168,7 @@ impl Backend for SvmBackend {
         number: u16,
         root: HostPhysAddr,
         _: HostPhysAddr,
+        _: u64,
     ) -> Result<SvmVcpu, String> {
         let vmcb = host_page(host.map).ok_or("there is no memory for its control block")?;
         // One tag each while they last; beyond that they share, and pay with flushes.

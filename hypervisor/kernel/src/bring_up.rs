@@ -11,7 +11,7 @@ use cpu::host::{CoreTables, EmergencyStacks, InterruptFrame};
 use cpu::page::HostPage;
 use cpu::virt::{Extension, VirtUnavailable};
 use hw::acpi::AcpiInfo;
-use hw::{CoreTimer, DirectMap, LocalApic, Serial, TextScreen};
+use hw::{CoreTimer, DirectMap, Framebuffer, LocalApic, Screen, Serial};
 use log::{error, info, warn};
 use spin::Once;
 use vm::config::{Config, WhenDone};
@@ -53,10 +53,8 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
     let top = boot.memory_regions.iter().map(|region| region.end).max().unwrap_or(0);
     // SAFETY: the hand-off promises this window (see boot/); without it nothing can be reached.
     let map = unsafe { DirectMap::new(offset.unwrap_or(0), top.max(4 << 30)) };
-    let text_mode = boot.framebuffer.as_ref().is_none();
-    // SAFETY: the loader is gone, so the port and the text buffer are ours.
-    let (serial, screen) =
-        unsafe { (Serial::com1(), text_mode.then(|| TextScreen::new(map))) };
+    // SAFETY: the loader is gone, so the port and the screen are ours.
+    let (serial, screen) = unsafe { (Serial::com1(), find_screen(boot, map)) };
     // SAFETY: the loader's memory map is the truth about what is free.
     let memory = unsafe { frames::init(&boot.memory_regions, map) };
     console::init(serial, screen);
@@ -107,6 +105,28 @@ pub fn end(status: u32, reason: &str) -> ! {
         }
     }
     cpu::host::stop()
+}
+
+/// The framebuffer that the loader handed over, else VGA text.
+///
+/// # Safety
+/// Nothing else writes the screen.
+unsafe fn find_screen(boot: &BootInfo, map: DirectMap) -> Option<Screen> {
+    let Some(frame) = boot.framebuffer.as_ref() else {
+        // SAFETY: promised by the caller; without a framebuffer the loader left text mode.
+        return Some(unsafe { Screen::text(map) });
+    };
+    let info = frame.info();
+    let frame = Framebuffer {
+        start: map.physical(frame.buffer().as_ptr()),
+        bytes: info.byte_len as u64,
+        width: info.width,
+        height: info.height,
+        stride: info.stride,
+        bytes_per_pixel: info.bytes_per_pixel,
+    };
+    // SAFETY: promised by the caller.
+    unsafe { Screen::pixels(map, frame) }
 }
 
 /// The loader's page tables: scaffold removed, rights checked.

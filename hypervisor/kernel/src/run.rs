@@ -215,8 +215,9 @@ impl<B: Backend> Core<'_, B> {
             apic_access_page: self.backend.apic_access_page(),
         };
         let backend = &mut self.backend;
-        let vm = Vm::new(setup, &mut |root, apic_page| {
-            backend.create_vcpu(host, number as u16, root, host.map.physical(apic_page))
+        let vm = Vm::new(setup, &mut |root, apic_page, cr4| {
+            let apic_page = host.map.physical(apic_page);
+            backend.create_vcpu(host, number as u16, root, apic_page, cr4)
         })?;
         let vm = Box::new(vm);
         info!(

@@ -849,3 +849,269 @@ fn ratio(khz: u32) -> (u32, u32) {
     }
     (p as u32, q.max(1) as u32)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{clock::TscClock, fake::FakeVcpu};
+
+    /// A machine that sets every bit of every feature register.
+    fn everything(vendor: &'static [u8; 12], leaf: u32, subleaf: u32) -> Regs {
+        let [_, first, second, third] = signature(0, *vendor);
+        match (leaf, subleaf) {
+            // EBX, EDX, ECX hold the vendor in this order.
+            (0, _) => [0x20, first, third, second],
+            (EXTENDED, _) => [0x8000_0028, first, third, second],
+            (4 | 0x8000_001d, 0..3) => [0xfc03_c101 | (subleaf + 1) << 5, 0x1c0_003f, 63, 0],
+            (4 | 0x8000_001d, _) => [0; 4],
+            (0xd, 0) => [0x602e7, 0xa80, 0xa80, 0],
+            (0xd, 2) => [256, 576, 0, 0],
+            (0xd, 5) => [64, 832, 0, 0],
+            (0xd, 6) => [512, 896, 0, 0],
+            (0xd, 7) => [1024, 1408, 0, 0],
+            (0xd, 9) => [8, 2432, 0, 0],
+            (0x8000_0008, _) => [0x3930, u32::MAX, u32::MAX, u32::MAX],
+            _ => [u32::MAX; 4],
+        }
+    }
+
+    const ALL: Enabled = Enabled {
+        rdtscp: true,
+        invpcid: true,
+        xsaves: true,
+        spec_ctrl: true,
+        xcr0: u64::MAX,
+        arch_capabilities: u64::MAX,
+    };
+
+    struct World {
+        policy: CpuidPolicy,
+        vcpu: FakeVcpu,
+        apic: LocalApic,
+    }
+
+    impl World {
+        fn new(vendor: &'static [u8; 12], vcpus: u32, enabled: Enabled) -> Self {
+            let config = CpuidConfig {
+                vcpus,
+                tsc_khz: 2_995_201,
+                enabled,
+            };
+            Self {
+                policy: CpuidPolicy::build(&|l, s| everything(vendor, l, s), &config),
+                vcpu: FakeVcpu::default(),
+                apic: LocalApic::new(vcpus - 1, false, 46, TscClock::new(2_995_201)),
+            }
+        }
+
+        fn cpuid(&self, leaf: u32, subleaf: u32) -> Regs {
+            self.policy.answer(leaf, subleaf, &self.vcpu, &self.apic)
+        }
+    }
+
+    const INTEL: &[u8; 12] = b"GenuineIntel";
+    const AMD: &[u8; 12] = b"AuthenticAMD";
+
+    #[test]
+    fn the_vendor_passes_and_the_hypervisor_says_so() {
+        let world = World::new(INTEL, 1, ALL);
+        assert!(world.policy.features().intel);
+        let [max, b, c, d] = world.cpuid(0, 0);
+        assert_eq!(max, LAST_BASIC);
+        let name = [b, d, c].map(u32::to_le_bytes);
+        assert_eq!(name.as_flattened(), b"GenuineIntel");
+        assert!(World::new(AMD, 1, ALL).policy.features().amd);
+    }
+
+    #[test]
+    fn what_software_or_nobody_provides() {
+        let bit = |word: u32, n: u32| word >> n & 1;
+        for vendor in [INTEL, AMD] {
+            let world = World::new(vendor, 1, ALL);
+            let one = world.cpuid(1, 0);
+            for shown in [21, 24, 31] {
+                assert_eq!(bit(one[ECX], shown), 1, "1.ECX[{shown}]");
+            }
+            for hidden in [2, 3, 4, 5, 6, 7, 8, 10, 11, 14, 15, 16, 18, 27] {
+                assert_eq!(bit(one[ECX], hidden), 0, "1.ECX[{hidden}]");
+            }
+            for hidden in [18, 21, 22, 28, 29, 30, 31] {
+                assert_eq!(bit(one[EDX], hidden), 0, "1.EDX[{hidden}]");
+            }
+            let seven = world.cpuid(7, 0);
+            assert_eq!(bit(seven[EDX], 4), 0, "FSRM");
+            assert_eq!(bit(seven[EBX], 2) | bit(seven[EBX], 25), 0, "SGX, PT");
+            assert_eq!(world.cpuid(6, 0), [4, 0, 0, 0], "ARAT only");
+            for leaf in [3, 5, 9, 0xa, 0xc, 0xe, 0xf, 0x10, 0x11, 0x12] {
+                assert_eq!(world.cpuid(leaf, 0)[EAX..ECX], [0, 0], "leaf {leaf:#x}");
+            }
+            let ext = world.cpuid(0x8000_0001, 0);
+            assert_eq!(bit(ext[ECX], 2), 0, "SVM");
+            assert_eq!(world.cpuid(0x8000_0007, 0), [0, 0, 0, 1 << 8]);
+            if vendor == AMD {
+                assert_eq!(world.cpuid(0x8000_000a, 0), [0; 4], "SVM revision");
+            }
+        }
+    }
+
+    #[test]
+    fn a_bare_machine_still_gives_what_software_provides() {
+        let config = CpuidConfig {
+            vcpus: 1,
+            tsc_khz: 1_000_000,
+            enabled: Enabled::default(),
+        };
+        let policy = CpuidPolicy::build(&|_, _| [0; 4], &config);
+        let apic = LocalApic::new(0, true, 36, TscClock::new(1_000_000));
+        let vcpu = FakeVcpu::default();
+        let one = policy.answer(1, 0, &vcpu, &apic);
+        assert_eq!(one[ECX], bits(&[21, 24, 31]));
+        assert_eq!(one[EDX], bits(&[9, 12, 16]));
+        assert_eq!(policy.features().phys_bits, 36);
+        assert_eq!(policy.features().xcr0, 0);
+    }
+
+    #[test]
+    fn features_that_need_the_backend_go_with_it() {
+        let world = World::new(INTEL, 1, Enabled::default());
+        let seven = world.cpuid(7, 0);
+        assert_eq!(
+            seven[EBX] & bits(&[5, 10, 16, 31]),
+            0,
+            "AVX2, INVPCID, AVX-512"
+        );
+        assert_eq!(seven[ECX] & bits(&[3, 22]), 0, "PKU, RDPID");
+        assert_eq!(seven[EDX] & bits(&[26, 27, 29, 31]), 0, "speculation");
+        assert_eq!(
+            world.cpuid(1, 0)[ECX] & bits(&[12, 26, 28, 29]),
+            0,
+            "XSAVE, AVX"
+        );
+        assert_eq!(world.cpuid(0xd, 0), [0; 4]);
+        assert_eq!(world.cpuid(0x8000_0001, 0)[EDX] >> 27 & 1, 0, "RDTSCP");
+        let features = world.policy.features();
+        assert_eq!(
+            (features.spec_ctrl, features.xcr0, features.ibpb),
+            (0, 0, false)
+        );
+        assert_eq!(features.cr4 & (Cr4::OSXSAVE | Cr4::PKE).bits(), 0);
+    }
+
+    #[test]
+    fn the_vcpu_shows_through_where_it_should() {
+        let mut world = World::new(INTEL, 3, ALL);
+        assert_eq!(world.cpuid(1, 0)[EBX] >> 24, 2, "APIC id");
+        assert_eq!(world.cpuid(1, 0)[EBX] >> 16 & 0xff, 4, "ids in the package");
+        assert_eq!(world.cpuid(1, 0)[ECX] >> 27 & 1, 0);
+        assert_eq!(world.cpuid(7, 0)[ECX] >> 4 & 1, 0);
+        world.vcpu.cr4 = (Cr4::OSXSAVE | Cr4::PKE).bits();
+        assert_eq!(world.cpuid(1, 0)[ECX] >> 27 & 1, 1, "OSXSAVE");
+        assert_eq!(world.cpuid(7, 0)[ECX] >> 4 & 1, 1, "OSPKE");
+        assert_eq!(world.cpuid(1, 0)[EDX] >> 9 & 1, 1, "APIC");
+        world.apic.set_base_msr(0xfee0_0000).unwrap();
+        assert_eq!(world.cpuid(1, 0)[EDX] >> 9 & 1, 0, "APIC off");
+    }
+
+    #[test]
+    fn topology_is_one_package_of_one_thread_cores() {
+        let world = World::new(INTEL, 3, ALL);
+        for leaf in [0xb, 0x1f] {
+            assert_eq!(world.cpuid(leaf, 0), [0, 1, 0x100, 2]);
+            assert_eq!(world.cpuid(leaf, 1), [2, 3, 0x201, 2]);
+            assert_eq!(world.cpuid(leaf, 2), [0, 0, 2, 2]);
+        }
+        let l1 = world.cpuid(4, 0)[EAX];
+        let l3 = world.cpuid(4, 2)[EAX];
+        assert_eq!((l1 >> 14 & 0xfff, l1 >> 26), (0, 3));
+        assert_eq!((l3 >> 14 & 0xfff, l3 >> 26), (3, 3));
+        assert_eq!(world.cpuid(4, 3), [0; 4]);
+
+        let world = World::new(AMD, 3, ALL);
+        assert_eq!(world.cpuid(0x8000_0008, 0)[ECX], 2 << 12 | 2);
+        assert_eq!(world.cpuid(0x8000_001e, 0), [2, 2, 0, 0]);
+        assert_eq!(world.cpuid(0x8000_001d, 0)[EAX] >> 26, 0);
+        assert_eq!(world.cpuid(0x8000_0001, 0)[ECX] >> 1 & 1, 1);
+    }
+
+    #[test]
+    fn extended_state_is_sized_by_what_is_enabled() {
+        let mut world = World::new(INTEL, 1, ALL);
+        // No MPX, no AMX.
+        assert_eq!(world.policy.features().xcr0, 0x2e7);
+        world.vcpu.xcr0 = 1;
+        assert_eq!(world.cpuid(0xd, 0), [0x2e7, 576, 2440, 0]);
+        world.vcpu.xcr0 = 7;
+        assert_eq!(world.cpuid(0xd, 0)[EBX], 832);
+        assert_eq!(world.cpuid(0xd, 1), [0xf, 832, 0, 0]);
+        world.vcpu.xcr0 = 0x207;
+        assert_eq!(world.cpuid(0xd, 0)[EBX], 2440);
+        assert_eq!(world.cpuid(0xd, 1)[EBX], 840);
+        assert_eq!(world.cpuid(0xd, 2), [256, 576, 0, 0]);
+        assert_eq!(world.cpuid(0xd, 3), [0; 4]);
+        assert_eq!(world.cpuid(0xd, u32::MAX), [0; 4]);
+        let avx = Enabled { xcr0: 7, ..ALL };
+        let world = World::new(INTEL, 1, avx);
+        assert_eq!(
+            world.cpuid(7, 0)[EBX] & bits(&[5, 16]),
+            bits(&[5]),
+            "AVX2, no AVX-512"
+        );
+    }
+
+    #[test]
+    fn frequencies_agree_and_fit_a_kernels_arithmetic() {
+        let world = World::new(INTEL, 1, ALL);
+        let [denominator, numerator, crystal, _] = world.cpuid(0x15, 0);
+        assert_eq!(crystal, TIMER_HZ);
+        let khz = (crystal / 1000).checked_mul(numerator).unwrap() / denominator;
+        assert!(khz.abs_diff(2_995_201) < 300, "{khz}");
+        assert_eq!(world.cpuid(0x4000_0010, 0), [2_995_201, 1_000_000, 0, 0]);
+        for khz in [
+            1, 100_000, 1_000_000, 2_400_000, 1_996_249, 3_999_999, 6_000_000,
+        ] {
+            let (n, d) = ratio(khz);
+            assert!(n.checked_mul(1_000_000).is_some());
+            let back = u64::from(n) * 1_000_000 / u64::from(d);
+            assert!(
+                back.abs_diff(khz.into()) <= 1 + u64::from(khz) / 1_000_000,
+                "{khz}: {n}/{d}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_hypervisor_is_found_by_its_own_name_and_by_kvms() {
+        let world = World::new(AMD, 1, ALL);
+        let [max, b, c, d] = world.cpuid(0x4000_0000, 0);
+        assert_eq!(max, 0x4000_0010);
+        let name = [b, c, d].map(u32::to_le_bytes);
+        assert_eq!(name.as_flattened(), b"TesseraTesse");
+        let [max, b, c, d] = world.cpuid(0x4000_0100, 0);
+        assert!(max >= 0x4000_0101);
+        let name = [b, c, d].map(u32::to_le_bytes);
+        assert_eq!(name.as_flattened(), b"KVMKVMKVM\0\0\0");
+        assert_eq!(world.cpuid(0x4000_0101, 0), [0x0100_000b, 0, 0, 0]);
+        assert_eq!(world.cpuid(0x4000_0200, 0), [0; 4]);
+    }
+
+    #[test]
+    fn leaves_that_do_not_exist() {
+        let intel = World::new(INTEL, 1, ALL);
+        assert_eq!(intel.cpuid(0x20, 1), intel.cpuid(0x1f, 1));
+        assert_eq!(intel.cpuid(0x8000_0009, 0), intel.cpuid(0x1f, 0));
+        assert_eq!(intel.cpuid(0x4000_4000, 0), [0; 4]);
+        let amd = World::new(AMD, 1, ALL);
+        assert_eq!(amd.cpuid(0x15, 0), [0; 4]);
+        assert_eq!(amd.cpuid(0x8000_0022, 0), [0; 4]);
+        assert_eq!(amd.cpuid(u32::MAX, u32::MAX), [0; 4]);
+    }
+
+    #[test]
+    fn every_rule_names_its_register_once() {
+        for (i, a) in RULES.iter().enumerate() {
+            assert_eq!(a.allow & a.force, 0, "{:#x}", a.leaf);
+            let same = |b: &&Rule| (a.leaf, a.subleaf, a.reg) == (b.leaf, b.subleaf, b.reg);
+            assert!(RULES[i + 1..].iter().find(same).is_none());
+        }
+    }
+}

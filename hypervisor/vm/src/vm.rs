@@ -8,7 +8,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use arch::{FrameSource, GuestPhysAddr, HostPhysAddr, MemoryFault, Nanos, PhysMemory, Vcpu};
 use core::fmt;
-use machine::acpi::{self, AcpiConfig, TooLarge};
+use machine::acpi::{self, AcpiConfig};
 use machine::clock::TscClock;
 use machine::cpuid::{CpuidConfig, CpuidPolicy, Enabled};
 use machine::msr::MsrState;
@@ -100,9 +100,6 @@ pub enum VmError {
     /// A page cannot be mapped.
     #[error("address space: {0}")]
     Map(#[from] MapError),
-    /// Firmware tables do not fit.
-    #[error("{0}")]
-    Tables(#[from] TooLarge),
     /// The host ran out of memory while the VM was made.
     #[error("writing its memory: {0:?}")]
     Memory(MemoryFault),
@@ -139,9 +136,10 @@ pub struct VmSetup<'a, P, F> {
     pub apic_access_page: Option<HostPhysAddr>,
 }
 
-/// Makes the vCPU, given the root of the nested tables and the local APIC's register page.
+/// Makes the vCPU, given the root of the nested tables, the local APIC's register page, and the
+/// bits of CR4 that CPUID allows.
 pub type MakeVcpu<'a, V> =
-    &'a mut dyn FnMut(HostPhysAddr, *const u8) -> Result<V, String>;
+    &'a mut dyn FnMut(HostPhysAddr, *const u8, u64) -> Result<V, String>;
 
 fn image<'a>(bundle: &Bundle<'a>, image: &'a ImageName) -> Result<Image<'a>, BundleError> {
     Ok(Image { name: &image.name, data: bundle.get(&image.name)? })
@@ -235,15 +233,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             debug_exit: config.devices.debug_exit,
             debug_console: config.devices.debug_console,
         });
-        let apic_ids: Vec<u32> = (0..config.vcpus).collect();
-        let tables = acpi::build(&AcpiConfig {
-            apic_ids: &apic_ids,
-            pci_buses: 1,
-            high_window: None,
-            hpet: false,
-        })?;
-        let rsdp = GuestPhysAddr::new(map::ACPI_TABLES.start);
-        memory.fill(rsdp, &tables).map_err(VmError::Memory)?;
+        let rsdp = acpi::install(&AcpiConfig { vcpus: config.vcpus, hpet: false }, &mut memory)
+            .map_err(VmError::Memory)?;
         let boot = Boot {
             kind: config.kind,
             kernel,
@@ -253,7 +244,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         };
         let entry = load::load(&boot, &layout, &mut memory, rsdp)?;
         let apic_page = board.apic.local[0].page_ptr();
-        let mut vcpu = make_vcpu(memory.root(), apic_page).map_err(VmError::Vcpu)?;
+        let mut vcpu = make_vcpu(memory.root(), apic_page, cpuid.features().cr4).map_err(VmError::Vcpu)?;
         entry.apply(&mut vcpu);
         vcpu.set_tsc_offset(0u64.wrapping_sub(setup.tsc));
         let mut this = Self {
