@@ -45,7 +45,6 @@ pub mod code {
     pub const VMLOAD: u32 = 0x82;
     pub const SKINIT: u32 = 0x86;
     pub const RDTSCP: u32 = 0x87;
-    pub const ICEBP: u32 = 0x88;
     pub const WBINVD: u32 = 0x89;
     pub const MONITOR: u32 = 0x8a;
     pub const MWAIT: u32 = 0x8b;

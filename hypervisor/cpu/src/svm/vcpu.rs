@@ -410,7 +410,7 @@ fn set_controls(control: &mut Control, caps: &SvmCaps, config: &SvmConfig) {
         // A task switch's checks are not those of this guest's tables (§15.14.1); FERR_FREEZE
         // would freeze the core (§15.14.2); SHUTDOWN would be the machine's (§15.14.3).
         | Misc1::TASK_SWITCH | Misc1::FERR_FREEZE | Misc1::SHUTDOWN;
-    // VMRUN must be intercepted (§15.5.1); VMMCALL is the hypercall (§15.24).
+    // VMRUN must be intercepted (§15.5.1); VMMCALL is the hypercall (§15.18).
     control.intercept_misc2 = Misc2::VMRUN | Misc2::VMMCALL | Misc2::VMLOAD | Misc2::VMSAVE
         | Misc2::STGI | Misc2::CLGI | Misc2::SKINIT
         // WBINVD stalls every core that shares a cache; MWAIT would stop the core as HLT does;
@@ -428,7 +428,7 @@ fn set_controls(control: &mut Control, caps: &SvmCaps, config: &SvmConfig) {
     .fold(0, |bits, bit| bits | bit);
     // CR, DR: none as a rule. TPR is V_TPR, CR2 and DR6/DR7 are in the VMCB, DR0–DR3 in the registers; CR0,
     // CR3 and CR4 do nothing under nested paging that the hardware does not do for the guest
-    // (§15.25.3). Old processors, and QEMU, which dies of some CR8 writes while a virtual
+    // (§15.25). Old processors, and QEMU, which dies of some CR8 writes while a virtual
     // interrupt waits and takes one of equal priority, are known by their lack of decode assists:
     // there, CR8 writes exit.
     if !caps.has(SvmFeatures::DECODE_ASSISTS) {
