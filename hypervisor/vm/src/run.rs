@@ -88,8 +88,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     return Stop::Ended(end);
                 }
             };
+            // The hardware's copy has the priority class alone.
             if let Some(tpr) = self.vcpu.virtual_tpr()
-                && tpr != self.shown_tpr.0
+                && tpr >> 4 != self.shown_tpr.0 >> 4
             {
                 self.shown_tpr.0 = tpr;
                 self.board.apic.local[0].set_tpr(tpr);
@@ -309,6 +310,15 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         match self.next_rip(expected)? {
             Some(next) => self.retire(next),
             None => Ok(()),
+        }
+    }
+
+    /// An instruction without effect that is one of two.
+    fn skip_either(&mut self, first: Expected, second: Expected) -> Handled {
+        match emulate::next_rip(&self.vcpu, &mut self.memory, first) {
+            Ok(next) => self.retire(next),
+            Err(LengthError::Changed) => self.skip(second),
+            Err(error) => self.no_length(error),
         }
     }
 
@@ -570,8 +580,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 Ok((_, next)) => self.retire(next),
                 Err(error) => self.no_length(error),
             },
-            Exit::Invd => self.skip(Expected::Invd),
-            Exit::Wbinvd => self.skip(Expected::Wbinvd),
+            // QEMU's emulation reports INVD as WBINVD.
+            Exit::Invd | Exit::Wbinvd => match self.vcpu.next_rip() {
+                Some(next) => self.retire(next),
+                None => self.skip_either(Expected::Wbinvd, Expected::Invd),
+            },
             Exit::Xsetbv => self.xsetbv(),
             Exit::Rdpmc => self.inject(Event::GP0),
             Exit::Rdtsc | Exit::Rdtscp => {
