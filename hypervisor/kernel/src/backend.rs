@@ -5,7 +5,6 @@ use crate::frames::Frames;
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use arch::{Cr4, FrameSource, HostPhysAddr, PageSize, Vcpu};
-use core::arch::x86_64::__cpuid_count;
 use cpu::page::HostPage;
 use cpu::svm::{Svm, SvmBitmaps, SvmCaps, SvmConfig, SvmFeatures, SvmVcpu};
 use cpu::virt::{Extension, VirtUnavailable};

@@ -27,8 +27,6 @@ const STACK_PAGES: u64 = 4;
 pub struct Host {
     /// Physical memory.
     pub map: DirectMap,
-    /// Firmware tables.
-    pub acpi: AcpiInfo,
     /// The TSC's frequency in Hz.
     pub tsc_hz: u64,
     /// Seconds since 1970 when the TSC read `wall_tsc`.
@@ -222,7 +220,7 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
         info!("serial port: no interrupt, so it is polled");
         run::poll_serial();
     }
-    Host { map, acpi, tsc_hz: tsc.hz, wall_seconds: wall.unwrap_or(0), wall_tsc, apic }
+    Host { map, tsc_hz: tsc.hz, wall_seconds: wall.unwrap_or(0), wall_tsc, apic }
 }
 
 /// The bundle that the loader put into memory.
@@ -300,5 +298,5 @@ fn read_config(bundle: &vm::bundle::Bundle<'_>) -> Result<Config, alloc::string:
     let text = bundle.get("tessera.toml").map_err(|error| error.to_string())?;
     let text = core::str::from_utf8(text)
         .map_err(|error| alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to()))?;
-    Config::parse(text, "tessera.toml").map_err(|error| error.to_string())
+    vm::config::parse(text, "tessera.toml").map_err(|error| error.to_string())
 }
