@@ -129,7 +129,6 @@ impl From<MemoryFault> for Miss {
 ///
 /// # Errors
 /// The page fault that the guest is to get, or tables outside RAM.
-#[inline]
 pub fn translate<M: GuestMemory + ?Sized>(
     cpu: &PagingState,
     mem: &mut M,
@@ -139,10 +138,82 @@ pub fn translate<M: GuestMemory + ?Sized>(
     if cpu.cr0 & Cr0::PG.bits() == 0 {
         return Ok(GuestPhysAddr::new(linear & 0xffff_ffff));
     }
-    let walked = match walk::<M, false>(cpu, mem, linear, access.write) {
-        Ok(walked) => walked,
-        Err(miss) => return Err(fault(cpu, linear, access, &miss)),
+    match quick(cpu, mem, linear, access) {
+        Some(addr) => Ok(addr),
+        None => translate_in_full(cpu, mem, linear, access),
+    }
+}
+
+/// The walk that nearly always is enough: 4-level tables with NX, in which nothing is left to
+/// mark and every level allows the access by itself. `None` if anything is otherwise.
+#[inline(always)]
+pub(crate) fn quick<M: GuestMemory + ?Sized>(
+    cpu: &PagingState,
+    mem: &mut M,
+    linear: u64,
+    access: Access,
+) -> Option<GuestPhysAddr> {
+    let mode = Efer::LMA.union(Efer::NXE).bits();
+    if cpu.efer & mode != mode || cpu.cr4_has(Cr4::LA57) {
+        return None;
+    }
+    let mut wanted = PRESENT | ACCESSED;
+    let mut unwanted = ADDRESS & (u64::MAX << cpu.phys_bits.min(52));
+    if cpu.cpl == 3 {
+        wanted |= USER;
+    }
+    if access.write {
+        wanted |= WRITABLE;
+    }
+    if access.execute {
+        unwanted |= NO_EXECUTE;
+    }
+    let relevant = wanted | unwanted;
+    let mut user = USER;
+    let mut table = cpu.cr3 & ADDRESS;
+    let mut shift = 39;
+    let leaf = loop {
+        let at = GuestPhysAddr::new(table + (linear >> shift << 3 & 0xff8));
+        let entry = mem.read_u64(at).ok()?;
+        if (entry ^ wanted) & relevant != 0 {
+            return None;
+        }
+        user &= entry;
+        if shift == 12 {
+            break entry;
+        }
+        if entry & LARGE != 0 {
+            let reserved = ((1 << shift) - 1) & ADDRESS & !0x1000;
+            if shift == 39 || entry & reserved != 0 {
+                return None;
+            }
+            break entry;
+        }
+        table = entry & ADDRESS;
+        shift -= 9;
     };
+    let guarded = Cr4::SMEP.union(Cr4::SMAP).union(Cr4::PKE).bits();
+    if (access.write && leaf & DIRTY == 0)
+        || (user != 0 && cpu.cr4 & guarded != 0 && !(access.execute && cpu.cpl == 3))
+    {
+        return None;
+    }
+    let offset = (1 << shift) - 1;
+    Some(GuestPhysAddr::new(
+        leaf & ADDRESS & !offset | linear & offset,
+    ))
+}
+
+/// Every mode, every fault, and the marking of entries.
+#[inline(never)]
+fn translate_in_full<M: GuestMemory + ?Sized>(
+    cpu: &PagingState,
+    mem: &mut M,
+    linear: u64,
+    access: Access,
+) -> Result<GuestPhysAddr, TranslateFault> {
+    let walked = walk::<M, false>(cpu, mem, linear, access.write)
+        .map_err(|miss| fault(cpu, linear, access, &miss))?;
     if let Some(key) = denied(cpu, &walked, access) {
         return Err(page_fault(cpu, linear, access, PF_PROTECTION | key));
     }
