@@ -8,5 +8,7 @@ pub mod guard;
 pub mod host;
 pub mod page;
 pub mod paging;
+pub mod svm;
 pub mod virt;
+pub mod vmx;
 pub mod xstate;

@@ -65,7 +65,7 @@ impl HostPage {
     pub(crate) fn for_test() -> Self {
         #[repr(align(4096))]
         struct Page(#[allow(dead_code)] [u8; HostPage::SIZE]);
-        let page = alloc::boxed::Box::leak(alloc::boxed::Box::new(Page([0xff; Self::SIZE])));
+        let page = Box::leak(Box::new(Page([0xff; Self::SIZE])));
         let virt = NonNull::from(page).cast();
         // SAFETY: a leaked, aligned box is a page that nobody else has.
         unsafe { Self::new(HostPhysAddr::new(virt.as_ptr() as u64), virt) }

@@ -17,5 +17,5 @@ pub use apic::{
 pub use clock::{ClockError, TscFrequency, calibrate, rdtsc};
 pub use direct_map::DirectMap;
 pub use rtc::wall_clock;
-pub use screen::TextScreen;
+pub use screen::{Framebuffer, Screen};
 pub use serial::Serial;

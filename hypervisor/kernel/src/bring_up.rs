@@ -1,6 +1,7 @@
 //! From the loader's jump to the first guest.
 
 use crate::frames::{self, Frames};
+use crate::backend::Backend;
 use crate::{console, panic, run};
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
@@ -10,7 +11,7 @@ use cpu::host::{CoreTables, EmergencyStacks, InterruptFrame};
 use cpu::page::HostPage;
 use cpu::virt::{Extension, VirtUnavailable};
 use hw::acpi::AcpiInfo;
-use hw::{CoreTimer, DirectMap, LocalApic, Serial, TextScreen};
+use hw::{CoreTimer, DirectMap, Framebuffer, LocalApic, Screen, Serial};
 use log::{error, info, warn};
 use spin::Once;
 use vm::config::{Config, WhenDone};
@@ -52,10 +53,8 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
     let top = boot.memory_regions.iter().map(|region| region.end).max().unwrap_or(0);
     // SAFETY: the hand-off promises this window (see boot/); without it nothing can be reached.
     let map = unsafe { DirectMap::new(offset.unwrap_or(0), top.max(4 << 30)) };
-    let text_mode = boot.framebuffer.as_ref().is_none();
-    // SAFETY: the loader is gone, so the port and the text buffer are ours.
-    let (serial, screen) =
-        unsafe { (Serial::com1(), text_mode.then(|| TextScreen::new(map))) };
+    // SAFETY: the loader is gone, so the port and the screen are ours.
+    let (serial, screen) = unsafe { (Serial::com1(), find_screen(boot, map)) };
     // SAFETY: the loader's memory map is the truth about what is free.
     let memory = unsafe { frames::init(&boot.memory_regions, map) };
     console::init(serial, screen);
@@ -75,8 +74,8 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
     let host = find_hardware(map, boot.rsdp_addr.into_option());
     let bundle = ramdisk(boot, map);
     match cpu::virt::extension() {
-        Ok(Extension::Vmx) => start::<crate::run::VmxBackend>(&host, bundle),
-        Ok(Extension::Svm) => start::<crate::run::SvmBackend>(&host, bundle),
+        Ok(Extension::Vmx) => start::<crate::backend::VmxBackend>(&host, bundle),
+        Ok(Extension::Svm) => start::<crate::backend::SvmBackend>(&host, bundle),
         Err(error) => no_guests(&error),
     }
 }
@@ -106,6 +105,28 @@ pub fn end(status: u32, reason: &str) -> ! {
         }
     }
     cpu::host::stop()
+}
+
+/// The framebuffer that the loader handed over, else VGA text.
+///
+/// # Safety
+/// Nothing else writes the screen.
+unsafe fn find_screen(boot: &BootInfo, map: DirectMap) -> Option<Screen> {
+    let Some(frame) = boot.framebuffer.as_ref() else {
+        // SAFETY: promised by the caller; without a framebuffer the loader left text mode.
+        return Some(unsafe { Screen::text(map) });
+    };
+    let info = frame.info();
+    let frame = Framebuffer {
+        start: map.physical(frame.buffer().as_ptr()),
+        bytes: info.byte_len as u64,
+        width: info.width,
+        height: info.height,
+        stride: info.stride,
+        bytes_per_pixel: info.bytes_per_pixel,
+    };
+    // SAFETY: promised by the caller.
+    unsafe { Screen::pixels(map, frame) }
 }
 
 /// The loader's page tables: scaffold removed, rights checked.
@@ -244,7 +265,7 @@ pub fn host_pages(map: DirectMap, count: u64) -> Option<Vec<HostPage>> {
         .collect()
 }
 
-fn start<B: run::Backend>(host: &Host, bundle: &'static [u8]) -> ! {
+fn start<B: Backend>(host: &Host, bundle: &'static [u8]) -> ! {
     let backend = match B::enable(host) {
         Ok(backend) => backend,
         Err(error) => no_guests(&error),
@@ -279,5 +300,5 @@ fn read_config(bundle: &vm::bundle::Bundle<'_>) -> Result<Config, alloc::string:
     let text = bundle.get("tessera.toml").map_err(|error| error.to_string())?;
     let text = core::str::from_utf8(text)
         .map_err(|error| alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to()))?;
-    Config::parse(text, "tessera.toml").map_err(|error| error.to_string())
+    vm::config::parse(text, "tessera.toml").map_err(|error| error.to_string())
 }

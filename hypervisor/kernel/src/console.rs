@@ -5,7 +5,7 @@ use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::{self, Write};
-use hw::{Serial, TextScreen};
+use hw::{Screen, Serial};
 use spin::Mutex;
 
 /// Ctrl-T.
@@ -32,7 +32,7 @@ struct GuestConsole {
 
 struct Console {
     serial: Serial,
-    screen: Option<TextScreen>,
+    screen: Option<Screen>,
     focus: Focus,
     prefix: bool,
     /// The cursor stands at the start of a line.
@@ -50,7 +50,7 @@ pub enum Request {
 }
 
 /// Takes the serial port and, if there is one, the screen.
-pub fn init(serial: Serial, screen: Option<TextScreen>) {
+pub fn init(serial: Serial, screen: Option<Screen>) {
     *CONSOLE.lock() = Some(Console {
         serial,
         screen,
@@ -166,8 +166,7 @@ impl Console {
         for part in text.lines() {
             self.line("tessera", part.as_bytes());
             if let Some(screen) = &mut self.screen {
-                screen.write(b"\n");
-                screen.write(part.as_bytes());
+                screen.write_line(part);
             }
         }
     }

@@ -5,6 +5,7 @@
 
 extern crate alloc;
 
+mod backend;
 mod bring_up;
 mod console;
 mod frames;

@@ -1,6 +1,7 @@
 //! The run loop of a core: pick a VM, run it until something wants the core, repeat.
 
-use crate::bring_up::{self, Host, STATUS_BOOT};
+use crate::backend::Backend;
+use crate::bring_up::{Host, STATUS_BOOT};
 use crate::console::{self, Request};
 use crate::frames::{self, Frames};
 use alloc::boxed::Box;
@@ -11,6 +12,7 @@ use arch::{HostPhysAddr, Nanos, Vcpu};
 use core::sync::atomic::{AtomicBool, Ordering};
 use cpu::virt::VirtUnavailable;
 use hw::{CoreTimer, DirectMap, TIMER_VECTOR};
+use machine::cpuid::Enabled;
 use log::{error, info, warn};
 use memory::Format;
 use sched::{Decision, Scheduler, VcpuId};
@@ -26,6 +28,7 @@ const STATUS_LEFT: u32 = 0;
 const POLL: u64 = 10_000_000;
 
 static TIMER_FIRED: AtomicBool = AtomicBool::new(false);
+static SERIAL_FIRED: AtomicBool = AtomicBool::new(false);
 static POLL_SERIAL: AtomicBool = AtomicBool::new(false);
 
 /// The serial port has no interrupt: look at it on every tick.
@@ -37,27 +40,9 @@ pub fn poll_serial() {
 pub fn host_interrupt(vector: u8) {
     if vector == TIMER_VECTOR {
         TIMER_FIRED.store(true, Ordering::Relaxed);
+    } else {
+        SERIAL_FIRED.store(true, Ordering::Relaxed);
     }
-}
-
-/// One vendor's way to make vCPUs.
-pub trait Backend: Sized {
-    /// Its vCPU.
-    type Vcpu: Vcpu;
-    /// The format of its nested tables.
-    const FORMAT: Format;
-    /// Turns the extension on, on this core.
-    fn enable(host: &Host) -> Result<Self, VirtUnavailable>;
-    /// A vCPU with these nested tables, and the local APIC's register page.
-    fn create_vcpu(
-        &mut self,
-        host: &Host,
-        number: u16,
-        root: HostPhysAddr,
-        apic_page: HostPhysAddr,
-    ) -> Result<Self::Vcpu, String>;
-    /// A page to map at the local APIC's address in every guest, if the hardware wants one.
-    fn apic_access_page(&self) -> Option<HostPhysAddr>;
 }
 
 struct Guest<V: Vcpu> {
@@ -82,11 +67,19 @@ impl vm::Host for CoreHost<'_> {
     fn arm(&mut self, deadline: u64) {
         self.timer.arm(deadline.min(self.slice_end));
     }
+    fn interrupted(&mut self) -> bool {
+        cpu::host::serve_interrupts();
+        if TIMER_FIRED.swap(false, Ordering::Relaxed) {
+            self.timer.fired();
+        }
+        SERIAL_FIRED.load(Ordering::Relaxed) || hw::rdtsc() >= self.slice_end
+    }
     fn output(&mut self, bytes: &[u8]) {
         console::guest_output(self.guest, bytes);
     }
 }
 
+/// The core's time: nanoseconds since the guests were made.
 struct Clock {
     hz: u64,
     origin: u64,
@@ -94,211 +87,319 @@ struct Clock {
 
 impl Clock {
     fn now(&self) -> Nanos {
-        Nanos::from_ticks(hw::rdtsc() - self.origin, self.hz)
+        self.at(hw::rdtsc())
+    }
+    fn at(&self, tsc: u64) -> Nanos {
+        if tsc == u64::MAX {
+            return Nanos::NEVER;
+        }
+        Nanos::from_ticks(tsc.saturating_sub(self.origin), self.hz)
     }
     fn tsc_at(&self, when: Nanos) -> u64 {
-        if when == Nanos::NEVER { u64::MAX } else { self.origin + when.to_ticks(self.hz) }
+        if when == Nanos::NEVER { u64::MAX } else { self.origin + when.to_ticks(self.hz) + 1 }
     }
+}
+
+/// The guests of one machine and the core that runs them.
+struct Core<'a, B: Backend> {
+    backend: B,
+    host: &'a Host,
+    bundle: &'a Bundle<'a>,
+    timer: CoreTimer,
+    clock: Clock,
+    scheduler: Scheduler,
+    guests: Vec<Guest<B::Vcpu>>,
+    /// Whose vCPU is on the core.
+    loaded: Option<usize>,
+    /// The first bad end: exit status and reason.
+    failure: Option<(u32, String)>,
 }
 
 /// Makes the guests of the configuration, runs them until all have ended, and says how it went.
 pub fn run<B: Backend>(
-    mut backend: B,
+    backend: B,
     host: &Host,
-    mut timer: CoreTimer,
+    timer: CoreTimer,
     bundle: &Bundle<'_>,
     config: &Config,
     started: u64,
 ) -> (u32, String) {
-    let mut failure: Option<(u32, String)> = None;
-    let mut guests: Vec<Guest<B::Vcpu>> = Vec::new();
-    let mut core = Scheduler::default();
-    let clock = Clock { hz: host.tsc_hz, origin: hw::rdtsc() };
+    let mut core = Core {
+        backend,
+        host,
+        bundle,
+        timer,
+        clock: Clock { hz: host.tsc_hz, origin: hw::rdtsc() },
+        scheduler: Scheduler::default(),
+        guests: Vec::new(),
+        loaded: None,
+        failure: None,
+    };
     for entry in &config.vms {
-        let vm_config = match entry {
-            Ok(vm_config) => vm_config.clone(),
+        match entry {
+            Ok(config) => core.add(config),
             Err(error) => {
                 error!("{error}");
-                failure.get_or_insert((STATUS_BOOT, "a VM's configuration is wrong".to_string()));
-                continue;
-            }
-        };
-        let number = console::add_guest(&vm_config.name);
-        let mut guest = Guest { config: vm_config, vm: None, end: None };
-        match create(&mut backend, host, number, &guest.config, bundle) {
-            Ok(vm) => {
-                guest.vm = Some(vm);
-                core.wake(VcpuId(number));
-            }
-            Err(error) => {
-                error!("vm {}: {error}", guest.config.name);
-                failure.get_or_insert((STATUS_BOOT, format!("vm {}: {error}", guest.config.name)));
+                core.fail(STATUS_BOOT, error.to_string());
             }
         }
-        guests.push(guest);
     }
     let focus = config.host.focus.as_deref();
-    let focus = guests.iter().position(|guest| Some(guest.config.name.as_str()) == focus);
+    let focus = core.guests.iter().position(|guest| Some(guest.config.name.as_str()) == focus);
     console::focus(focus.unwrap_or(0));
     console::say(format_args!("bench boot-to-guest {} tsc", hw::rdtsc() - started));
+    if core.serve() {
+        return (STATUS_LEFT, "left at the console".to_string());
+    }
+    core.failure.unwrap_or_else(|| (0, "every VM ended well".to_string()))
+}
 
-    let mut loaded: Option<usize> = None;
-    loop {
-        if POLL_SERIAL.load(Ordering::Relaxed) || TIMER_FIRED.swap(false, Ordering::Relaxed) {
-            timer.fired();
+impl<B: Backend> Core<'_, B> {
+    fn fail(&mut self, status: u32, reason: String) {
+        self.failure.get_or_insert((status, reason));
+    }
+
+    /// Adds a guest and starts it.
+    fn add(&mut self, config: &VmConfig) {
+        let number = console::add_guest(&config.name);
+        self.guests.push(Guest { config: config.clone(), vm: None, end: None });
+        self.start(number);
+    }
+
+    /// Makes a guest's VM and lets it run.
+    fn start(&mut self, number: usize) {
+        let Some(config) = self.guests.get(number).map(|guest| guest.config.clone()) else { return };
+        match self.create(number, &config) {
+            Ok(vm) => {
+                if let Some(guest) = self.guests.get_mut(number) {
+                    guest.vm = Some(vm);
+                    self.scheduler.wake(VcpuId(number));
+                }
+            }
+            Err(error) => {
+                error!("vm {}: {error}", config.name);
+                self.fail(STATUS_BOOT, format!("vm {}: {error}", config.name));
+            }
         }
+    }
+
+    fn create(
+        &mut self,
+        number: usize,
+        config: &VmConfig,
+    ) -> Result<Box<Vm<B::Vcpu, DirectMap, Frames>>, VmError> {
+        let (before_heap, before_frames) = (frames::heap_used(), frames::free_bytes());
+        let promised: u64 = self
+            .guests
+            .iter()
+            .filter_map(|guest| guest.vm.as_ref())
+            .map(|vm| vm.promised_bytes() - vm.backed_bytes())
+            .sum();
+        let host = self.host;
+        let now = hw::rdtsc();
+        let setup = VmSetup {
+            config,
+            bundle: self.bundle,
+            format: B::FORMAT,
+            phys: host.map,
+            frames: Frames,
+            free_bytes: before_frames.saturating_sub(promised),
+            tsc: now,
+            tsc_hz: host.tsc_hz,
+            wall_seconds: host.wall_seconds + (now - host.wall_tsc) / host.tsc_hz,
+            enabled: self.backend.enabled(),
+            host_cpuid: &|leaf, subleaf| {
+                let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+                [result.eax, result.ebx, result.ecx, result.edx]
+            },
+            apic_access_page: self.backend.apic_access_page(),
+        };
+        let backend = &mut self.backend;
+        let vm = Vm::new(setup, &mut |root, apic_page, cr4| {
+            let apic_page = host.map.physical(apic_page);
+            backend.create_vcpu(host, number as u16, root, apic_page, cr4)
+        })?;
+        let vm = Box::new(vm);
+        info!(
+            "vm {}: {} MiB, {} vCPU, kernel {}",
+            config.name,
+            config.memory >> 20,
+            config.vcpus,
+            config.kernel.name
+        );
+        let heap = frames::heap_used().saturating_sub(before_heap) as u64;
+        let taken = before_frames.saturating_sub(frames::free_bytes());
+        console::say(format_args!(
+            "bench vm-memory {} bytes",
+            heap + taken.saturating_sub(vm.backed_bytes())
+        ));
+        Ok(vm)
+    }
+
+    /// Runs until every guest has ended (`false`) or a person leaves (`true`).
+    fn serve(&mut self) -> bool {
+        loop {
+            if self.console() {
+                return true;
+            }
+            let now = self.clock.now();
+            let polling = POLL_SERIAL.load(Ordering::Relaxed);
+            let poll = if polling { now + POLL } else { Nanos::NEVER };
+            match self.scheduler.next(now) {
+                Decision::Run(VcpuId(number), until) => self.turn(number, until.min(poll)),
+                Decision::Idle(until) => {
+                    self.unload();
+                    self.timer.arm(self.clock.tsc_at(until.min(poll)));
+                    // What came since the console was looked at ends the halt at once.
+                    cpu::host::wait_for_interrupt();
+                    TIMER_FIRED.store(false, Ordering::Relaxed);
+                    self.timer.fired();
+                }
+                Decision::Nothing => return false,
+            }
+        }
+    }
+
+    /// Takes what was typed; `true` means leave.
+    fn console(&mut self) -> bool {
+        SERIAL_FIRED.store(false, Ordering::Relaxed);
         while let Some(request) = console::poll() {
             match request {
-                Request::Leave => return (STATUS_LEFT, "left at the console".to_string()),
+                Request::Leave => return true,
                 Request::Command(line) => {
-                    if monitor(&line, &mut guests) {
-                        return (STATUS_LEFT, "left at the console".to_string());
+                    if self.monitor(&line) {
+                        return true;
                     }
                 }
             }
         }
-        for (number, guest) in guests.iter_mut().enumerate() {
+        for (number, guest) in self.guests.iter_mut().enumerate() {
             if let Some(vm) = &mut guest.vm
                 && console::has_input(number)
             {
-                let now = hw::rdtsc();
-                console::guest_input(number, &mut |bytes| vm.input(bytes, now));
-                core.wake(VcpuId(number));
+                let mut taken = 0;
+                console::guest_input(number, &mut |bytes| {
+                    let used = vm.input(bytes, hw::rdtsc());
+                    taken += used;
+                    used
+                });
+                if taken > 0 {
+                    self.scheduler.wake(VcpuId(number));
+                }
             }
         }
-        let now = clock.now();
-        let poll = if POLL_SERIAL.load(Ordering::Relaxed) { now + POLL } else { Nanos::NEVER };
-        let (number, until) = match core.next(now) {
-            Decision::Run(VcpuId(number), until) => (number, until.min(poll)),
-            Decision::Idle(until) => {
-                timer.arm(clock.tsc_at(until.min(poll)));
-                cpu::host::wait_for_interrupt();
-                continue;
-            }
-            Decision::Nothing => break,
+        false
+    }
+
+    fn unload(&mut self) {
+        if let Some(guest) = self.loaded.take().and_then(|number| self.guests.get_mut(number))
+            && let Some(vm) = &mut guest.vm
+        {
+            vm.unload();
+        }
+    }
+
+    /// Gives a guest the core until then at the latest.
+    fn turn(&mut self, number: usize, until: Nanos) {
+        if self.loaded != Some(number) {
+            self.unload();
+        }
+        let Some(vm) = self.guests.get_mut(number).and_then(|guest| guest.vm.as_mut()) else {
+            self.scheduler.remove(VcpuId(number));
+            return;
         };
-        let Some(guest) = guests.get_mut(number) else { break };
-        let Some(vm) = &mut guest.vm else {
-            core.remove(VcpuId(number));
-            continue;
-        };
-        if loaded != Some(number) {
+        if self.loaded != Some(number) {
             vm.load();
-            loaded = Some(number);
+            self.loaded = Some(number);
         }
-        let slice_end = clock.tsc_at(until);
-        let mut stop = Stop::HostInterrupt;
-        let mut core_host = CoreHost { guest: number, timer: &mut timer, slice_end };
-        let result = cpu::guard::run(|| stop = vm.run(&mut core_host));
-        if result.is_err() {
-            stop = Stop::Ended(End::Crashed("the hypervisor failed while it worked for this VM".into()));
-        }
+        let slice_end = self.clock.tsc_at(until);
+        let mut stop = None;
+        let mut host = CoreHost { guest: number, timer: &mut self.timer, slice_end };
+        let result = cpu::guard::run(|| stop = Some(vm.run(&mut host)));
+        let vcpu = VcpuId(number);
         match stop {
-            Stop::HostInterrupt => {
-                cpu::host::serve_interrupts();
-                if clock.now() >= until {
-                    core.yield_now(VcpuId(number));
+            Some(Stop::Preempted) => {
+                if self.clock.now() >= until {
+                    self.scheduler.yield_now(vcpu);
                 }
             }
-            Stop::Yield => core.yield_now(VcpuId(number)),
-            Stop::Halted { until } => {
-                let tsc = vm.host_tsc_at(until);
-                let wake = if tsc == u64::MAX {
-                    Nanos::NEVER
-                } else {
-                    Nanos::from_ticks(tsc.saturating_sub(clock.origin), clock.hz)
-                };
-                vm.unload();
-                loaded = None;
-                core.sleep(VcpuId(number), wake);
-            }
-            Stop::Ended(end) => {
-                vm.unload();
-                loaded = None;
-                core.remove(VcpuId(number));
-                console::flush(number);
-                let restart = matches!(end, End::Reset) && guest.config.on_reboot == OnReboot::Restart;
-                let name = guest.config.name.clone();
-                report(&name, &end);
-                // Whatever the VM held goes back before anything new is made.
-                if result.is_ok() {
-                    guest.vm = None;
-                } else {
-                    // Its structures may be half changed: they are given up, not walked.
-                    core::mem::forget(guest.vm.take());
-                }
-                if restart {
-                    match create(&mut backend, host, number, &guest.config, bundle) {
-                        Ok(vm) => {
-                            guest.vm = Some(vm);
-                            core.wake(VcpuId(number));
-                            continue;
-                        }
-                        Err(error) => {
-                            error!("vm {name}: {error}");
-                            failure.get_or_insert((STATUS_BOOT, format!("vm {name}: {error}")));
-                        }
-                    }
-                }
-                if let Some(bad) = verdict(&guest.config, &end) {
-                    failure.get_or_insert(bad);
-                }
-                guest.end = Some(end);
+            Some(Stop::Yield) => self.scheduler.yield_now(vcpu),
+            Some(Stop::Halted { until }) => self.scheduler.sleep(vcpu, self.clock.at(until)),
+            Some(Stop::Ended(end)) => self.finish(number, end, result.is_ok()),
+            None => {
+                let cause = "the hypervisor failed while it worked for this VM".to_string();
+                self.finish(number, End::Crashed(cause), false);
             }
         }
     }
-    failure.unwrap_or_else(|| (0, "every VM ended well".to_string()))
-}
 
-fn create<B: Backend>(
-    backend: &mut B,
-    host: &Host,
-    number: usize,
-    config: &VmConfig,
-    bundle: &Bundle<'_>,
-) -> Result<Box<Vm<B::Vcpu, DirectMap, Frames>>, VmError> {
-    let (before_heap, before_frames) = (frames::heap_used(), frames::free_bytes());
-    let now = hw::rdtsc();
-    let setup = VmSetup {
-        config,
-        bundle,
-        format: B::FORMAT,
-        phys: host.map,
-        frames: Frames,
-        free_bytes: before_frames,
-        tsc: now,
-        tsc_hz: host.tsc_hz,
-        wall_seconds: host.wall_seconds + (now - host.wall_tsc) / host.tsc_hz,
-        host_cpuid: &|leaf, subleaf| {
-            let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);
-            [result.eax, result.ebx, result.ecx, result.edx]
-        },
-        apic_access_page: backend.apic_access_page(),
-    };
-    let vm = Vm::new(setup, &mut |root, apic_page| {
-        let apic_page = host.map.physical(apic_page);
-        backend.create_vcpu(host, number as u16, root, apic_page)
-    })?;
-    let heap = frames::heap_used().saturating_sub(before_heap);
-    let taken = before_frames.saturating_sub(frames::free_bytes());
-    info!(
-        "vm {}: {} MiB, {} vCPU, kernel {}",
-        config.name,
-        config.memory >> 20,
-        config.vcpus,
-        config.kernel.name
-    );
-    console::say(format_args!(
-        "bench vm-memory {} bytes",
-        heap as u64 + taken.saturating_sub(vm.backed_bytes())
-    ));
-    Ok(vm)
-}
+    /// A guest is over: everything it held goes back, and it starts again if it should. A VM whose
+    /// work was abandoned is `sound` no more: its structures are given up, not walked.
+    fn finish(&mut self, number: usize, end: End, sound: bool) {
+        self.unload();
+        self.scheduler.remove(VcpuId(number));
+        console::flush(number);
+        let Some(guest) = self.guests.get_mut(number) else { return };
+        let (name, config) = (guest.config.name.clone(), guest.config.clone());
+        match &end {
+            End::Crashed(cause) => error!("vm {name}: crashed: {cause}"),
+            _ => console::say(format_args!("vm {name}: ended: {end}")),
+        }
+        match guest.vm.take() {
+            Some(vm) if sound => self.backend.destroy_vcpu(vm.into_vcpu()),
+            lost => core::mem::forget(lost),
+        }
+        if end == End::Reset && config.on_reboot == OnReboot::Restart {
+            self.start(number);
+            return;
+        }
+        if let Some((status, reason)) = verdict(&config, &end) {
+            self.fail(status, reason);
+        }
+        if let Some(guest) = self.guests.get_mut(number) {
+            guest.end = Some(end);
+        }
+    }
 
-fn report(name: &str, end: &End) {
-    match end {
-        End::Crashed(cause) => error!("vm {name}: crashed: {cause}"),
-        _ => console::say(format_args!("vm {name}: ended: {end}")),
+    /// Carries out a line typed at the monitor; `true` means leave.
+    fn monitor(&mut self, line: &str) -> bool {
+        let mut words = line.split_whitespace();
+        let (verb, name) = (words.next().unwrap_or(""), words.next());
+        let mut found = self.guests.iter_mut().position(|guest| Some(guest.config.name.as_str()) == name);
+        let vm = found.and_then(|number| self.guests.get_mut(number)?.vm.as_mut());
+        match (verb, name, vm) {
+            ("", ..) => found = None,
+            ("quit" | "exit", None, _) => return true,
+            ("list", None, _) => self.list(),
+            ("button", Some(_), Some(vm)) => vm.power_button(),
+            ("stop", Some(_), Some(vm)) => vm.stop(),
+            ("button" | "stop", Some(name), None) => warn!("no VM `{name}` is running"),
+            _ => console::say(format_args!(
+                "list | button VM (press its power button) | stop VM (end it now) | quit"
+            )),
+        }
+        if let Some(number) = found
+            && self.guests.get(number).is_some_and(|guest| guest.vm.is_some())
+        {
+            self.scheduler.wake(VcpuId(number));
+        }
+        false
+    }
+
+    fn list(&self) {
+        for (number, guest) in self.guests.iter().enumerate() {
+            let state = match (&guest.vm, &guest.end) {
+                (Some(vm), _) => format!(
+                    "running, {} KiB of {} in use",
+                    vm.backed_bytes() >> 10,
+                    vm.promised_bytes() >> 10
+                ),
+                (None, Some(end)) => format!("ended: {end}"),
+                (None, None) => "not started".to_string(),
+            };
+            console::say(format_args!("{} {}: {state}", number + 1, guest.config.name));
+        }
+        console::say(format_args!("{} KiB of memory free", frames::free_bytes() >> 10));
     }
 }
 
@@ -311,33 +412,4 @@ fn verdict(config: &VmConfig, end: &End) -> Option<(u32, String)> {
         End::DebugExit(code) => Some((*code, format!("vm {name}: debug exit with code {code}"))),
         End::Crashed(cause) => Some((STATUS_CRASH, format!("vm {name}: crashed: {cause}"))),
     }
-}
-
-/// Carries out a line typed at the monitor; `true` means leave.
-fn monitor<V: Vcpu>(line: &str, guests: &mut [Guest<V>]) -> bool {
-    let mut words = line.split_whitespace();
-    let (verb, name) = (words.next().unwrap_or(""), words.next());
-    let found = guests.iter_mut().find(|guest| Some(guest.config.name.as_str()) == name);
-    match (verb, name, found) {
-        ("", ..) => {}
-        ("quit" | "exit", None, _) => return true,
-        ("list", None, _) => {
-            for (number, guest) in guests.iter().enumerate() {
-                let state = match (&guest.vm, &guest.end) {
-                    (Some(vm), _) => format!("running, {} KiB backed", vm.backed_bytes() >> 10),
-                    (None, Some(end)) => format!("ended: {end}"),
-                    (None, None) => "not started".to_string(),
-                };
-                console::say(format_args!("{} {}: {state}", number + 1, guest.config.name));
-            }
-            console::say(format_args!("{} KiB of memory free", frames::free_bytes() >> 10));
-        }
-        ("button", Some(_), Some(Guest { vm: Some(vm), .. })) => vm.power_button(hw::rdtsc()),
-        ("stop", Some(_), Some(Guest { vm: Some(vm), .. })) => vm.stop(),
-        ("button" | "stop", Some(name), _) => warn!("no VM `{name}` is running"),
-        _ => console::say(format_args!(
-            "list | button VM (press its power button) | stop VM (end it now) | quit"
-        )),
-    }
-    false
 }

@@ -152,12 +152,12 @@ mod tests {
             1, 50_000, 100_000, 1_000_000, 1_996_250, 2_400_000, 2_995_201, 5_700_000,
         ] {
             let clock = TscClock::new(khz);
-            for ns in [0, 1, 10, 999, 1_000_000, 123_456_789, 3_600_000_000_000] {
-                let exact = (u128::from(ns as u64) * u128::from(khz) / 1_000_000) as u64;
+            for ns in [0_u64, 1, 10, 999, 1_000_000, 123_456_789, 3_600_000_000_000] {
+                let exact = (u128::from(ns) * u128::from(khz) / 1_000_000) as u64;
                 assert_eq!(clock.tsc(Nanos(ns)), exact, "{khz} kHz, {ns} ns");
             }
             let year = 31_557_600_000_000_000;
-            let exact = (u128::from(year as u64) * u128::from(khz) / 1_000_000) as u64;
+            let exact = (u128::from(year) * u128::from(khz) / 1_000_000) as u64;
             assert!(clock.tsc(Nanos(year)).abs_diff(exact) <= 1);
         }
     }

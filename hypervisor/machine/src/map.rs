@@ -25,6 +25,8 @@ pub const HIGH_RAM: u64 = 0x1_0000_0000;
 pub const PCI_WINDOW: Range<u64> = 0xc000_0000..0xe000_0000;
 /// Enhanced configuration access of PCI segment 0: 1 MiB a bus (PCIe 6.0 §7.2.2).
 pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
+/// The last PCI bus: all devices are on bus 0.
+pub const PCI_LAST_BUS: u8 = 0;
 /// I/O APIC registers, one page.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// HPET registers, 1 KiB, if the guest has one.
@@ -39,6 +41,12 @@ pub const IO_APIC_PINS: u32 = 24;
 pub const PCI_INTX_GSI: [u32; 4] = [16, 17, 18, 19];
 /// ISA interrupts of the same four lines while the guest uses the 8259A pair.
 pub const PCI_INTX_PIC: [u8; 4] = [10, 11, 10, 11];
+/// Which of the four lines the interrupt pin (0 to 3 for INTA# to INTD#) of a device on bus 0
+/// drives: slots are wired in turn, so that their INTA# do not all share one line.
+#[must_use]
+pub const fn pci_intx_line(device: u8, pin: u8) -> usize {
+    (device as usize + pin as usize) % PCI_INTX_GSI.len()
+}
 /// The timer's ISA interrupt 0 is wired to this I/O APIC pin.
 pub const TIMER_GSI: u32 = 2;
 /// System control interrupt: level triggered, active high.

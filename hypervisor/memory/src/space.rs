@@ -192,6 +192,16 @@ impl<P: PhysMemory, F: FrameSource> AddressSpace<P, F> {
         )
     }
 
+    /// Unmaps what [`AddressSpace::map_device_page`] mapped. The caller invalidates cached
+    /// translations.
+    pub fn unmap_device_page(&mut self, gpa: GuestPhysAddr) {
+        if self.region(gpa).is_none()
+            && let Some(tables) = self.tables.as_mut()
+        {
+            tables.unmap(&self.phys, gpa);
+        }
+    }
+
     fn region(&self, gpa: GuestPhysAddr) -> Option<Region> {
         let after = self.regions.partition_point(|region| region.start <= gpa);
         let region = self.regions.get(after.checked_sub(1)?)?;

@@ -5,17 +5,19 @@
 //! else goes through one cold function. Nothing here allocates, takes a lock, or knows what
 //! vendor runs the guest.
 
-use crate::vm::{Crash, End, Host, Stop, Vm};
+use crate::vm::{End, Host, Stop, Vm};
 use alloc::format;
 use arch::{
     Access, ControlRegister, Cr0, Cr4, CrAccess, CrOp, DebugRegister, Event, Exception, Exit,
-    FrameSource, Gpr, GuestMemory, GuestPhysAddr, IoExit, Nanos, PhysMemory, RFlags,
+    FrameSource, Gpr, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE, PhysMemory, RFlags,
     SegmentRegister, Vcpu, msr,
 };
-use machine::Board;
-use machine::apic::{ApicMode, Then};
+use machine::board::Board;
+use machine::apic::{ApicEffect, ApicMode, Then};
+use machine::map;
 use machine::emulate::{self, Done, Expected, LengthError, MmioBus, PortBus};
-use machine::msr::{MsrContext, MsrEffect};
+use machine::msr::{MsrContext, MsrEffect, MsrFault};
+use machine::pvclock;
 use memory::FaultOutcome;
 
 /// What lies behind guest-physical addresses that are not RAM.
@@ -24,12 +26,31 @@ struct Bus<'a> {
     now: Nanos,
 }
 
+impl Bus<'_> {
+    /// The register offset, if the address lies in the local APIC's page.
+    fn local_apic(&self, addr: GuestPhysAddr) -> Option<u16> {
+        let apic = &self.board.apic.local[0];
+        let offset = addr.as_u64().wrapping_sub(apic.base_address());
+        (offset < PAGE_SIZE && apic.mode() == ApicMode::XApic).then_some(offset as u16)
+    }
+}
+
 impl MmioBus for Bus<'_> {
     fn read(&mut self, addr: GuestPhysAddr, size: u8) -> u64 {
-        self.board.mmio_read(addr, size, self.now)
+        if let Some(offset) = self.local_apic(addr) {
+            // Registers are 32 bits wide on 16-byte boundaries; narrower reads see their bytes.
+            let value = self.board.apic.read_mmio(0, offset & !3, self.now);
+            return u64::from(value) >> (8 * (offset & 3));
+        }
+        self.board.mmio_read(addr.as_u64(), size, self.now)
     }
     fn write(&mut self, addr: GuestPhysAddr, size: u8, value: u64) {
-        self.board.mmio_write(addr, size, value, self.now);
+        if let Some(offset) = self.local_apic(addr) {
+            // Whatever follows shows in what `prepare` looks at.
+            let _: Then = self.board.apic.write_mmio(0, offset, value as u32, self.now);
+            return;
+        }
+        self.board.mmio_write(addr.as_u64(), size, value, self.now);
     }
 }
 
@@ -120,17 +141,18 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             if tsc >= self.deadline {
                 let now = self.time_at(tsc);
                 self.board.tick(now);
+                self.board.apic.local[0].tick(now);
             }
         }
         let apic = &self.board.apic.local[0];
         let pending = apic.pending();
-        if apic.has_signals() || self.board.has_extint() || self.halted || self.board.has_actions() {
+        if apic.has_signals() || self.board.pic_interrupt() || self.halted || self.board.has_actions() {
             if let Some(stop) = self.attend(host) {
                 return Some(stop);
             }
-        } else if let Some(vector) = pending {
+        } else if pending.is_some() {
             if self.vcpu.interruptibility().interrupts_open {
-                let vector = { let _ = vector; self.board.apic.local[0].acknowledge() };
+                let vector = self.board.apic.local[0].acknowledge();
                 if !self.vcpu.inject(Event::Interrupt(vector)) {
                     return Some(Stop::Ended(self.shut_down()));
                 }
@@ -148,11 +170,17 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             self.shown_tpr = shown;
             self.vcpu.set_virtual_tpr(shown.0, shown.1);
         }
-        let next = self.board.next_event();
+        let next = self.next_event();
         if self.armed != Some(next) {
             self.arm(next, host);
         }
         None
+    }
+
+    /// When a device or the local APIC's timer next has something to do.
+    #[inline]
+    fn next_event(&self) -> Nanos {
+        self.board.next_event().min(self.board.apic.local[0].next_event())
     }
 
     #[inline]
@@ -178,8 +206,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         if self.board.has_actions() {
             self.drain(host);
             let actions = self.board.take_actions();
-            if let Some(end) = actions.end() {
-                return Some(Stop::Ended(end));
+            if let Some(code) = actions.exit_code {
+                return Some(Stop::Ended(End::DebugExit(code)));
+            }
+            if actions.power_off {
+                return Some(Stop::Ended(End::PoweredOff));
+            }
+            if actions.reset.is_some() {
+                return Some(Stop::Ended(End::Reset));
             }
         }
         let apic = &mut self.board.apic;
@@ -204,7 +238,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             self.vcpu.request_nmi_window(true);
         }
         let vector = apic.local[0].pending();
-        let extint = self.board.has_extint() && self.board.apic.accepts_extint(0);
+        let extint = self.board.pic_interrupt() && self.board.apic.accepts_extint(0);
         if vector.is_some() || extint {
             if open.interrupts_open {
                 let vector = match vector {
@@ -216,7 +250,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     return Some(Stop::Ended(self.shut_down()));
                 }
                 let more = self.board.apic.local[0].pending().is_some()
-                    || (self.board.has_extint() && self.board.apic.accepts_extint(0));
+                    || (self.board.pic_interrupt() && self.board.apic.accepts_extint(0));
                 self.want_window(more);
             } else if !self.halted {
                 self.want_window(true);
@@ -228,7 +262,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             if !self.vcpu.rflags().contains(RFlags::IF) {
                 return Some(Stop::Ended(End::Halted));
             }
-            let until = self.tsc_at(self.board.next_event());
+            let until = self.tsc_at(self.next_event());
             return Some(Stop::Halted { until });
         }
         None
@@ -288,7 +322,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let Some(next) = self.next_rip(Expected::Cpuid)? else { return Ok(()) };
         let gprs = self.vcpu.gprs();
         let (leaf, subleaf) = (gprs[Gpr::Rax] as u32, gprs[Gpr::Rcx] as u32);
-        let [eax, ebx, ecx, edx] = self.cpuid.read(leaf, subleaf, &self.vcpu, &self.board.apic.local[0]);
+        let [eax, ebx, ecx, edx] = self.cpuid.answer(leaf, subleaf, &self.vcpu, &self.board.apic.local[0]);
         let gprs = self.vcpu.gprs_mut();
         gprs[Gpr::Rax] = eax.into();
         gprs[Gpr::Rbx] = ebx.into();
@@ -357,10 +391,132 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         }
     }
 
+    #[inline]
+    fn rdmsr(&mut self, host: &mut impl Host) -> Handled {
+        let Some(next) = self.next_rip(Expected::Rdmsr)? else { return Ok(()) };
+        let index = self.vcpu.gprs()[Gpr::Rcx] as u32;
+        let now = self.time_at(host.tsc());
+        let mut context = MsrContext {
+            vcpu: &mut self.vcpu,
+            apic: &mut self.board.apic.local[0],
+            features: self.cpuid.features(),
+            now,
+        };
+        match self.msrs.read(index, &mut context) {
+            Ok(value) => {
+                let gprs = self.vcpu.gprs_mut();
+                gprs[Gpr::Rax] = value & 0xffff_ffff;
+                gprs[Gpr::Rdx] = value >> 32;
+                self.retire(next)
+            }
+            Err(fault) => self.no_msr(fault, "RDMSR", index),
+        }
+    }
+
+    #[inline]
+    fn wrmsr(&mut self, host: &mut impl Host) -> Handled {
+        let Some(next) = self.next_rip(Expected::Wrmsr)? else { return Ok(()) };
+        let gprs = self.vcpu.gprs();
+        let index = gprs[Gpr::Rcx] as u32;
+        let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
+        let now = self.time_at(host.tsc());
+        let mut context = MsrContext {
+            vcpu: &mut self.vcpu,
+            apic: &mut self.board.apic.local[0],
+            features: self.cpuid.features(),
+            now,
+        };
+        match self.msrs.write(index, value, &mut context) {
+            Ok(MsrEffect::None | MsrEffect::Apic(ApicEffect::None | ApicEffect::Timer)) => {}
+            Ok(effect) => self.msr_effect(effect, now),
+            Err(fault) => return self.no_msr(fault, "WRMSR", index),
+        }
+        self.retire(next)
+    }
+
+    /// What a write to an MSR leaves to do.
+    #[inline(never)]
+    fn msr_effect(&mut self, effect: MsrEffect, now: Nanos) {
+        match effect {
+            MsrEffect::None => {}
+            MsrEffect::Apic(effect) => {
+                let _: Then = self.board.apic.apply(0, effect);
+            }
+            MsrEffect::ApicBase => self.apic_moved(),
+            MsrEffect::Tsc => {
+                let base = self.board.apic.local[0].clock().base();
+                self.vcpu.set_tsc_offset(base.wrapping_sub(self.origin));
+                self.write_time(now);
+            }
+            MsrEffect::SystemTime => self.write_time(now),
+            MsrEffect::WallClock(at) => {
+                // The RTC was read in the middle of its second, on average.
+                let epoch = self.epoch_seconds.saturating_mul(1_000_000_000) + 500_000_000;
+                // A guest that names an address without memory gets no clock.
+                let _ = pvclock::write_wall_clock(&mut self.memory, at, epoch);
+            }
+            MsrEffect::PredictionBarrier => {
+                self.vcpu.set_msr(msr::IA32_PRED_CMD, 1);
+            }
+        }
+    }
+
+    /// Writes the paravirtual clock's record where the guest wants it.
+    fn write_time(&mut self, now: Nanos) {
+        if let Some(at) = pvclock::record_address(self.msrs.system_time()) {
+            let clock = *self.board.apic.local[0].clock();
+            // As above: an address without memory means no clock.
+            let _ = pvclock::write_time(&mut self.memory, at, &clock, now);
+        }
+    }
+
+    /// The local APIC's mode or place changed.
+    fn apic_moved(&mut self) {
+        let apic = &self.board.apic.local[0];
+        let home = map::LOCAL_APIC;
+        let mode = match apic.mode() {
+            ApicMode::XApic if apic.base_address() == home => arch::ApicMode::XApic,
+            ApicMode::X2Apic => arch::ApicMode::X2Apic,
+            // Elsewhere its registers are reached by emulation.
+            _ => arch::ApicMode::Disabled,
+        };
+        if let Some(page) = self.apic_access_page {
+            let home = GuestPhysAddr::new(home);
+            self.memory.unmap_device_page(home);
+            if mode == arch::ApicMode::XApic {
+                let _ = self.memory.map_device_page(home, page);
+            }
+            self.vcpu.flush_nested(self.memory.root());
+        }
+        self.vcpu.set_apic_mode(mode);
+    }
+
+    #[cold]
+    fn no_msr(&mut self, fault: MsrFault, what: &str, index: u32) -> Handled {
+        if fault == MsrFault::Unknown {
+            self.unknown_msrs += 1;
+            // The first few, then at powers of two: a guest cannot flood the log.
+            if self.unknown_msrs <= 8 || self.unknown_msrs.is_power_of_two() {
+                log::warn!(
+                    "vm {}: {what} of unknown MSR {index:#x} gets #GP ({} so far)",
+                    self.name,
+                    self.unknown_msrs
+                );
+            }
+        }
+        self.inject(Event::GP0)
+    }
+
     fn hypercall(&mut self) -> Handled {
         let Some(next) = self.next_rip(Expected::Hypercall)? else { return Ok(()) };
-        let result = machine::hypercall(self.vcpu.gprs(), self.vcpu.cpl());
-        self.vcpu.gprs_mut()[Gpr::Rax] = result;
+        let result = if self.vcpu.cpl() != 0 {
+            abi::hypercall::ERROR_PRIVILEGE
+        } else if self.vcpu.gprs()[Gpr::Rax] == abi::hypercall::VERSION {
+            abi::VERSION.into()
+        } else {
+            abi::hypercall::ERROR_UNKNOWN
+        };
+        self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
         self.retire(next)
     }
 
@@ -397,7 +553,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         match exit {
             Exit::Io(io) => {
                 let mut bus = Bus { now: self.time_at(host.tsc()), board: &mut self.board };
-                match emulate::string_io(&mut self.vcpu, &mut self.memory, &mut bus, io) {
+                match emulate::string_io(&mut self.vcpu, &mut self.memory, &mut bus, &io) {
                     Ok(done) if done.deliver(&mut self.vcpu) => Ok(()),
                     Ok(_) => Err(self.shut_down()),
                     Err(error) => Err(self.crash(&format!("port {:#x}: {error}", io.port))),
@@ -408,7 +564,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             Exit::Exception { exception, error_code, info } => {
                 self.reflect(exception, error_code, info)
             }
-            Exit::Invlpg => match emulate::decode_invlpg(&self.vcpu, &mut self.memory) {
+            Exit::Invlpg => match emulate::decode_invlpg(&mut self.vcpu, &mut self.memory) {
                 // With nested paging the guest's own INVLPG does the work; it exits only where
                 // a backend asks for that.
                 Ok((_, next)) => self.retire(next),
@@ -472,8 +628,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     fn control_register(&mut self, access: CrAccess) -> Handled {
         let (op, next) = match access.op {
-            CrOp::Undecoded { .. } => {
-                match emulate::decode_cr(&self.vcpu, &mut self.memory, access.register) {
+            CrOp::Undecoded { write } => {
+                match emulate::decode_cr(&mut self.vcpu, &mut self.memory, access.register, write) {
                     Ok(decoded) => decoded,
                     Err(error) => return self.no_length(error),
                 }
@@ -531,13 +687,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             ControlRegister::Cr4 => {
                 let new = Cr4::from_bits_retain(value);
                 let long = efer.contains(arch::Efer::LMA);
-                value & !self.cpuid.cr4_allowed() == 0
+                value & !self.cpuid.features().cr4 == 0
                     && !(long && !new.contains(Cr4::PAE))
                     && !(long && (new ^ cr4).contains(Cr4::LA57))
                     && !(new.contains(Cr4::PCIDE) && !cr4.contains(Cr4::PCIDE) && !long)
             }
             ControlRegister::Cr8 => value < 16,
-            ControlRegister::Cr3 => value >> self.cpuid.phys_bits() == 0,
+            ControlRegister::Cr3 => value >> self.cpuid.features().phys_bits == 0,
             ControlRegister::Cr2 => true,
         };
         if !legal {
@@ -554,7 +710,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     fn debug_register(&mut self) -> Handled {
-        let (access, next) = match emulate::decode_dr(&self.vcpu, &mut self.memory) {
+        let (access, next) = match emulate::decode_dr(&mut self.vcpu, &mut self.memory) {
             Ok(decoded) => decoded,
             Err(error) => return self.no_length(error),
         };
@@ -578,10 +734,28 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let gprs = self.vcpu.gprs();
         let index = gprs[Gpr::Rcx] as u32;
         let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
-        if index != 0 || self.vcpu.cpl() != 0 || !self.cpuid.xcr0_is_legal(value) {
+        if index != 0 || self.vcpu.cpl() != 0 || !xcr0_is_legal(value, self.cpuid.features().xcr0) {
             return self.inject(Event::GP0);
         }
         self.vcpu.set_xcr0(value);
         self.retire(next)
     }
+}
+
+/// Whether XCR0 may be set so, with `allowed` bits (Intel SDM Vol. 1 §13.3).
+fn xcr0_is_legal(value: u64, allowed: u64) -> bool {
+    const X87: u64 = 1;
+    const SSE: u64 = 1 << 1;
+    const AVX: u64 = 1 << 2;
+    const MPX: u64 = 3 << 3;
+    const AVX512: u64 = 7 << 5;
+    const AMX: u64 = 3 << 17;
+    let whole = |set: u64| value & set == 0 || value & set == set;
+    value & !allowed == 0
+        && value & X87 != 0
+        && (value & AVX == 0 || value & SSE != 0)
+        && whole(MPX)
+        && whole(AVX512)
+        && (value & AVX512 == 0 || value & AVX != 0)
+        && whole(AMX)
 }

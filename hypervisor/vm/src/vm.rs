@@ -10,9 +10,10 @@ use arch::{FrameSource, GuestPhysAddr, HostPhysAddr, MemoryFault, Nanos, PhysMem
 use core::fmt;
 use machine::acpi::{self, AcpiConfig};
 use machine::clock::TscClock;
-use machine::cpuid::CpuidPolicy;
+use machine::cpuid::{CpuidConfig, CpuidPolicy, Enabled};
 use machine::msr::MsrState;
-use machine::{Board, BoardConfig, map};
+use machine::board::{Board, BoardConfig};
+use machine::map;
 use memory::{AddressSpace, Format, MapError, Region, RegionError, RegionKind};
 
 /// What a running VM needs of the core it runs on.
@@ -82,7 +83,7 @@ pub enum VmError {
          another VM",
         .wanted >> 20, .free >> 20
     )]
-    Memory {
+    TooMuchMemory {
         /// Bytes asked for, with what the VM itself needs.
         wanted: u64,
         /// Bytes free.
@@ -100,9 +101,9 @@ pub enum VmError {
     /// A page cannot be mapped.
     #[error("address space: {0}")]
     Map(#[from] MapError),
-    /// Firmware tables do not fit.
-    #[error("ACPI tables at {0:?} do not fit into this VM's memory")]
-    Tables(MemoryFault),
+    /// The host ran out of memory while the VM was made.
+    #[error("writing its memory: {0:?}")]
+    Memory(MemoryFault),
     /// The backend cannot make the vCPU.
     #[error("vCPU: {0}")]
     Vcpu(String),
@@ -128,15 +129,22 @@ pub struct VmSetup<'a, P, F> {
     pub tsc_hz: u64,
     /// The wall clock now, in seconds since 1970 UTC.
     pub wall_seconds: u64,
+    /// What the backend lets guests use.
+    pub enabled: Enabled,
     /// The machine's CPUID.
     pub host_cpuid: &'a dyn Fn(u32, u32) -> [u32; 4],
     /// A page to map at the local APIC's address (VMX), if the hardware wants one.
     pub apic_access_page: Option<HostPhysAddr>,
 }
 
-/// Makes the vCPU, given the root of the nested tables and the local APIC's register page.
+/// Makes the vCPU, given the root of the nested tables, the local APIC's register page, and the
+/// bits of CR4 that CPUID allows.
 pub type MakeVcpu<'a, V> =
-    &'a mut dyn FnMut(HostPhysAddr, *const u8) -> Result<V, String>;
+    &'a mut dyn FnMut(HostPhysAddr, *const u8, u64) -> Result<V, String>;
+
+fn image<'a>(bundle: &Bundle<'a>, image: &'a ImageName) -> Result<Image<'a>, BundleError> {
+    Ok(Image { name: &image.name, data: bundle.get(&image.name)? })
+}
 
 /// What a VM costs the host besides its RAM and page tables, with room to spare: devices, vCPU,
 /// page tables for what it touches.
@@ -167,6 +175,9 @@ pub struct Vm<V: Vcpu, P: PhysMemory, F: FrameSource> {
     pub(crate) memory: AddressSpace<P, F>,
     /// Accesses to MSRs that do not exist, for the log's rate limit.
     pub(crate) unknown_msrs: u32,
+    /// The wall clock at the VM's time zero, in seconds since 1970 UTC.
+    pub(crate) epoch_seconds: u64,
+    pub(crate) apic_access_page: Option<HostPhysAddr>,
     pub(crate) name: String,
 }
 
@@ -179,7 +190,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let VmSetup { config, bundle, .. } = setup;
         let wanted = config.memory.saturating_add(OVERHEAD);
         if wanted > setup.free_bytes {
-            return Err(VmError::Memory { wanted, free: setup.free_bytes });
+            return Err(VmError::TooMuchMemory { wanted, free: setup.free_bytes });
         }
         let layout = MemoryLayout::new(config.memory);
         let regions: Vec<Region> = layout
@@ -201,35 +212,32 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         if let Some(page) = setup.apic_access_page {
             memory.map_device_page(GuestPhysAddr::new(map::LOCAL_APIC), page)?;
         }
-        let image = |image: &ImageName| -> Result<(&str, &[u8]), BundleError> {
-            // The name is borrowed from the configuration by the caller below.
-            let _ = image;
-            Ok(("", bundle.get(&image.name)?))
-        };
-        let kernel = Image { name: &config.kernel.name, data: image(&config.kernel)?.1 };
-        let initrd = match &config.initrd {
-            Some(initrd) => Some(Image { name: &initrd.name, data: image(initrd)?.1 }),
-            None => None,
-        };
+        let kernel = image(bundle, &config.kernel)?;
+        let initrd = config.initrd.as_ref().map(|initrd| image(bundle, initrd)).transpose()?;
         let modules = config
             .modules
             .iter()
-            .map(|module| Ok(Image { name: &module.name, data: image(module)?.1 }))
-            .collect::<Result<Vec<_>, BundleError>>()?;
+            .map(|module| image(bundle, module))
+            .collect::<Result<Vec<_>, _>>()?;
         let khz = u32::try_from(setup.tsc_hz / 1000).unwrap_or(u32::MAX);
         let clock = TscClock::new(khz);
-        let cpuid = CpuidPolicy::build(setup.host_cpuid, config.vcpus, khz);
+        let cpuid = CpuidPolicy::build(
+            setup.host_cpuid,
+            &CpuidConfig { vcpus: config.vcpus, tsc_khz: khz, enabled: setup.enabled },
+        );
+        let high_ram = config.memory.saturating_sub(map::LOW_RAM_END);
         let board = Board::new(&BoardConfig {
             vcpus: config.vcpus,
-            phys_bits: cpuid.phys_bits(),
+            phys_bits: cpuid.features().phys_bits,
             clock,
-            epoch_seconds: setup.wall_seconds,
-            memory: config.memory,
+            low_ram: config.memory - high_ram,
+            high_ram,
+            wall_clock: setup.wall_seconds.saturating_mul(1_000_000_000),
             debug_exit: config.devices.debug_exit,
             debug_console: config.devices.debug_console,
         });
         let rsdp = acpi::install(&AcpiConfig { vcpus: config.vcpus, hpet: false }, &mut memory)
-            .map_err(VmError::Tables)?;
+            .map_err(VmError::Memory)?;
         let boot = Boot {
             kind: config.kind,
             kernel,
@@ -239,12 +247,12 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         };
         let entry = load::load(&boot, &layout, &mut memory, rsdp)?;
         let apic_page = board.apic.local[0].page_ptr();
-        let mut vcpu = make_vcpu(memory.root(), apic_page).map_err(VmError::Vcpu)?;
+        let mut vcpu = make_vcpu(memory.root(), apic_page, cpuid.features().cr4).map_err(VmError::Vcpu)?;
         entry.apply(&mut vcpu);
         vcpu.set_tsc_offset(0u64.wrapping_sub(setup.tsc));
-        Ok(Self {
+        let mut this = Self {
             vcpu,
-            msrs: MsrState::new(&cpuid),
+            msrs: MsrState::new(cpuid.features()),
             cpuid,
             clock,
             origin: setup.tsc,
@@ -257,8 +265,18 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             board,
             memory,
             unknown_msrs: 0,
+            epoch_seconds: setup.wall_seconds,
+            apic_access_page: setup.apic_access_page,
             name: config.name.clone(),
-        })
+        };
+        this.vcpu.set_apic_mode(arch::ApicMode::XApic);
+        Ok(this)
+    }
+
+    /// Takes the VM apart: its memory goes back, and its vCPU to the backend.
+    #[must_use]
+    pub fn into_vcpu(self) -> V {
+        self.vcpu
     }
 
     /// Puts the vCPU's state on the calling core.
@@ -277,9 +295,17 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         self.memory.backed_bytes()
     }
 
-    /// Types on the guest's console; gives how many bytes it took.
-    pub fn input(&mut self, bytes: &[u8]) -> usize {
-        self.board.console_input(bytes)
+    /// Bytes of RAM that the guest was promised.
+    #[must_use]
+    pub fn promised_bytes(&self) -> u64 {
+        self.memory.promised_bytes()
+    }
+
+    /// Types on the guest's console when the machine's TSC reads `tsc`; gives how many bytes it
+    /// took.
+    pub fn input(&mut self, bytes: &[u8], tsc: u64) -> usize {
+        let now = self.time_at(tsc);
+        self.board.console_input(bytes, now)
     }
 
     /// Presses the power button.

@@ -1270,9 +1270,14 @@ impl LocalApic {
         self.error_armed = state.error_armed;
         self.lints = state.lints;
         self.clock = state.clock;
-        self.signals = u8::from(state.signals.nmi) * SIGNAL_NMI
-            | u8::from(state.signals.init) * SIGNAL_INIT
-            | u8::from(state.signals.startup.is_some()) * SIGNAL_SIPI;
+        self.signals = 0;
+        for (on, bit) in [
+            (state.signals.nmi, SIGNAL_NMI),
+            (state.signals.init, SIGNAL_INIT),
+            (state.signals.startup.is_some(), SIGNAL_SIPI),
+        ] {
+            self.signals |= if on { bit } else { 0 };
+        }
         self.startup = state.signals.startup.unwrap_or(0);
         self.resync();
         self.update_event();

@@ -226,7 +226,7 @@ fn finish(rip: u64, code: &Code, outcome: Result<Done, Stop>) -> Result<Done, Em
 /// Ends an instruction: RIP moves to `next`, RF falls, and with TF set a trap follows
 /// (Intel SDM Vol. 3B §17.3.1).
 #[inline]
-fn retire<V: Vcpu + ?Sized>(vcpu: &mut V, next: u64) -> Done {
+pub fn retire<V: Vcpu + ?Sized>(vcpu: &mut V, next: u64) -> Done {
     vcpu.set_rip(next);
     let rflags = vcpu.rflags();
     if rflags.intersects(RFlags::TF.union(RFlags::RF)) {
