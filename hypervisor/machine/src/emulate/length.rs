@@ -149,6 +149,19 @@ impl Default for CodePage {
 pub fn next_rip<V: Vcpu, M: GuestMemory>(
     vcpu: &V,
     mem: &mut M,
+    expected: Expected,
+) -> Result<u64, LengthError> {
+    next_rip_known(vcpu, mem, &mut CodePage::default(), expected)
+}
+
+/// [`next_rip`] with a page kept from exit to exit, one for each vCPU.
+///
+/// # Errors
+/// See [`LengthError`].
+#[inline]
+pub fn next_rip_known<V: Vcpu, M: GuestMemory>(
+    vcpu: &V,
+    mem: &mut M,
     page: &mut CodePage,
     expected: Expected,
 ) -> Result<u64, LengthError> {

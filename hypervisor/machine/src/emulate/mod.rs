@@ -37,7 +37,7 @@ pub use fast::{emulate_at, fast_mov};
 pub use fetch::{Code, CodeMode};
 pub use length::{
     CodePage, DrAccess, Expected, LengthError, decode_cr, decode_dr, decode_invlpg,
-    decode_next_rip, next_rip, plain_next_rip,
+    decode_next_rip, next_rip, next_rip_known, plain_next_rip,
 };
 pub use string_io::string_io;
 
