@@ -1,2 +1,72 @@
+//! What the hypervisor and its guests agree on: how a guest finds out that it runs on Tessera,
+//! and how it calls. Numbers here never change their meaning; new ones are added.
 #![no_std]
 #![forbid(unsafe_code)]
+
+/// The version of this interface: CPUID leaf [`cpuid::INTERFACE`] and [`hypercall::VERSION`].
+pub const VERSION: u32 = 1;
+
+/// CPUID leaves of the hypervisor range.
+pub mod cpuid {
+    /// EAX: the highest leaf of Tessera's own block. EBX, ECX, EDX: [`SIGNATURE`].
+    pub const BASE: u32 = 0x4000_0000;
+    /// EAX: [`crate::VERSION`]. EBX, ECX and EDX are zero.
+    pub const INTERFACE: u32 = 0x4000_0001;
+    /// EAX: the TSC's rate in kHz. EBX: the rate of the local APIC timer's input clock in kHz.
+    /// The place and layout are those that several hypervisors share.
+    pub const TIMING: u32 = 0x4000_0010;
+    /// Who answers at [`BASE`].
+    pub const SIGNATURE: [u8; 12] = *b"TesseraTesse";
+
+    /// The block of leaves as KVM defines them, which Linux and the BSDs look for in steps of
+    /// 100H. EAX: the block's highest leaf. EBX, ECX, EDX: [`KVM_SIGNATURE`].
+    pub const KVM_BASE: u32 = 0x4000_0100;
+    /// EAX: what is offered, see [`kvm`].
+    pub const KVM_FEATURES: u32 = 0x4000_0101;
+    /// As [`TIMING`].
+    pub const KVM_TIMING: u32 = 0x4000_0110;
+    /// Who KVM-compatible guests look for.
+    pub const KVM_SIGNATURE: [u8; 12] = *b"KVMKVMKVM\0\0\0";
+
+    /// Bits of EAX in leaf [`KVM_FEATURES`]; the others are never set.
+    pub mod kvm {
+        /// Paravirtual clock by MSR 11H and 12H.
+        pub const CLOCKSOURCE: u32 = 1 << 0;
+        /// Port accesses need no delay between them: no device here is slower than the CPU.
+        pub const NOP_IO_DELAY: u32 = 1 << 1;
+        /// Paravirtual clock by MSR 4B564D00H and 4B564D01H.
+        pub const CLOCKSOURCE2: u32 = 1 << 3;
+        /// The clock's "stable" flag tells whether all vCPUs' readings agree.
+        pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
+    }
+}
+
+/// MSRs of the KVM-compatible clock.
+pub mod msr {
+    /// Guest-physical address at which the wall clock at boot is to be written (old number).
+    pub const WALL_CLOCK_OLD: u32 = 0x11;
+    /// Guest-physical address of this vCPU's time record, bit 0: enabled (old number).
+    pub const SYSTEM_TIME_OLD: u32 = 0x12;
+    /// As [`WALL_CLOCK_OLD`].
+    pub const WALL_CLOCK: u32 = 0x4b56_4d00;
+    /// As [`SYSTEM_TIME_OLD`].
+    pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
+}
+
+/// Hypercalls: `VMCALL` or `VMMCALL` with the number in RAX and arguments in RBX, RCX, RDX and
+/// RSI; the result comes in RAX, negative for an error. Only from CPL 0.
+///
+/// KVM's calls have small numbers; Tessera's own begin at [`OWN`](hypercall::OWN).
+pub mod hypercall {
+    /// The first of Tessera's own numbers ("Te", and zeroes).
+    pub const OWN: u64 = 0x5465_0000;
+    /// Gives [`crate::VERSION`].
+    pub const VERSION: u64 = OWN;
+
+    /// No such call (KVM's number for it).
+    pub const ERROR_UNKNOWN: i64 = -1000;
+    /// Called from a CPL other than 0.
+    pub const ERROR_PRIVILEGE: i64 = -1;
+    /// An argument is not valid.
+    pub const ERROR_ARGUMENT: i64 = -22;
+}

@@ -1,10 +1,14 @@
-//! Entering and leaving guest mode: Intel VT-x and AMD-V behind [`arch::Vcpu`],
-//! and the state that both switch.
+//! Enter and leave guest mode: VMX and SVM behind [`arch::Vcpu`], and the host's own tables.
+//! Knows nothing of VMs, devices or switches.
 #![cfg_attr(not(test), no_std)]
 
 extern crate alloc;
 
+pub mod guard;
+pub mod host;
 pub mod page;
+pub mod paging;
+pub mod svm;
 pub mod virt;
 pub mod vmx;
 pub mod xstate;

@@ -70,16 +70,7 @@ impl VmxConfig {
         .union(Cr4::SMAP);
 }
 
-/// How the guest reaches its local APIC.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ApicMode {
-    /// Not at all (IA32_APIC_BASE.EN is clear).
-    Disabled,
-    /// By memory, at FEE0_0000h.
-    XApic,
-    /// By MSRs 800h–8FFh.
-    X2Apic,
-}
+pub use arch::ApicMode;
 
 /// Bits of CR0 that only look as the guest wrote them: NE is fixed in VMX operation; CD and NW
 /// are not switched by entries, and must not reach the machine's caches.
@@ -1102,6 +1093,14 @@ const fn vmcs_msr(index: u32) -> Option<u32> {
 }
 
 impl Vcpu for VmxVcpu {
+    fn set_apic_mode(&mut self, mode: ApicMode) {
+        Self::set_apic_mode(self, mode);
+    }
+
+    fn set_pdptes(&mut self, entries: [u64; 4]) {
+        Self::set_pdptes(self, entries);
+    }
+
     fn load(&mut self) {
         if self.loaded() {
             return;

@@ -1,0 +1,176 @@
+//! The KVM-compatible paravirtual clock, which Linux and the BSDs know how to use
+//! (Linux Documentation/virt/kvm/x86/msr.rst; the layout is Xen's).
+//!
+//! A guest names a place in its memory for each vCPU, and one for the wall clock. What is
+//! written there tells how to make nanoseconds since the VM's power-on out of its own TSC, so
+//! that reading the time needs no exit. As the TSC is invariant and all vCPUs' readings agree,
+//! a record is written when it is registered, and again only when the vCPU's TSC was written.
+
+use crate::clock::TscClock;
+use arch::{GuestMemory, GuestPhysAddr, MemoryFault, Nanos};
+
+/// Readings of all vCPUs agree: the guest may take any record on any vCPU.
+const TSC_STABLE: u8 = 1 << 0;
+/// Bit 0 of the system-time MSR.
+const ENABLED: u64 = 1 << 0;
+
+/// Where the time record of a vCPU is, from its system-time MSR; `None` when it is off.
+#[must_use]
+pub const fn record_address(msr: u64) -> Option<GuestPhysAddr> {
+    if msr & ENABLED != 0 {
+        Some(GuestPhysAddr::new(msr & !ENABLED))
+    } else {
+        None
+    }
+}
+
+/// Nanoseconds out of TSC ticks: `((ticks << shift) × mul) >> 32`, a negative shift to the right.
+const fn scale(khz: u32) -> (u32, i8) {
+    let mut shift = 0_i8;
+    let mut mul = (1_000_000_u128 << 64) / khz as u128;
+    // Here in units of 2⁻⁶⁴; the result has 32 significant bits.
+    while mul >> 64 != 0 {
+        mul >>= 1;
+        shift += 1;
+    }
+    while mul >> 63 == 0 {
+        mul <<= 1;
+        shift -= 1;
+    }
+    ((mul >> 32) as u32, shift)
+}
+
+/// Writes `body` behind a version number that is odd while it changes (both records begin so).
+fn publish<M: GuestMemory + ?Sized>(
+    memory: &mut M,
+    at: GuestPhysAddr,
+    body: &[u8],
+) -> Result<(), MemoryFault> {
+    let busy = memory.read_u32(at)? | 1;
+    memory.write(at, &busy.to_le_bytes())?;
+    memory.write(at.wrapping_add(4), body)?;
+    memory.write(at, &busy.wrapping_add(1).to_le_bytes())
+}
+
+/// Writes the time record of a vCPU (`struct pvclock_vcpu_time_info`, 32 bytes).
+///
+/// # Errors
+/// The guest named memory that it does not have.
+pub fn write_time<M: GuestMemory + ?Sized>(
+    memory: &mut M,
+    at: GuestPhysAddr,
+    clock: &TscClock,
+    now: Nanos,
+) -> Result<(), MemoryFault> {
+    let (mul, shift) = scale(clock.khz());
+    let mut body = [0; 28];
+    body[4..12].copy_from_slice(&clock.tsc(now).to_le_bytes());
+    body[12..20].copy_from_slice(&now.0.to_le_bytes());
+    body[20..24].copy_from_slice(&mul.to_le_bytes());
+    body[24] = shift.to_le_bytes()[0];
+    body[25] = TSC_STABLE;
+    publish(memory, at, &body)
+}
+
+/// Writes the wall clock record (`struct pvclock_wall_clock`, 12 bytes): the time of day, in
+/// nanoseconds since 1970, at which the VM's time was zero. Seconds are 32 bits.
+///
+/// # Errors
+/// The guest named memory that it does not have.
+pub fn write_wall_clock<M: GuestMemory + ?Sized>(
+    memory: &mut M,
+    at: GuestPhysAddr,
+    power_on: u64,
+) -> Result<(), MemoryFault> {
+    let seconds = u32::try_from(power_on / 1_000_000_000).unwrap_or(u32::MAX);
+    let nanos = (power_on % 1_000_000_000) as u32;
+    let mut body = [0; 8];
+    body[..4].copy_from_slice(&seconds.to_le_bytes());
+    body[4..].copy_from_slice(&nanos.to_le_bytes());
+    publish(memory, at, &body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::{vec, vec::Vec};
+
+    struct Ram(Vec<u8>);
+
+    impl GuestMemory for Ram {
+        fn read(&mut self, addr: GuestPhysAddr, buf: &mut [u8]) -> Result<(), MemoryFault> {
+            let at = addr.as_u64() as usize;
+            let from = self.0.get(at..at.saturating_add(buf.len()));
+            buf.copy_from_slice(from.ok_or(MemoryFault::NotRam(addr))?);
+            Ok(())
+        }
+        fn write(&mut self, addr: GuestPhysAddr, data: &[u8]) -> Result<(), MemoryFault> {
+            let at = addr.as_u64() as usize;
+            let to = self.0.get_mut(at..at.saturating_add(data.len()));
+            to.ok_or(MemoryFault::NotRam(addr))?.copy_from_slice(data);
+            Ok(())
+        }
+        fn compare_exchange(
+            &mut self,
+            addr: GuestPhysAddr,
+            _: u8,
+            _: u64,
+            _: u64,
+        ) -> Result<u64, MemoryFault> {
+            Err(MemoryFault::NotRam(addr))
+        }
+    }
+
+    /// As a guest reads it.
+    fn nanos(ram: &[u8], tsc: u64) -> u64 {
+        let u64_at = |at: usize| u64::from_le_bytes(ram[at..at + 8].try_into().unwrap());
+        let u32_at = |at: usize| u32::from_le_bytes(ram[at..at + 4].try_into().unwrap());
+        let delta = tsc - u64_at(8);
+        let shift = ram[28] as i8;
+        let delta = if shift < 0 {
+            delta >> -shift
+        } else {
+            delta << shift
+        };
+        u64_at(16) + ((u128::from(delta) * u128::from(u32_at(24))) >> 32) as u64
+    }
+
+    #[test]
+    fn a_guest_reads_the_vm_time_from_its_tsc() {
+        for khz in [100_000, 1_000_000, 2_995_201, 5_000_000] {
+            let clock = TscClock::new(khz);
+            let mut ram = Ram(vec![0; 64]);
+            let start = Nanos(1_000_000_007);
+            write_time(&mut ram, GuestPhysAddr::new(0), &clock, start).unwrap();
+            assert_eq!(ram.0[0..4], [2, 0, 0, 0], "even, and not zero");
+            assert_eq!(ram.0[29], 1);
+            for after in [0, 1_000, 1_000_000_000, 3_600_000_000_000] {
+                let now = start + after;
+                let read = nanos(&ram.0, clock.tsc(now));
+                let error = read.abs_diff(now.0);
+                assert!(error <= 20 + after / 1_000_000_000, "{khz}: {error} ns off");
+            }
+        }
+    }
+
+    #[test]
+    fn each_update_raises_the_version_by_two() {
+        let mut ram = Ram(vec![0; 12]);
+        let at = GuestPhysAddr::new(0);
+        write_wall_clock(&mut ram, at, 1_700_000_000_123_456_789).unwrap();
+        write_wall_clock(&mut ram, at, 1_700_000_000_123_456_789).unwrap();
+        assert_eq!(ram.0[0], 4);
+        assert_eq!(ram.0[4..8], 1_700_000_000_u32.to_le_bytes());
+        assert_eq!(ram.0[8..12], 123_456_789_u32.to_le_bytes());
+    }
+
+    #[test]
+    fn a_bad_address_is_an_error_and_no_more() {
+        let mut ram = Ram(vec![0; 16]);
+        let clock = TscClock::new(1_000_000);
+        let at = GuestPhysAddr::new(u64::MAX - 1);
+        assert!(write_time(&mut ram, at, &clock, Nanos(0)).is_err());
+        assert_eq!(record_address(0x1000), None);
+        assert_eq!(record_address(0x1001), Some(GuestPhysAddr::new(0x1000)));
+    }
+}
