@@ -1,2 +1,296 @@
-//! What a person types.
-fn main() {}
+//! What a person types: `cargo xtask run`, `test`, `image`, `kernel`, `bench`, `doctor`.
+//!
+//! `run` with nothing else builds everything, gets what is missing, and puts the terminal on an
+//! unmodified Linux that runs on Tessera.
+#![forbid(unsafe_code)]
+
+mod bundle;
+mod config;
+mod factory;
+mod image;
+mod kernel;
+mod linux;
+mod packages;
+mod progress;
+mod run;
+mod select;
+mod terminal;
+mod toolchain;
+
+use std::path::PathBuf;
+use std::process::{ExitCode, exit};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use harness::emulator::Pace;
+use harness::{Firmware, Machine};
+use regex_lite::{Regex, RegexBuilder};
+
+use config::Packed;
+use factory::Factory;
+use progress::note;
+use run::{Limits, Outcome, attend, switch_off};
+use select::{On, need_emulator};
+use toolchain::Workspace;
+
+/// What an emulator gets when nobody set a limit.
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// Build, run, test and measure Tessera, a bare-metal hypervisor for x86_64.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot Tessera with its guests, with this terminal on their consoles
+    ///
+    /// Without --config: Debian's Linux with a shell, and a small Rust guest beside it. Ctrl-T is
+    /// the prefix key: then 0 for the monitor, 1-9 for a guest, n for the next, x to leave, ? for
+    /// help. Exits with 0 when every VM ended well, else with the status of Tessera's closing line;
+    /// 124 at the deadline, 125 when the machine died.
+    Run(RunArgs),
+    /// Write the bootable disk image (UEFI and BIOS, GPT): for an emulator or a USB stick
+    Image(ImageArgs),
+    /// Run one test kernel as the only VM, print its console, and exit with its code
+    ///
+    /// The file may be a bzImage, an ELF with a multiboot1 header, or an ELF with a PVH note. The
+    /// test devices are on: port 0xf4 (value v ends the VM with code (v << 1) | 1) and the debug
+    /// console at port 0xe9. A power-off is code 0, a crash 101.
+    Kernel(KernelArgs),
+}
+
+#[derive(Args)]
+struct Where {
+    /// The emulator
+    #[arg(long, value_enum, default_value_t)]
+    on: On,
+    /// The firmware that boots the disk
+    #[arg(long, value_enum, default_value_t)]
+    firmware: FirmwareArg,
+    /// Logical processors of the machine
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
+    /// Kill the run after this many seconds, with status 124
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum FirmwareArg {
+    #[default]
+    Bios,
+    Uefi,
+}
+
+#[derive(Args)]
+struct RunArgs {
+    #[command(flatten)]
+    place: Where,
+    /// A tessera.toml; files in it are looked for beside it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Exit with 0 as soon as the consoles' text matches this regular expression
+    #[arg(long, value_name = "PATTERN")]
+    until: Option<String>,
+    /// The machine's memory in MiB [default: enough for the guests]
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u32>,
+    /// Boot this image, as it is, in place of one made from a configuration
+    #[arg(long, value_name = "FILE", conflicts_with = "config")]
+    image: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct ImageArgs {
+    /// A tessera.toml; files in it are looked for beside it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where to write it [default: tessera.img in the target directory]
+    #[arg(long, short, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct KernelArgs {
+    /// The kernel's image
+    file: PathBuf,
+    /// Its command line
+    #[arg(
+        long,
+        default_value = "",
+        value_name = "TEXT",
+        allow_hyphen_values = true
+    )]
+    append: String,
+    /// Its initrd (bzImage) or first module
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The VM's vCPUs
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    vcpus: u32,
+    /// The VM's memory: 64MiB, 1GiB; a bare number is MiB
+    #[arg(long, default_value = "128MiB", value_name = "M")]
+    memory: String,
+    /// Show the hypervisor's log as well
+    #[arg(long, short)]
+    verbose: bool,
+    #[command(flatten)]
+    place: Where,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let interrupted = || {
+        harness::process::kill_all();
+        terminal::restore();
+        eprintln!("\nxtask: interrupted");
+        exit(130);
+    };
+    let watched = ctrlc::set_handler(interrupted).context("watching for signals");
+    let done = watched.and_then(|()| match cli.command {
+        Command::Run(args) => run_command(&args),
+        Command::Image(args) => image_command(&args),
+        Command::Kernel(args) => kernel_command(&args),
+    });
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("xtask: error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+impl Where {
+    fn firmware(&self) -> Firmware {
+        match self.firmware {
+            FirmwareArg::Bios => Firmware::Bios,
+            FirmwareArg::Uefi => Firmware::Uefi,
+        }
+    }
+}
+
+fn pattern(text: &str) -> Result<Regex> {
+    let regex = RegexBuilder::new(text).multi_line(true).build();
+    regex.with_context(|| format!("--until {text:?} is no regular expression"))
+}
+
+fn run_command(args: &RunArgs) -> Result<u8> {
+    let until = args.until.as_deref().map(pattern).transpose()?;
+    let workspace = Workspace::find()?;
+    let dir = workspace.dir("run")?;
+    let (disk, memory) = match &args.image {
+        Some(image) => (image.clone(), 1024),
+        None => {
+            let factory = Factory::new(workspace);
+            let packed = Packed::load(args.config.as_deref(), &factory)?;
+            let disk = dir.join("disk.img");
+            factory.image(&packed, &disk)?;
+            (disk, packed.memory)
+        }
+    };
+    let memory = args.memory.unwrap_or(memory);
+    let job = Job {
+        place: &args.place,
+        disk,
+        memory,
+        until,
+        guest_only: false,
+        dir,
+    };
+    job.run().map(|(status, _, _)| status)
+}
+
+fn image_command(args: &ImageArgs) -> Result<u8> {
+    let factory = Factory::new(Workspace::find()?);
+    let packed = Packed::load(args.config.as_deref(), &factory)?;
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => factory.workspace().dir("")?.join("tessera.img"),
+    };
+    factory.image(&packed, &out)?;
+    let size = std::fs::metadata(&out).map(|m| m.len()).unwrap_or_default();
+    println!("{} ({} MiB)", out.display(), size.div_ceil(1 << 20));
+    note("write it to a stick with: dd if=IMAGE of=/dev/DEVICE bs=4M oflag=direct status=progress");
+    Ok(0)
+}
+
+fn kernel_command(args: &KernelArgs) -> Result<u8> {
+    let packed = kernel::configuration(&kernel::Options {
+        file: &args.file,
+        append: &args.append,
+        initrd: args.initrd.as_deref(),
+        vcpus: args.vcpus,
+        memory: &args.memory,
+        log: if args.verbose { "debug" } else { "info" },
+    })?;
+    let factory = Factory::new(Workspace::find()?);
+    let dir = factory.workspace().dir("kernel")?;
+    let disk = dir.join("disk.img");
+    factory.image(&packed, &disk)?;
+    let job = Job {
+        place: &args.place,
+        disk,
+        memory: packed.memory,
+        until: None,
+        guest_only: !args.verbose,
+        dir,
+    };
+    let (status, outcome, said) = job.run()?;
+    match outcome {
+        Outcome::Ended(end) => Ok(kernel::code(&said).unwrap_or(end.status)),
+        _ => Ok(status),
+    }
+}
+
+/// One machine with this terminal on its console.
+struct Job<'a> {
+    place: &'a Where,
+    disk: PathBuf,
+    memory: u32,
+    until: Option<Regex>,
+    guest_only: bool,
+    dir: PathBuf,
+}
+
+impl Job<'_> {
+    fn run(self) -> Result<(u8, Outcome, String)> {
+        let firmware = self.place.firmware();
+        let (emulator, why) = self.place.on.pick()?;
+        need_emulator(emulator, firmware)?;
+        let extension = emulator.extension();
+        note(&format!(
+            "on {emulator} with {extension} ({why}), {} MiB, {}",
+            self.memory,
+            firmware.name()
+        ));
+        let mut machine = Machine::new(emulator, firmware, &self.disk, self.memory);
+        machine.cpus = self.place.cpus;
+        machine.pace = Pace::WallClock;
+        let limits = Limits {
+            until: self.until,
+            timeout: self.place.timeout.map(Duration::from_secs),
+        };
+        let hard = limits.timeout.map_or(DAY, |t| t + Duration::from_secs(30));
+        let mut session = machine.start(&self.dir, hard)?;
+        let (outcome, console) = attend(&mut session, &limits, self.guest_only);
+        let quiet = self.guest_only && matches!(outcome, Outcome::Ended(_));
+        let status = match &outcome {
+            Outcome::Ended(end) if quiet => end.status,
+            other => other.report(&limits, &session),
+        };
+        if self.guest_only && status != 0 && kernel::code(console.text()).is_none() {
+            note(&format!(
+                "the last lines of the console:\n{}",
+                console.tail(12)
+            ));
+        }
+        switch_off(session, &outcome);
+        Ok((status, outcome, console.text().to_owned()))
+    }
+}

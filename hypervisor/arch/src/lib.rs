@@ -26,4 +26,4 @@ pub use regs::{
     RFlags, Segment, SegmentRegister,
 };
 pub use time::Nanos;
-pub use vcpu::{Interruptibility, Vcpu};
+pub use vcpu::{ApicMode, Interruptibility, Vcpu};

@@ -1,10 +1,10 @@
-//! Registers as values.
+//! Registers as values. The flags carry the names of the manuals and no words of their own.
+#![allow(missing_docs)]
 
 use serde::{Deserialize, Serialize};
 
 /// A general-purpose register, numbered as instructions encode it (Intel SDM Vol. 2A table 2-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[allow(missing_docs)]
 #[repr(u8)]
 pub enum Gpr {
     Rax = 0,
@@ -75,7 +75,6 @@ impl core::ops::IndexMut<Gpr> for Gprs {
 
 /// A control register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
 pub enum ControlRegister {
     Cr0,
     Cr2,
@@ -86,7 +85,6 @@ pub enum ControlRegister {
 
 /// A debug register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
 pub enum DebugRegister {
     Dr0,
     Dr1,
@@ -101,7 +99,6 @@ pub enum DebugRegister {
 bitflags::bitflags! {
     /// CR0 (Intel SDM Vol. 3A §2.5).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    #[allow(missing_docs)]
     pub struct Cr0: u64 {
         const PE = 1 << 0;
         const MP = 1 << 1;
@@ -119,7 +116,6 @@ bitflags::bitflags! {
 
     /// CR4 (Intel SDM Vol. 3A §2.5).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    #[allow(missing_docs)]
     pub struct Cr4: u64 {
         const VME = 1 << 0;
         const PVI = 1 << 1;
@@ -149,7 +145,6 @@ bitflags::bitflags! {
 
     /// IA32_EFER (Intel SDM Vol. 3A §2.2.1, AMD APM Vol. 2 §3.1.7).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    #[allow(missing_docs)]
     pub struct Efer: u64 {
         const SCE = 1 << 0;
         const LME = 1 << 8;
@@ -164,7 +159,6 @@ bitflags::bitflags! {
 
     /// RFLAGS (Intel SDM Vol. 1 §3.4.3). Bit 1 always reads as one.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    #[allow(missing_docs)]
     pub struct RFlags: u64 {
         const CF = 1 << 0;
         const FIXED = 1 << 1;
@@ -190,7 +184,6 @@ bitflags::bitflags! {
 
 /// A segment register by its instruction encoding; LDTR and TR follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[allow(missing_docs)]
 #[repr(u8)]
 pub enum SegmentRegister {
     Es = 0,

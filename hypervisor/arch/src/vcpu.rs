@@ -5,6 +5,17 @@ use crate::{
     Segment, SegmentRegister,
 };
 
+/// How the guest reaches its local APIC's registers (Intel SDM Vol. 3A §11.12.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApicMode {
+    /// Not at all: IA32_APIC_BASE.EN is clear.
+    Disabled,
+    /// By memory.
+    XApic,
+    /// By MSRs 800H to 8FFH.
+    X2Apic,
+}
+
 /// What currently holds back interrupts (Intel SDM Vol. 3C table 25-3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interruptibility {
@@ -130,6 +141,18 @@ pub trait Vcpu {
     /// Tells the hardware's copy of TPR, and the highest pending vector's priority class (0 for
     /// none) below which the guest's lowering of TPR must exit.
     fn set_virtual_tpr(&mut self, tpr: u8, threshold: u8);
+
+    /// The guest's local APIC changed its mode: backends whose hardware virtualizes its registers
+    /// follow. The APIC-access page, if the backend has one, is mapped by the caller in
+    /// [`ApicMode::XApic`] only.
+    fn set_apic_mode(&mut self, mode: ApicMode) {
+        let _ = mode;
+    }
+    /// Loads the PAE page-directory pointers after an emulated write of CR0, CR3 or CR4, on
+    /// backends whose hardware does not read them itself (Intel SDM Vol. 3C §27.3.2.4).
+    fn set_pdptes(&mut self, entries: [u64; 4]) {
+        let _ = entries;
+    }
 
     /// Puts the vCPU into the state after RESET or INIT (Intel SDM Vol. 3A table 9-1).
     fn reset(&mut self);

@@ -1,1 +1,21 @@
-#![no_std]
+//! The physical machine: memory through the direct map, the serial port, the local APIC and its
+//! timer, clocks, and what ACPI says of them. Knows nothing of guests.
+#![cfg_attr(not(test), no_std)]
+
+pub mod acpi;
+mod apic;
+mod clock;
+mod direct_map;
+pub mod power;
+mod rtc;
+mod screen;
+mod serial;
+
+pub use apic::{
+    CoreTimer, LocalApic, SERIAL_VECTOR, SPURIOUS_VECTOR, TIMER_VECTOR, route_interrupt,
+};
+pub use clock::{ClockError, TscFrequency, calibrate, rdtsc};
+pub use direct_map::DirectMap;
+pub use rtc::wall_clock;
+pub use screen::TextScreen;
+pub use serial::Serial;

@@ -595,11 +595,11 @@ impl MsrState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{apic::ApicMode, clock::TscClock, fake::FakeVcpu};
+    use crate::{apic::ApicMode, clock::TscClock, mock::MockVcpu};
 
     struct World {
         state: MsrState,
-        vcpu: FakeVcpu,
+        vcpu: MockVcpu,
         apic: LocalApic,
         features: Features,
         now: Nanos,
@@ -620,7 +620,7 @@ mod tests {
             };
             Self {
                 state: MsrState::new(&features),
-                vcpu: FakeVcpu::default(),
+                vcpu: MockVcpu::real(),
                 apic: LocalApic::new(0, true, 40, TscClock::new(2_000_000)),
                 features,
                 now: Nanos(1_000),
@@ -803,7 +803,7 @@ mod tests {
 
     #[test]
     fn no_number_and_no_value_does_harm() {
-        let mut random = crate::fake::Random(7);
+        let mut random = crate::random::Random(7);
         for intel in [true, false] {
             let mut world = World::new(intel);
             for _ in 0..200_000 {

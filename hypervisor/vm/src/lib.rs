@@ -1,2 +1,17 @@
-#![no_std]
+//! A VM's life: what the configuration asks for, the bundle its images come from, its memory map,
+//! how an image gets into its memory, and how it runs.
+#![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod bundle;
+pub mod config;
+pub mod layout;
+pub mod load;
+mod run;
+#[cfg(test)]
+mod testing;
+mod vm;
+
+pub use vm::{End, Host, MakeVcpu, Stop, Vm, VmError, VmSetup};

@@ -1,0 +1,89 @@
+//! What a bare guest needs: boot, a serial console, interrupts, an exit code, and tests.
+//!
+//! A guest is a 64-bit ELF with a PVH note. The same file runs on Tessera and, unchanged, in
+//! plain QEMU with `-kernel` and `isa-debug-exit`, which is the reference for what hardware does.
+//! Memory below 4 GiB is mapped one to one; interrupts are off at first; every vector has a
+//! handler, and a fault that no test expects ends the guest with a report.
+#![no_std]
+
+pub mod cpu;
+mod interrupts;
+mod serial;
+mod tests;
+
+pub use guest_macros::guest_test;
+pub use interrupts::{Fault, Frame, count, expect_fault, on_interrupt, with_interrupts};
+pub use serial::_print;
+pub use tests::{Case, run_tests};
+
+use core::arch::global_asm;
+use core::panic::PanicInfo;
+
+global_asm!(include_str!("boot.s"));
+
+/// Prints to the serial console.
+#[macro_export]
+macro_rules! print {
+    ($($arg:tt)*) => { $crate::_print(format_args!($($arg)*)) };
+}
+
+/// Prints a line to the serial console.
+#[macro_export]
+macro_rules! println {
+    () => { $crate::print!("\n") };
+    ($($arg:tt)*) => { $crate::print!("{}\n", format_args!($($arg)*)) };
+}
+
+/// Names the guest's `fn main()`.
+#[macro_export]
+macro_rules! entry {
+    ($main:path) => {
+        #[unsafe(no_mangle)]
+        extern "Rust" fn guest_main() {
+            let main: fn() = $main;
+            main()
+        }
+    };
+}
+
+unsafe extern "Rust" {
+    fn guest_main();
+}
+
+/// The debug-exit port: value v ends the guest with code (v << 1) | 1.
+const DEBUG_EXIT: u16 = 0xf4;
+
+/// PVH start info (Xen `arch-x86/hvm/start_info.h`), as the loader left it.
+static START_INFO: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(0);
+
+/// The guest-physical address of the PVH start info.
+pub fn start_info() -> u64 {
+    START_INFO.load(core::sync::atomic::Ordering::Relaxed)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn guest_start(start_info: u64) -> ! {
+    START_INFO.store(start_info, core::sync::atomic::Ordering::Relaxed);
+    serial::init();
+    interrupts::init();
+    // SAFETY: `entry!` defines it with this signature.
+    unsafe { guest_main() };
+    exit(0)
+}
+
+/// Ends the guest by the debug-exit port; halts where there is none.
+pub fn exit(value: u32) -> ! {
+    // SAFETY: the port belongs to the debug-exit device, or to nobody.
+    unsafe { cpu::outl(DEBUG_EXIT, value) };
+    loop {
+        // SAFETY: nothing is left to do.
+        unsafe { core::arch::asm!("cli", "hlt") };
+    }
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    tests::failed(info);
+    println!("guest panic: {info}");
+    exit(1)
+}

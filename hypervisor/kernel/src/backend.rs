@@ -1,0 +1,193 @@
+//! The two vendors' ways to make vCPUs, behind one trait: the wall between the run loop and `cpu`.
+
+use crate::bring_up::{Host, host_page, host_pages};
+use crate::frames::Frames;
+use alloc::boxed::Box;
+use alloc::string::{String, ToString};
+use arch::{FrameSource, HostPhysAddr, PageSize, Vcpu};
+use core::arch::x86_64::__cpuid_count;
+use cpu::page::HostPage;
+use cpu::svm::{Svm, SvmBitmaps, SvmCaps, SvmConfig, SvmFeatures, SvmVcpu};
+use cpu::virt::{Extension, VirtUnavailable};
+use cpu::vmx::{Vmx, VmxCaps, VmxConfig, VmxPages, VmxVcpu};
+use cpu::xstate::XStateCaps;
+use machine::cpuid::Enabled;
+use memory::Format;
+
+/// One vendor's way to make vCPUs.
+pub trait Backend: Sized {
+    /// Its vCPU.
+    type Vcpu: Vcpu;
+    /// The format of its nested tables.
+    const FORMAT: Format;
+    /// Turns the extension on, on this core.
+    fn enable(host: &Host) -> Result<Self, VirtUnavailable>;
+    /// A vCPU with these nested tables, and the local APIC's register page.
+    fn create_vcpu(
+        &mut self,
+        host: &Host,
+        number: u16,
+        root: HostPhysAddr,
+        apic_page: HostPhysAddr,
+    ) -> Result<Self::Vcpu, String>;
+    /// Takes a vCPU's pages back.
+    fn destroy_vcpu(&mut self, vcpu: Self::Vcpu);
+    /// What its guests may use of the machine.
+    fn enabled(&self) -> Enabled;
+    /// A page to map at the local APIC's address in every guest, if the hardware wants one.
+    fn apic_access_page(&self) -> Option<HostPhysAddr>;
+}
+
+
+fn back(page: HostPage) {
+    Frames.free(page.phys(), PageSize::Size4K);
+}
+
+fn pages<const N: usize>(host: &Host) -> Option<[HostPage; N]> {
+    host_pages(host.map, N as u64)?.try_into().ok()
+}
+
+fn out_of_memory(extension: Extension) -> VirtUnavailable {
+    VirtUnavailable::EnableFailed { extension, step: "there is no memory for its control pages" }
+}
+
+/// Makes the core ready to move guests' extended state.
+fn extended_state() -> XStateCaps {
+    let xstate = XStateCaps::detect(cpu::xstate::KNOWN);
+    // SAFETY: ring 0, and the hypervisor itself uses no extended state.
+    unsafe { xstate.enable() };
+    xstate
+}
+
+/// What both vendors let guests use alike: it needs no control of theirs.
+fn enabled(xstate: &XStateCaps) -> Enabled {
+    let xcr0 = if xstate.has_xsave() { xstate.mask() } else { 0 };
+    Enabled { xcr0, ..Enabled::default() }
+}
+
+/// Intel VT-x.
+pub struct VmxBackend {
+    caps: VmxCaps,
+    xstate: XStateCaps,
+    access_page: Option<HostPage>,
+    _on: Vmx,
+}
+
+impl Backend for VmxBackend {
+    type Vcpu = VmxVcpu;
+    const FORMAT: Format = Format::Ept;
+
+    fn enable(host: &Host) -> Result<Self, VirtUnavailable> {
+        // SAFETY: ring 0.
+        let caps = unsafe { Vmx::detect() }?;
+        let region = host_page(host.map).ok_or(out_of_memory(Extension::Vmx))?;
+        let xstate = extended_state();
+        // SAFETY: the boot core, once, with a page of its own.
+        let on = unsafe { Vmx::enable(&caps, region) }?;
+        let features = caps.features();
+        log::info!("VT-x: {features:?}");
+        let access_page = features.contains(cpu::vmx::Features::APIC_ACCESSES);
+        let access_page = access_page.then(|| host_page(host.map)).flatten();
+        Ok(Self { caps, xstate, access_page, _on: on })
+    }
+
+    fn create_vcpu(
+        &mut self,
+        host: &Host,
+        number: u16,
+        root: HostPhysAddr,
+        apic_page: HostPhysAddr,
+    ) -> Result<VmxVcpu, String> {
+        let [vmcs, msr_bitmap] = pages(host).ok_or("there is no memory for its control pages")?;
+        let config = VmxConfig {
+            ept_root: root,
+            vpid: number + 1,
+            virtual_apic_page: Some(apic_page),
+            apic_access_page: self.apic_access_page(),
+            xstate: self.xstate,
+        };
+        // SAFETY: VMX and the extended state are on here; the pages are fresh; the tables and the
+        // APIC page belong to the VM that will own the vCPU.
+        unsafe { VmxVcpu::new(&self.caps, VmxPages { vmcs, msr_bitmap }, config) }
+            .map_err(|error| error.to_string())
+    }
+
+    fn destroy_vcpu(&mut self, vcpu: VmxVcpu) {
+        let VmxPages { vmcs, msr_bitmap } = vcpu.into_pages();
+        back(vmcs);
+        back(msr_bitmap);
+    }
+
+    fn enabled(&self) -> Enabled {
+        let features = self.caps.features();
+        Enabled {
+            rdtscp: features.contains(cpu::vmx::Features::RDTSCP),
+            ..enabled(&self.xstate)
+        }
+    }
+
+    fn apic_access_page(&self) -> Option<HostPhysAddr> {
+        self.access_page.as_ref().map(HostPage::phys)
+    }
+}
+
+/// AMD-V.
+pub struct SvmBackend {
+    caps: SvmCaps,
+    xstate: XStateCaps,
+    bitmaps: &'static SvmBitmaps,
+    _on: Svm,
+}
+
+impl Backend for SvmBackend {
+    type Vcpu = SvmVcpu;
+    const FORMAT: Format = Format::Npt;
+
+    fn enable(host: &Host) -> Result<Self, VirtUnavailable> {
+        let caps = Svm::detect()?;
+        let missing = || out_of_memory(Extension::Svm);
+        let (iopm, msrpm) = (pages(host).ok_or_else(missing)?, pages(host).ok_or_else(missing)?);
+        let bitmaps = SvmBitmaps::new(&caps, iopm, msrpm).map_err(|_| missing())?;
+        let save = pages(host).ok_or_else(missing)?;
+        let xstate = extended_state();
+        // SAFETY: the boot core, once, with pages of its own.
+        let on = unsafe { Svm::enable(&caps, save) }?;
+        log::info!("AMD-V: {} ASIDs, {:?}", caps.asids, caps.features);
+        Ok(Self { caps, xstate, bitmaps: Box::leak(Box::new(bitmaps)), _on: on })
+    }
+
+    fn create_vcpu(
+        &mut self,
+        host: &Host,
+        number: u16,
+        root: HostPhysAddr,
+        _: HostPhysAddr,
+    ) -> Result<SvmVcpu, String> {
+        let vmcb = host_page(host.map).ok_or("there is no memory for its control block")?;
+        // One tag each while they last; beyond that they share, and pay with flushes.
+        let tags = self.caps.asids.saturating_sub(1).max(1);
+        let config = SvmConfig {
+            nested_root: root,
+            asid: 1 + u32::from(number) % tags,
+            asid_shared: u32::from(number) >= tags,
+            bitmaps: self.bitmaps,
+            xstate: self.xstate,
+        };
+        SvmVcpu::new(&self.caps, vmcb, config).map_err(|error| error.to_string())
+    }
+
+    fn destroy_vcpu(&mut self, vcpu: SvmVcpu) {
+        back(vcpu.into_page());
+    }
+
+    fn enabled(&self) -> Enabled {
+        Enabled {
+            rdtscp: self.caps.features.contains(SvmFeatures::TSC_AUX),
+            ..enabled(&self.xstate)
+        }
+    }
+
+    fn apic_access_page(&self) -> Option<HostPhysAddr> {
+        None
+    }
+}

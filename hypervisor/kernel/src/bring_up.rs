@@ -1,0 +1,284 @@
+//! From the loader's jump to the first guest.
+
+use crate::frames::{self, Frames};
+use crate::backend::Backend;
+use crate::{console, panic, run};
+use alloc::vec::Vec;
+use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
+use bootloader_api::BootInfo;
+use core::sync::atomic::{AtomicU64, Ordering};
+use cpu::host::{CoreTables, EmergencyStacks, InterruptFrame};
+use cpu::page::HostPage;
+use cpu::virt::{Extension, VirtUnavailable};
+use hw::acpi::AcpiInfo;
+use hw::{CoreTimer, DirectMap, LocalApic, Serial, TextScreen};
+use log::{error, info, warn};
+use spin::Once;
+use vm::config::{Config, WhenDone};
+
+/// Exit status for a machine or a configuration that cannot run guests.
+pub const STATUS_BOOT: u32 = 102;
+
+/// Where guarded stacks are mapped: each has [`STACK_PAGES`] pages above one that is not mapped.
+const STACKS: u64 = 0xffff_ff01_0000_0000;
+const STACK_PAGES: u64 = 4;
+
+/// What the whole machine has, found once.
+pub struct Host {
+    /// Physical memory.
+    pub map: DirectMap,
+    /// Firmware tables.
+    pub acpi: AcpiInfo,
+    /// The TSC's frequency in Hz.
+    pub tsc_hz: u64,
+    /// Seconds since 1970 when the TSC read `wall_tsc`.
+    pub wall_seconds: u64,
+    /// See `wall_seconds`.
+    pub wall_tsc: u64,
+    /// This core's local APIC.
+    pub apic: LocalApic,
+}
+
+static ACPI: Once<AcpiInfo> = Once::new();
+static APIC: Once<LocalApic> = Once::new();
+/// What happens at the end; set when the configuration is known.
+static WHEN_DONE: Once<WhenDone> = Once::new();
+/// TSC at the hand-off, for the bench.
+static START: AtomicU64 = AtomicU64::new(0);
+
+/// Brings the machine up, runs the guests, and ends.
+pub fn main(boot: &'static mut BootInfo) -> ! {
+    START.store(hw::rdtsc(), Ordering::Relaxed);
+    let offset = boot.physical_memory_offset.into_option();
+    let top = boot.memory_regions.iter().map(|region| region.end).max().unwrap_or(0);
+    // SAFETY: the hand-off promises this window (see boot/); without it nothing can be reached.
+    let map = unsafe { DirectMap::new(offset.unwrap_or(0), top.max(4 << 30)) };
+    let text_mode = boot.framebuffer.as_ref().is_none();
+    // SAFETY: the loader is gone, so the port and the text buffer are ours.
+    let (serial, screen) =
+        unsafe { (Serial::com1(), text_mode.then(|| TextScreen::new(map))) };
+    // SAFETY: the loader's memory map is the truth about what is free.
+    let memory = unsafe { frames::init(&boot.memory_regions, map) };
+    console::init(serial, screen);
+    info!("Tessera {} on x86_64", env!("CARGO_PKG_VERSION"));
+    if offset.is_none() {
+        fail("the loader handed over no direct map of physical memory: use Tessera's own loader");
+    }
+    match memory {
+        Ok(bytes) => info!("memory: {} MiB free in {} regions", bytes >> 20, boot.memory_regions.len()),
+        Err(short) => {
+            error!("memory: {} KiB needed, largest free region has {} KiB", short.needed >> 10, short.largest >> 10);
+            fail("this machine has too little memory: give it at least 16 MiB")
+        }
+    }
+    check_tables(map);
+    install_tables(map);
+    let host = find_hardware(map, boot.rsdp_addr.into_option());
+    let bundle = ramdisk(boot, map);
+    match cpu::virt::extension() {
+        Ok(Extension::Vmx) => start::<crate::backend::VmxBackend>(&host, bundle),
+        Ok(Extension::Svm) => start::<crate::backend::SvmBackend>(&host, bundle),
+        Err(error) => no_guests(&error),
+    }
+}
+
+fn no_guests(error: &VirtUnavailable) -> ! {
+    error!("{error}");
+    fail("no guest can run on this machine");
+}
+
+/// Ends with a clear message: the machine cannot do its job.
+fn fail(reason: &str) -> ! {
+    end(STATUS_BOOT, reason)
+}
+
+/// Prints the last line and leaves the machine as the configuration says.
+pub fn end(status: u32, reason: &str) -> ! {
+    console::say(format_args!("end: status={status} {reason}"));
+    let when_done = WHEN_DONE.get().copied().unwrap_or(WhenDone::PowerOff);
+    if let Some(acpi) = ACPI.get() {
+        // SAFETY: the tables are the machine's own and all work is over.
+        unsafe {
+            match when_done {
+                WhenDone::PowerOff => hw::power::off(acpi),
+                WhenDone::Reboot => hw::power::reset(acpi),
+                WhenDone::Halt => {}
+            }
+        }
+    }
+    cpu::host::stop()
+}
+
+/// The loader's page tables: scaffold removed, rights checked.
+fn check_tables(map: DirectMap) {
+    let root = cpu::paging::root();
+    // SAFETY: code, stack and boot information are all in the upper half.
+    unsafe { cpu::paging::clear_lower_half(&map, root) };
+    let audit = cpu::paging::audit(&map, root);
+    if audit.writable_executable > 0 || audit.lower_half > 0 {
+        error!("page tables: {audit:?}");
+        fail("the loader left pages both writable and executable: use Tessera's own loader");
+    }
+    info!("page tables: {} entries, none writable and executable, lower half empty", audit.leaves);
+}
+
+/// A stack with an unmapped page below; gives its top.
+fn guarded_stack(map: DirectMap, index: u64) -> Option<u64> {
+    let bottom = STACKS + index * (STACK_PAGES + 1) * PAGE_SIZE + PAGE_SIZE;
+    for page in 0..STACK_PAGES {
+        let mut allocate = || Frames.allocate(PageSize::Size4K);
+        let frame = allocate()?;
+        // SAFETY: the tables are in use and the frame is fresh.
+        let mapped = unsafe {
+            cpu::paging::map_page(&map, cpu::paging::root(), bottom + page * PAGE_SIZE, frame, &mut allocate)
+        };
+        if !mapped {
+            return None;
+        }
+    }
+    Some(bottom + STACK_PAGES * PAGE_SIZE)
+}
+
+fn install_tables(map: DirectMap) {
+    let stacks: Option<Vec<u64>> = (0..4).map(|index| guarded_stack(map, index)).collect();
+    match stacks.as_deref() {
+        Some(&[double_fault, nmi, machine_check, page_fault]) => {
+            let stacks = EmergencyStacks { double_fault, nmi, machine_check, page_fault };
+            // SAFETY: first and only time on this core; the stacks were mapped just now.
+            unsafe { CoreTables::install(stacks, on_interrupt) };
+        }
+        _ => fail("no memory for the emergency stacks"),
+    }
+}
+
+/// Every interrupt and exception of the host.
+fn on_interrupt(frame: &mut InterruptFrame) {
+    match frame.vector as u8 {
+        2 => warn!("NMI at {:#x}", frame.rip),
+        vector @ 0..=31 => {
+            debug_assert!(vector < 32);
+            panic::exception(frame)
+        }
+        hw::SPURIOUS_VECTOR => {}
+        vector => {
+            run::host_interrupt(vector);
+            if let Some(apic) = APIC.get() {
+                apic.end_of_interrupt();
+            }
+        }
+    }
+}
+
+fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
+    let acpi = match rsdp {
+        Some(rsdp) => hw::acpi::read(map, rsdp),
+        None => AcpiInfo::default(),
+    };
+    ACPI.call_once(|| acpi);
+    match rsdp {
+        None => warn!("ACPI: the firmware gave no tables; power-off will not work"),
+        Some(_) if acpi.damaged > 0 => warn!("ACPI: {} damaged tables are left out", acpi.damaged),
+        Some(_) => info!("ACPI: {} processors", acpi.processors),
+    }
+    // SAFETY: the loader is gone; the timers and the RTC are ours.
+    let (tsc, wall) = unsafe { (hw::calibrate(acpi.pm_timer), hw::wall_clock()) };
+    let wall_tsc = hw::rdtsc();
+    let Ok(tsc) = tsc else { fail("neither the ACPI PM timer nor the 8254 counts: no clock") };
+    info!("TSC: {}.{:03} MHz by the {}", tsc.hz / 1_000_000, tsc.hz / 1000 % 1000, tsc.reference);
+    if wall.is_none() {
+        warn!("RTC: no sensible time; guests start in 1970");
+    }
+    // SAFETY: this core, interrupts off, and nobody else drives the APIC.
+    let Some(apic) = (unsafe { LocalApic::enable(map) }) else {
+        fail("the local APIC is not reachable")
+    };
+    APIC.call_once(|| apic);
+    let gsi = acpi.com1_gsi.unwrap_or(4);
+    let routed = acpi.io_apic.map(|registers| {
+        // SAFETY: the I/O APIC is the one the MADT names, and ours.
+        unsafe { hw::route_interrupt(map, registers, gsi, hw::SERIAL_VECTOR, apic.id()) }
+    });
+    if !matches!(routed, Some(Ok(()))) {
+        info!("serial port: no interrupt, so it is polled");
+        run::poll_serial();
+    }
+    Host { map, acpi, tsc_hz: tsc.hz, wall_seconds: wall.unwrap_or(0), wall_tsc, apic }
+}
+
+/// The bundle that the loader put into memory.
+fn ramdisk(boot: &BootInfo, map: DirectMap) -> &'static [u8] {
+    let Some(addr) = boot.ramdisk_addr.into_option() else { return &[] };
+    let physical = map.physical(addr as *const u8);
+    let Some(pointer) = map.pointer(physical, boot.ramdisk_len) else { return &[] };
+    // SAFETY: the loader's bundle, kept out of the free frames by its memory map, is never
+    // written again.
+    unsafe { core::slice::from_raw_parts(pointer, boot.ramdisk_len as usize) }
+}
+
+/// One zeroed page of the machine for a control structure.
+pub fn host_page(map: DirectMap) -> Option<HostPage> {
+    host_pages(map, 1)?.pop()
+}
+
+/// `count` zeroed pages that follow one another.
+pub fn host_pages(map: DirectMap, count: u64) -> Option<Vec<HostPage>> {
+    // Runs are rare (SVM's permission maps, once a machine): they are cut from a large frame.
+    let (size, first) = if count == 1 {
+        (PageSize::Size4K, Frames.allocate(PageSize::Size4K)?)
+    } else {
+        (PageSize::Size2M, Frames.allocate(PageSize::Size2M)?)
+    };
+    let end = first.wrapping_add(count * PAGE_SIZE);
+    let mut rest = end;
+    while rest < first.wrapping_add(size.bytes()) {
+        Frames.free(rest, PageSize::Size4K);
+        rest = rest.wrapping_add(PAGE_SIZE);
+    }
+    (0..count)
+        .map(|index| {
+            let phys: HostPhysAddr = first.wrapping_add(index * PAGE_SIZE);
+            map.zero(phys, PAGE_SIZE);
+            let pointer = core::ptr::NonNull::new(map.pointer(phys, PAGE_SIZE)?)?;
+            // SAFETY: a fresh frame, zeroed, reachable, and nobody else's.
+            Some(unsafe { HostPage::new(phys, pointer) })
+        })
+        .collect()
+}
+
+fn start<B: Backend>(host: &Host, bundle: &'static [u8]) -> ! {
+    let backend = match B::enable(host) {
+        Ok(backend) => backend,
+        Err(error) => no_guests(&error),
+    };
+    let bundle = match vm::bundle::Bundle::open(bundle) {
+        Ok(bundle) => bundle,
+        Err(error) => {
+            error!("bundle: {error}");
+            fail("the bundle is damaged: build the image again")
+        }
+    };
+    let config = match read_config(&bundle) {
+        Ok(config) => config,
+        Err(error) => {
+            error!("{error}");
+            fail("the configuration cannot be used")
+        }
+    };
+    log::set_max_level(config.host.log);
+    WHEN_DONE.call_once(|| config.host.when_done);
+    // SAFETY: this core's timer is ours.
+    let timer = unsafe { CoreTimer::new(host.apic, host.tsc_hz) };
+    info!("timer: {}", timer.mode());
+    let base = frames::heap_used();
+    console::say(format_args!("bench hypervisor-heap {base} bytes"));
+    let (status, reason) = run::run(backend, host, timer, &bundle, &config, START.load(Ordering::Relaxed));
+    end(status, &reason)
+}
+
+fn read_config(bundle: &vm::bundle::Bundle<'_>) -> Result<Config, alloc::string::String> {
+    use alloc::string::ToString;
+    let text = bundle.get("tessera.toml").map_err(|error| error.to_string())?;
+    let text = core::str::from_utf8(text)
+        .map_err(|error| alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to()))?;
+    Config::parse(text, "tessera.toml").map_err(|error| error.to_string())
+}

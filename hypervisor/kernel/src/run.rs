@@ -1,0 +1,414 @@
+//! The run loop of a core: pick a VM, run it until something wants the core, repeat.
+
+use crate::backend::Backend;
+use crate::bring_up::{Host, STATUS_BOOT};
+use crate::console::{self, Request};
+use crate::frames::{self, Frames};
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use arch::{HostPhysAddr, Nanos, Vcpu};
+use core::sync::atomic::{AtomicBool, Ordering};
+use cpu::virt::VirtUnavailable;
+use hw::{CoreTimer, DirectMap, TIMER_VECTOR};
+use machine::cpuid::Enabled;
+use log::{error, info, warn};
+use memory::Format;
+use sched::{Decision, Scheduler, VcpuId};
+use vm::bundle::Bundle;
+use vm::config::{Config, OnReboot, VmConfig};
+use vm::{End, Stop, Vm, VmError, VmSetup};
+
+/// Exit status for a VM that crashed.
+const STATUS_CRASH: u32 = 101;
+/// Exit status when a person ended the VMs.
+const STATUS_LEFT: u32 = 0;
+/// How often the serial port is polled where it has no interrupt, in nanoseconds.
+const POLL: u64 = 10_000_000;
+
+static TIMER_FIRED: AtomicBool = AtomicBool::new(false);
+static SERIAL_FIRED: AtomicBool = AtomicBool::new(false);
+static POLL_SERIAL: AtomicBool = AtomicBool::new(false);
+
+/// The serial port has no interrupt: look at it on every tick.
+pub fn poll_serial() {
+    POLL_SERIAL.store(true, Ordering::Relaxed);
+}
+
+/// An interrupt of the machine.
+pub fn host_interrupt(vector: u8) {
+    if vector == TIMER_VECTOR {
+        TIMER_FIRED.store(true, Ordering::Relaxed);
+    } else {
+        SERIAL_FIRED.store(true, Ordering::Relaxed);
+    }
+}
+
+struct Guest<V: Vcpu> {
+    config: VmConfig,
+    /// Boxed: a VM is large, and is never moved.
+    vm: Option<Box<Vm<V, DirectMap, Frames>>>,
+    end: Option<End>,
+}
+
+/// What the guests' rooms need of the machine while one runs.
+struct CoreHost<'a> {
+    guest: usize,
+    timer: &'a mut CoreTimer,
+    /// TSC at which the core is wanted for something else.
+    slice_end: u64,
+}
+
+impl vm::Host for CoreHost<'_> {
+    fn tsc(&self) -> u64 {
+        hw::rdtsc()
+    }
+    fn arm(&mut self, deadline: u64) {
+        self.timer.arm(deadline.min(self.slice_end));
+    }
+    fn interrupted(&mut self) -> bool {
+        cpu::host::serve_interrupts();
+        if TIMER_FIRED.swap(false, Ordering::Relaxed) {
+            self.timer.fired();
+        }
+        SERIAL_FIRED.load(Ordering::Relaxed) || hw::rdtsc() >= self.slice_end
+    }
+    fn output(&mut self, bytes: &[u8]) {
+        console::guest_output(self.guest, bytes);
+    }
+}
+
+/// The core's time: nanoseconds since the guests were made.
+struct Clock {
+    hz: u64,
+    origin: u64,
+}
+
+impl Clock {
+    fn now(&self) -> Nanos {
+        self.at(hw::rdtsc())
+    }
+    fn at(&self, tsc: u64) -> Nanos {
+        if tsc == u64::MAX {
+            return Nanos::NEVER;
+        }
+        Nanos::from_ticks(tsc.saturating_sub(self.origin), self.hz)
+    }
+    fn tsc_at(&self, when: Nanos) -> u64 {
+        if when == Nanos::NEVER { u64::MAX } else { self.origin + when.to_ticks(self.hz) + 1 }
+    }
+}
+
+/// The guests of one machine and the core that runs them.
+struct Core<'a, B: Backend> {
+    backend: B,
+    host: &'a Host,
+    bundle: &'a Bundle<'a>,
+    timer: CoreTimer,
+    clock: Clock,
+    scheduler: Scheduler,
+    guests: Vec<Guest<B::Vcpu>>,
+    /// Whose vCPU is on the core.
+    loaded: Option<usize>,
+    /// The first bad end: exit status and reason.
+    failure: Option<(u32, String)>,
+}
+
+/// Makes the guests of the configuration, runs them until all have ended, and says how it went.
+pub fn run<B: Backend>(
+    backend: B,
+    host: &Host,
+    timer: CoreTimer,
+    bundle: &Bundle<'_>,
+    config: &Config,
+    started: u64,
+) -> (u32, String) {
+    let mut core = Core {
+        backend,
+        host,
+        bundle,
+        timer,
+        clock: Clock { hz: host.tsc_hz, origin: hw::rdtsc() },
+        scheduler: Scheduler::default(),
+        guests: Vec::new(),
+        loaded: None,
+        failure: None,
+    };
+    for entry in &config.vms {
+        match entry {
+            Ok(config) => core.add(config),
+            Err(error) => {
+                error!("{error}");
+                core.fail(STATUS_BOOT, error.to_string());
+            }
+        }
+    }
+    let focus = config.host.focus.as_deref();
+    let focus = core.guests.iter().position(|guest| Some(guest.config.name.as_str()) == focus);
+    console::focus(focus.unwrap_or(0));
+    console::say(format_args!("bench boot-to-guest {} tsc", hw::rdtsc() - started));
+    if core.serve() {
+        return (STATUS_LEFT, "left at the console".to_string());
+    }
+    core.failure.unwrap_or_else(|| (0, "every VM ended well".to_string()))
+}
+
+impl<B: Backend> Core<'_, B> {
+    fn fail(&mut self, status: u32, reason: String) {
+        self.failure.get_or_insert((status, reason));
+    }
+
+    /// Adds a guest and starts it.
+    fn add(&mut self, config: &VmConfig) {
+        let number = console::add_guest(&config.name);
+        self.guests.push(Guest { config: config.clone(), vm: None, end: None });
+        self.start(number);
+    }
+
+    /// Makes a guest's VM and lets it run.
+    fn start(&mut self, number: usize) {
+        let Some(config) = self.guests.get(number).map(|guest| guest.config.clone()) else { return };
+        match self.create(number, &config) {
+            Ok(vm) => {
+                if let Some(guest) = self.guests.get_mut(number) {
+                    guest.vm = Some(vm);
+                    self.scheduler.wake(VcpuId(number));
+                }
+            }
+            Err(error) => {
+                error!("vm {}: {error}", config.name);
+                self.fail(STATUS_BOOT, format!("vm {}: {error}", config.name));
+            }
+        }
+    }
+
+    fn create(
+        &mut self,
+        number: usize,
+        config: &VmConfig,
+    ) -> Result<Box<Vm<B::Vcpu, DirectMap, Frames>>, VmError> {
+        let (before_heap, before_frames) = (frames::heap_used(), frames::free_bytes());
+        let promised: u64 = self
+            .guests
+            .iter()
+            .filter_map(|guest| guest.vm.as_ref())
+            .map(|vm| vm.promised_bytes() - vm.backed_bytes())
+            .sum();
+        let host = self.host;
+        let now = hw::rdtsc();
+        let setup = VmSetup {
+            config,
+            bundle: self.bundle,
+            format: B::FORMAT,
+            phys: host.map,
+            frames: Frames,
+            free_bytes: before_frames.saturating_sub(promised),
+            tsc: now,
+            tsc_hz: host.tsc_hz,
+            wall_seconds: host.wall_seconds + (now - host.wall_tsc) / host.tsc_hz,
+            enabled: self.backend.enabled(),
+            host_cpuid: &|leaf, subleaf| {
+                let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+                [result.eax, result.ebx, result.ecx, result.edx]
+            },
+            apic_access_page: self.backend.apic_access_page(),
+        };
+        let backend = &mut self.backend;
+        let vm = Vm::new(setup, &mut |root, apic_page| {
+            backend.create_vcpu(host, number as u16, root, host.map.physical(apic_page))
+        })?;
+        let vm = Box::new(vm);
+        info!(
+            "vm {}: {} MiB, {} vCPU, kernel {}",
+            config.name,
+            config.memory >> 20,
+            config.vcpus,
+            config.kernel.name
+        );
+        let heap = frames::heap_used().saturating_sub(before_heap) as u64;
+        let taken = before_frames.saturating_sub(frames::free_bytes());
+        console::say(format_args!(
+            "bench vm-memory {} bytes",
+            heap + taken.saturating_sub(vm.backed_bytes())
+        ));
+        Ok(vm)
+    }
+
+    /// Runs until every guest has ended (`false`) or a person leaves (`true`).
+    fn serve(&mut self) -> bool {
+        loop {
+            if self.console() {
+                return true;
+            }
+            let now = self.clock.now();
+            let polling = POLL_SERIAL.load(Ordering::Relaxed);
+            let poll = if polling { now + POLL } else { Nanos::NEVER };
+            match self.scheduler.next(now) {
+                Decision::Run(VcpuId(number), until) => self.turn(number, until.min(poll)),
+                Decision::Idle(until) => {
+                    self.unload();
+                    self.timer.arm(self.clock.tsc_at(until.min(poll)));
+                    // What came since the console was looked at ends the halt at once.
+                    cpu::host::wait_for_interrupt();
+                    TIMER_FIRED.store(false, Ordering::Relaxed);
+                    self.timer.fired();
+                }
+                Decision::Nothing => return false,
+            }
+        }
+    }
+
+    /// Takes what was typed; `true` means leave.
+    fn console(&mut self) -> bool {
+        SERIAL_FIRED.store(false, Ordering::Relaxed);
+        while let Some(request) = console::poll() {
+            match request {
+                Request::Leave => return true,
+                Request::Command(line) => {
+                    if self.monitor(&line) {
+                        return true;
+                    }
+                }
+            }
+        }
+        for (number, guest) in self.guests.iter_mut().enumerate() {
+            if let Some(vm) = &mut guest.vm
+                && console::has_input(number)
+            {
+                let mut taken = 0;
+                console::guest_input(number, &mut |bytes| {
+                    let used = vm.input(bytes);
+                    taken += used;
+                    used
+                });
+                if taken > 0 {
+                    self.scheduler.wake(VcpuId(number));
+                }
+            }
+        }
+        false
+    }
+
+    fn unload(&mut self) {
+        if let Some(guest) = self.loaded.take().and_then(|number| self.guests.get_mut(number))
+            && let Some(vm) = &mut guest.vm
+        {
+            vm.unload();
+        }
+    }
+
+    /// Gives a guest the core until then at the latest.
+    fn turn(&mut self, number: usize, until: Nanos) {
+        if self.loaded != Some(number) {
+            self.unload();
+        }
+        let Some(vm) = self.guests.get_mut(number).and_then(|guest| guest.vm.as_mut()) else {
+            self.scheduler.remove(VcpuId(number));
+            return;
+        };
+        if self.loaded != Some(number) {
+            vm.load();
+            self.loaded = Some(number);
+        }
+        let slice_end = self.clock.tsc_at(until);
+        let mut stop = None;
+        let mut host = CoreHost { guest: number, timer: &mut self.timer, slice_end };
+        let result = cpu::guard::run(|| stop = Some(vm.run(&mut host)));
+        let vcpu = VcpuId(number);
+        match stop {
+            Some(Stop::Preempted) => {
+                if self.clock.now() >= until {
+                    self.scheduler.yield_now(vcpu);
+                }
+            }
+            Some(Stop::Yield) => self.scheduler.yield_now(vcpu),
+            Some(Stop::Halted { until }) => self.scheduler.sleep(vcpu, self.clock.at(until)),
+            Some(Stop::Ended(end)) => self.finish(number, end, result.is_ok()),
+            None => {
+                let cause = "the hypervisor failed while it worked for this VM".to_string();
+                self.finish(number, End::Crashed(cause), false);
+            }
+        }
+    }
+
+    /// A guest is over: everything it held goes back, and it starts again if it should. A VM whose
+    /// work was abandoned is `sound` no more: its structures are given up, not walked.
+    fn finish(&mut self, number: usize, end: End, sound: bool) {
+        self.unload();
+        self.scheduler.remove(VcpuId(number));
+        console::flush(number);
+        let Some(guest) = self.guests.get_mut(number) else { return };
+        let (name, config) = (guest.config.name.clone(), guest.config.clone());
+        match &end {
+            End::Crashed(cause) => error!("vm {name}: crashed: {cause}"),
+            _ => console::say(format_args!("vm {name}: ended: {end}")),
+        }
+        match guest.vm.take() {
+            Some(vm) if sound => self.backend.destroy_vcpu(vm.into_vcpu()),
+            lost => core::mem::forget(lost),
+        }
+        if end == End::Reset && config.on_reboot == OnReboot::Restart {
+            self.start(number);
+            return;
+        }
+        if let Some((status, reason)) = verdict(&config, &end) {
+            self.fail(status, reason);
+        }
+        if let Some(guest) = self.guests.get_mut(number) {
+            guest.end = Some(end);
+        }
+    }
+
+    /// Carries out a line typed at the monitor; `true` means leave.
+    fn monitor(&mut self, line: &str) -> bool {
+        let mut words = line.split_whitespace();
+        let (verb, name) = (words.next().unwrap_or(""), words.next());
+        let mut found = self.guests.iter_mut().position(|guest| Some(guest.config.name.as_str()) == name);
+        let vm = found.and_then(|number| self.guests.get_mut(number)?.vm.as_mut());
+        match (verb, name, vm) {
+            ("", ..) => found = None,
+            ("quit" | "exit", None, _) => return true,
+            ("list", None, _) => self.list(),
+            ("button", Some(_), Some(vm)) => vm.power_button(),
+            ("stop", Some(_), Some(vm)) => vm.stop(),
+            ("button" | "stop", Some(name), None) => warn!("no VM `{name}` is running"),
+            _ => console::say(format_args!(
+                "list | button VM (press its power button) | stop VM (end it now) | quit"
+            )),
+        }
+        if let Some(number) = found
+            && self.guests.get(number).is_some_and(|guest| guest.vm.is_some())
+        {
+            self.scheduler.wake(VcpuId(number));
+        }
+        false
+    }
+
+    fn list(&self) {
+        for (number, guest) in self.guests.iter().enumerate() {
+            let state = match (&guest.vm, &guest.end) {
+                (Some(vm), _) => format!(
+                    "running, {} KiB of {} in use",
+                    vm.backed_bytes() >> 10,
+                    vm.promised_bytes() >> 10
+                ),
+                (None, Some(end)) => format!("ended: {end}"),
+                (None, None) => "not started".to_string(),
+            };
+            console::say(format_args!("{} {}: {state}", number + 1, guest.config.name));
+        }
+        console::say(format_args!("{} KiB of memory free", frames::free_bytes() >> 10));
+    }
+}
+
+/// The status that a VM's bad end gives the whole run; `None` for a good end.
+fn verdict(config: &VmConfig, end: &End) -> Option<(u32, String)> {
+    let name = &config.name;
+    match end {
+        End::PoweredOff | End::Halted | End::Reset | End::Stopped => None,
+        End::DebugExit(code) if *code == config.devices.success_code => None,
+        End::DebugExit(code) => Some((*code, format!("vm {name}: debug exit with code {code}"))),
+        End::Crashed(cause) => Some((STATUS_CRASH, format!("vm {name}: crashed: {cause}"))),
+    }
+}

@@ -1,0 +1,743 @@
+//! A running VM: entry, exit, and what each exit means.
+//!
+//! The loop is the hot path of the whole hypervisor. Exits that guests make all day (CPUID, MSR,
+//! ports, local APIC, EOI, HLT) are handled here in line and generic over the backend; anything
+//! else goes through one cold function. Nothing here allocates, takes a lock, or knows what
+//! vendor runs the guest.
+
+use crate::vm::{Crash, End, Host, Stop, Vm};
+use alloc::format;
+use arch::{
+    Access, ControlRegister, Cr0, Cr4, CrAccess, CrOp, DebugRegister, Event, Exception, Exit,
+    FrameSource, Gpr, GuestMemory, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE, PhysMemory, RFlags,
+    SegmentRegister, Vcpu, msr,
+};
+use machine::Board;
+use machine::apic::{ApicEffect, ApicMode, Then};
+use machine::map;
+use machine::emulate::{self, Done, Expected, LengthError, MmioBus, PortBus};
+use machine::msr::{MsrContext, MsrEffect, MsrFault};
+use machine::pvclock;
+use memory::FaultOutcome;
+
+/// What lies behind guest-physical addresses that are not RAM.
+struct Bus<'a> {
+    board: &'a mut Board,
+    now: Nanos,
+}
+
+impl Bus<'_> {
+    /// The register offset, if the address lies in the local APIC's page.
+    fn local_apic(&self, addr: GuestPhysAddr) -> Option<u16> {
+        let apic = &self.board.apic.local[0];
+        let offset = addr.as_u64().wrapping_sub(apic.base_address());
+        (offset < PAGE_SIZE && apic.mode() == ApicMode::XApic).then_some(offset as u16)
+    }
+}
+
+impl MmioBus for Bus<'_> {
+    fn read(&mut self, addr: GuestPhysAddr, size: u8) -> u64 {
+        if let Some(offset) = self.local_apic(addr) {
+            // Registers are 32 bits wide on 16-byte boundaries; narrower reads see their bytes.
+            let value = self.board.apic.read_mmio(0, offset & !3, self.now);
+            return u64::from(value) >> (8 * (offset & 3));
+        }
+        self.board.mmio_read(addr, size, self.now)
+    }
+    fn write(&mut self, addr: GuestPhysAddr, size: u8, value: u64) {
+        if let Some(offset) = self.local_apic(addr) {
+            // Whatever follows shows in what `prepare` looks at.
+            let _: Then = self.board.apic.write_mmio(0, offset, value as u32, self.now);
+            return;
+        }
+        self.board.mmio_write(addr, size, value, self.now);
+    }
+}
+
+impl PortBus for Bus<'_> {
+    fn read(&mut self, port: u16, size: u8) -> u32 {
+        self.board.port_read(port, size, self.now)
+    }
+    fn write(&mut self, port: u16, size: u8, value: u32) {
+        self.board.port_write(port, size, value, self.now);
+    }
+}
+
+/// What to do after an exit.
+type Handled = Result<(), End>;
+
+impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
+    /// Runs the guest until something else wants the core or the guest wants nothing of it. The
+    /// vCPU must be loaded.
+    pub fn run(&mut self, host: &mut impl Host) -> Stop {
+        if self.stop {
+            return Stop::Ended(End::Stopped);
+        }
+        self.armed = None;
+        loop {
+            if let Some(stop) = self.prepare(host) {
+                return stop;
+            }
+            // CPUID changes nothing that `prepare` looks at: guests that ask in a loop stay here.
+            let exit = loop {
+                let exit = self.vcpu.enter();
+                if exit != Exit::Cpuid {
+                    break exit;
+                }
+                if let Err(end) = self.cpuid() {
+                    return Stop::Ended(end);
+                }
+            };
+            if let Some(tpr) = self.vcpu.virtual_tpr()
+                && tpr != self.shown_tpr.0
+            {
+                self.shown_tpr.0 = tpr;
+                self.board.apic.local[0].set_tpr(tpr);
+            }
+            let handled = match exit {
+                Exit::Wrmsr => self.wrmsr(host),
+                Exit::Rdmsr => self.rdmsr(host),
+                Exit::Io(io) if !io.string => self.port(io, host),
+                Exit::ApicWrite { offset } => {
+                    let now = self.time_at(host.tsc());
+                    let effect = self.board.apic.local[0].apic_write_done(offset, now);
+                    let _: Then = self.board.apic.apply(0, effect);
+                    Ok(())
+                }
+                Exit::ExternalInterrupt(_) => {
+                    if host.interrupted() {
+                        return Stop::Preempted;
+                    }
+                    Ok(())
+                }
+                // All of these only ask for a new look at what is pending.
+                Exit::PreemptionTimer
+                | Exit::InterruptWindow
+                | Exit::NmiWindow
+                | Exit::TprBelowThreshold
+                | Exit::Benign
+                | Exit::InitOrSipi => Ok(()),
+                Exit::Hlt => self.halt(),
+                Exit::NestedFault { addr, access, walk } => self.fault(addr, access, walk, host),
+                Exit::Hypercall => self.hypercall(),
+                Exit::Pause => match self.skip(Expected::Pause) {
+                    Ok(()) => return Stop::Yield,
+                    Err(end) => Err(end),
+                },
+                other => self.rare(other, host),
+            };
+            if let Err(end) = handled {
+                self.drain(host);
+                return Stop::Ended(end);
+            }
+        }
+    }
+
+    /// Brings timers, interrupts and deadlines up to date before an entry.
+    #[inline]
+    fn prepare(&mut self, host: &mut impl Host) -> Option<Stop> {
+        if self.deadline != u64::MAX {
+            let tsc = host.tsc();
+            if tsc >= self.deadline {
+                let now = self.time_at(tsc);
+                self.board.tick(now);
+            }
+        }
+        let apic = &self.board.apic.local[0];
+        let pending = apic.pending();
+        if apic.has_signals() || self.board.has_extint() || self.halted || self.board.has_actions() {
+            if let Some(stop) = self.attend(host) {
+                return Some(stop);
+            }
+        } else if pending.is_some() {
+            if self.vcpu.interruptibility().interrupts_open {
+                let vector = self.board.apic.local[0].acknowledge();
+                if !self.vcpu.inject(Event::Interrupt(vector)) {
+                    return Some(Stop::Ended(self.shut_down()));
+                }
+                // Another may wait behind it.
+                self.want_window(self.board.apic.local[0].pending().is_some());
+            } else {
+                self.want_window(true);
+            }
+        } else if self.window {
+            self.want_window(false);
+        }
+        let apic = &self.board.apic.local[0];
+        let shown = (apic.tpr(), apic.tpr_threshold());
+        if shown != self.shown_tpr {
+            self.shown_tpr = shown;
+            self.vcpu.set_virtual_tpr(shown.0, shown.1);
+        }
+        let next = self.board.next_event();
+        if self.armed != Some(next) {
+            self.arm(next, host);
+        }
+        None
+    }
+
+    #[inline]
+    fn want_window(&mut self, on: bool) {
+        if on != self.window {
+            self.window = on;
+            self.vcpu.request_interrupt_window(on);
+        }
+    }
+
+    fn arm(&mut self, next: Nanos, host: &mut impl Host) {
+        self.armed = Some(next);
+        self.deadline = self.tsc_at(next);
+        // Where the vCPU has a timer of its own, the core's timer only ends the slice.
+        let own = self.vcpu.set_deadline(self.deadline);
+        host.arm(if own { u64::MAX } else { self.deadline });
+    }
+
+    /// What is not the common case of an entry: signals, the 8259A, HLT, and what the devices
+    /// want of the host.
+    #[cold]
+    fn attend(&mut self, host: &mut impl Host) -> Option<Stop> {
+        if self.board.has_actions() {
+            self.drain(host);
+            let actions = self.board.take_actions();
+            if let Some(end) = actions.end() {
+                return Some(Stop::Ended(end));
+            }
+        }
+        let apic = &mut self.board.apic;
+        let signals = apic.local[0].signals();
+        let open = self.vcpu.interruptibility();
+        if signals.init || signals.startup.is_some() {
+            // The boot CPU of a machine with one CPU: INIT to itself restarts it in wait for a
+            // start-up that nobody can send.
+            let _ = apic.take_signals(0);
+            if signals.init {
+                return Some(Stop::Ended(self.crash("INIT sent to the only vCPU")));
+            }
+        } else if signals.nmi {
+            if open.nmi_open {
+                let _ = apic.take_signals(0);
+                self.halted = false;
+                if !self.vcpu.inject(Event::Nmi) {
+                    return Some(Stop::Ended(self.shut_down()));
+                }
+                return None;
+            }
+            self.vcpu.request_nmi_window(true);
+        }
+        let vector = apic.local[0].pending();
+        let extint = self.board.has_extint() && self.board.apic.accepts_extint(0);
+        if vector.is_some() || extint {
+            if open.interrupts_open {
+                let vector = match vector {
+                    Some(_) => self.board.apic.local[0].acknowledge(),
+                    None => self.board.pic_acknowledge(),
+                };
+                self.halted = false;
+                if !self.vcpu.inject(Event::Interrupt(vector)) {
+                    return Some(Stop::Ended(self.shut_down()));
+                }
+                let more = self.board.apic.local[0].pending().is_some()
+                    || (self.board.has_extint() && self.board.apic.accepts_extint(0));
+                self.want_window(more);
+            } else if !self.halted {
+                self.want_window(true);
+            }
+        } else {
+            self.want_window(false);
+        }
+        if self.halted {
+            if !self.vcpu.rflags().contains(RFlags::IF) {
+                return Some(Stop::Ended(End::Halted));
+            }
+            let until = self.tsc_at(self.board.next_event());
+            return Some(Stop::Halted { until });
+        }
+        None
+    }
+
+    /// Shows what the guest wrote.
+    fn drain(&mut self, host: &mut impl Host) {
+        self.board.console_output(&mut |bytes| host.output(bytes));
+    }
+
+    /// Where the instruction that exited ends. `Ok(None)`: enter the guest again.
+    #[inline]
+    fn next_rip(&mut self, expected: Expected) -> Result<Option<u64>, End> {
+        match emulate::next_rip(&self.vcpu, &mut self.memory, expected) {
+            Ok(next) => Ok(Some(next)),
+            Err(error) => self.no_length(error).map(|()| None),
+        }
+    }
+
+    #[cold]
+    fn no_length(&mut self, error: LengthError) -> Handled {
+        match error {
+            LengthError::Changed => Ok(()),
+            LengthError::Fault(fault) => {
+                if fault.deliver(&mut self.vcpu) { Ok(()) } else { Err(self.shut_down()) }
+            }
+            LengthError::Failed(error) => Err(self.crash(&format!("{error}"))),
+        }
+    }
+
+    /// Ends the instruction that exited.
+    #[inline]
+    fn retire(&mut self, next: u64) -> Handled {
+        let done = emulate::retire(&mut self.vcpu, next);
+        if done == Done::Next || done.deliver(&mut self.vcpu) {
+            Ok(())
+        } else {
+            Err(self.shut_down())
+        }
+    }
+
+    /// An instruction without effect.
+    fn skip(&mut self, expected: Expected) -> Handled {
+        match self.next_rip(expected)? {
+            Some(next) => self.retire(next),
+            None => Ok(()),
+        }
+    }
+
+    #[inline]
+    fn inject(&mut self, event: Event) -> Handled {
+        if self.vcpu.inject(event) { Ok(()) } else { Err(self.shut_down()) }
+    }
+
+    #[inline]
+    fn cpuid(&mut self) -> Handled {
+        let Some(next) = self.next_rip(Expected::Cpuid)? else { return Ok(()) };
+        let gprs = self.vcpu.gprs();
+        let (leaf, subleaf) = (gprs[Gpr::Rax] as u32, gprs[Gpr::Rcx] as u32);
+        let [eax, ebx, ecx, edx] = self.cpuid.answer(leaf, subleaf, &self.vcpu, &self.board.apic.local[0]);
+        let gprs = self.vcpu.gprs_mut();
+        gprs[Gpr::Rax] = eax.into();
+        gprs[Gpr::Rbx] = ebx.into();
+        gprs[Gpr::Rcx] = ecx.into();
+        gprs[Gpr::Rdx] = edx.into();
+        self.retire(next)
+    }
+
+    #[inline]
+    fn port(&mut self, io: IoExit, host: &mut impl Host) -> Handled {
+        let now = self.time_at(host.tsc());
+        let rax = self.vcpu.gprs()[Gpr::Rax];
+        // Both vendors tell where a port access ends; only a broken one would not.
+        let Some(next) = self.vcpu.next_rip() else {
+            return Err(self.crash("the hardware gave no length for a port access"));
+        };
+        if io.input {
+            let value = u64::from(self.board.port_read(io.port, io.size, now));
+            let merged = match io.size {
+                1 => rax & !0xff | value & 0xff,
+                2 => rax & !0xffff | value & 0xffff,
+                _ => value,
+            };
+            self.vcpu.gprs_mut()[Gpr::Rax] = merged;
+        } else {
+            let value = match io.size {
+                1 => rax as u32 & 0xff,
+                2 => rax as u32 & 0xffff,
+                _ => rax as u32,
+            };
+            self.board.port_write(io.port, io.size, value, now);
+        }
+        self.retire(next)
+    }
+
+    fn halt(&mut self) -> Handled {
+        self.halted = true;
+        self.skip(Expected::Hlt)
+    }
+
+    fn fault(
+        &mut self,
+        addr: GuestPhysAddr,
+        access: Access,
+        walk: bool,
+        host: &mut impl Host,
+    ) -> Handled {
+        match self.memory.fault(addr, access) {
+            FaultOutcome::Backed => return Ok(()),
+            FaultOutcome::OutOfMemory => {
+                return Err(self.crash(&format!("no host memory is left for its page {addr}")));
+            }
+            FaultOutcome::NotRam | FaultOutcome::ReadOnly => {}
+        }
+        if walk || access.execute {
+            let what = if walk { "page tables" } else { "instructions" };
+            return Err(self.crash(&format!("{what} at {addr}, where there is no memory")));
+        }
+        let mut bus = Bus { now: self.time_at(host.tsc()), board: &mut self.board };
+        let hint = Some((addr, access));
+        match emulate::emulate_at(&mut self.vcpu, &mut self.memory, &mut bus, hint) {
+            Ok(Done::Next | Done::Again) => Ok(()),
+            Ok(done) if done.deliver(&mut self.vcpu) => Ok(()),
+            Ok(_) => Err(self.shut_down()),
+            Err(error) => Err(self.crash(&format!("access to {addr}: {error}"))),
+        }
+    }
+
+    #[inline]
+    fn rdmsr(&mut self, host: &mut impl Host) -> Handled {
+        let Some(next) = self.next_rip(Expected::Rdmsr)? else { return Ok(()) };
+        let index = self.vcpu.gprs()[Gpr::Rcx] as u32;
+        let now = self.time_at(host.tsc());
+        let mut context = MsrContext {
+            vcpu: &mut self.vcpu,
+            apic: &mut self.board.apic.local[0],
+            features: self.cpuid.features(),
+            now,
+        };
+        match self.msrs.read(index, &mut context) {
+            Ok(value) => {
+                let gprs = self.vcpu.gprs_mut();
+                gprs[Gpr::Rax] = value & 0xffff_ffff;
+                gprs[Gpr::Rdx] = value >> 32;
+                self.retire(next)
+            }
+            Err(fault) => self.no_msr(fault, "RDMSR", index),
+        }
+    }
+
+    #[inline]
+    fn wrmsr(&mut self, host: &mut impl Host) -> Handled {
+        let Some(next) = self.next_rip(Expected::Wrmsr)? else { return Ok(()) };
+        let gprs = self.vcpu.gprs();
+        let index = gprs[Gpr::Rcx] as u32;
+        let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
+        let now = self.time_at(host.tsc());
+        let mut context = MsrContext {
+            vcpu: &mut self.vcpu,
+            apic: &mut self.board.apic.local[0],
+            features: self.cpuid.features(),
+            now,
+        };
+        match self.msrs.write(index, value, &mut context) {
+            Ok(MsrEffect::None | MsrEffect::Apic(ApicEffect::None | ApicEffect::Timer)) => {}
+            Ok(effect) => self.msr_effect(effect, now),
+            Err(fault) => return self.no_msr(fault, "WRMSR", index),
+        }
+        self.retire(next)
+    }
+
+    /// What a write to an MSR leaves to do.
+    #[inline(never)]
+    fn msr_effect(&mut self, effect: MsrEffect, now: Nanos) {
+        match effect {
+            MsrEffect::None => {}
+            MsrEffect::Apic(effect) => {
+                let _: Then = self.board.apic.apply(0, effect);
+            }
+            MsrEffect::ApicBase => self.apic_moved(),
+            MsrEffect::Tsc => {
+                let base = self.board.apic.local[0].clock().base();
+                self.vcpu.set_tsc_offset(base.wrapping_sub(self.origin));
+                self.write_time(now);
+            }
+            MsrEffect::SystemTime => self.write_time(now),
+            MsrEffect::WallClock(at) => {
+                // The RTC was read in the middle of its second, on average.
+                let epoch = self.epoch_seconds.saturating_mul(1_000_000_000) + 500_000_000;
+                // A guest that names an address without memory gets no clock.
+                let _ = pvclock::write_wall_clock(&mut self.memory, at, epoch);
+            }
+            MsrEffect::PredictionBarrier => {
+                self.vcpu.set_msr(msr::IA32_PRED_CMD, 1);
+            }
+        }
+    }
+
+    /// Writes the paravirtual clock's record where the guest wants it.
+    fn write_time(&mut self, now: Nanos) {
+        if let Some(at) = pvclock::record_address(self.msrs.system_time()) {
+            let clock = *self.board.apic.local[0].clock();
+            // As above: an address without memory means no clock.
+            let _ = pvclock::write_time(&mut self.memory, at, &clock, now);
+        }
+    }
+
+    /// The local APIC's mode or place changed.
+    fn apic_moved(&mut self) {
+        let apic = &self.board.apic.local[0];
+        let home = map::LOCAL_APIC;
+        let mode = match apic.mode() {
+            ApicMode::XApic if apic.base_address() == home => arch::ApicMode::XApic,
+            ApicMode::X2Apic => arch::ApicMode::X2Apic,
+            // Elsewhere its registers are reached by emulation.
+            _ => arch::ApicMode::Disabled,
+        };
+        if let Some(page) = self.apic_access_page {
+            let home = GuestPhysAddr::new(home);
+            self.memory.unmap_device_page(home);
+            if mode == arch::ApicMode::XApic {
+                let _ = self.memory.map_device_page(home, page);
+            }
+            self.vcpu.flush_nested(self.memory.root());
+        }
+        self.vcpu.set_apic_mode(mode);
+        self.board.apic.retry();
+    }
+
+    #[cold]
+    fn no_msr(&mut self, fault: MsrFault, what: &str, index: u32) -> Handled {
+        if fault == MsrFault::Unknown {
+            self.unknown_msrs += 1;
+            // The first few, then at powers of two: a guest cannot flood the log.
+            if self.unknown_msrs <= 8 || self.unknown_msrs.is_power_of_two() {
+                log::warn!(
+                    "vm {}: {what} of unknown MSR {index:#x} gets #GP ({} so far)",
+                    self.name,
+                    self.unknown_msrs
+                );
+            }
+        }
+        self.inject(Event::GP0)
+    }
+
+    fn hypercall(&mut self) -> Handled {
+        let Some(next) = self.next_rip(Expected::Hypercall)? else { return Ok(()) };
+        let result = machine::hypercall(self.vcpu.gprs(), self.vcpu.cpl());
+        self.vcpu.gprs_mut()[Gpr::Rax] = result;
+        self.retire(next)
+    }
+
+    /// The guest shut down.
+    #[cold]
+    fn shut_down(&self) -> End {
+        self.crash("triple fault")
+    }
+
+    /// The report of a crash: what happened and where.
+    #[cold]
+    pub(crate) fn crash(&self, cause: &str) -> End {
+        let vcpu = &self.vcpu;
+        let cs = vcpu.segment(SegmentRegister::Cs);
+        End::Crashed(format!(
+            "{cause} (rip {:#x}, cs {:#x} base {:#x}, rsp {:#x}, rflags {:#x}, cr0 {:#x}, \
+             cr2 {:#x}, cr3 {:#x}, cr4 {:#x}, efer {:#x})",
+            vcpu.rip(),
+            cs.selector,
+            cs.base,
+            vcpu.rsp(),
+            vcpu.rflags().bits(),
+            vcpu.cr(ControlRegister::Cr0),
+            vcpu.cr(ControlRegister::Cr2),
+            vcpu.cr(ControlRegister::Cr3),
+            vcpu.cr(ControlRegister::Cr4),
+            vcpu.efer(),
+        ))
+    }
+
+    /// Exits that are not on any hot path.
+    #[cold]
+    fn rare(&mut self, exit: Exit, host: &mut impl Host) -> Handled {
+        match exit {
+            Exit::Io(io) => {
+                let mut bus = Bus { now: self.time_at(host.tsc()), board: &mut self.board };
+                match emulate::string_io(&mut self.vcpu, &mut self.memory, &mut bus, &io) {
+                    Ok(done) if done.deliver(&mut self.vcpu) => Ok(()),
+                    Ok(_) => Err(self.shut_down()),
+                    Err(error) => Err(self.crash(&format!("port {:#x}: {error}", io.port))),
+                }
+            }
+            Exit::Cr(access) => self.control_register(access),
+            Exit::Dr { .. } => self.debug_register(),
+            Exit::Exception { exception, error_code, info } => {
+                self.reflect(exception, error_code, info)
+            }
+            Exit::Invlpg => match emulate::decode_invlpg(&self.vcpu, &mut self.memory) {
+                // With nested paging the guest's own INVLPG does the work; it exits only where
+                // a backend asks for that.
+                Ok((_, next)) => self.retire(next),
+                Err(error) => self.no_length(error),
+            },
+            Exit::Invd => self.skip(Expected::Invd),
+            Exit::Wbinvd => self.skip(Expected::Wbinvd),
+            Exit::Xsetbv => self.xsetbv(),
+            Exit::Rdpmc => self.inject(Event::GP0),
+            Exit::Rdtsc | Exit::Rdtscp => {
+                let expected =
+                    if exit == Exit::Rdtsc { Expected::Rdtsc } else { Expected::Rdtscp };
+                let Some(next) = self.next_rip(expected)? else { return Ok(()) };
+                let now = self.time_at(host.tsc());
+                let tsc = self.board.apic.local[0].clock().tsc(now);
+                let aux = self.vcpu.msr(msr::IA32_TSC_AUX).unwrap_or(0);
+                let gprs = self.vcpu.gprs_mut();
+                gprs[Gpr::Rax] = tsc & 0xffff_ffff;
+                gprs[Gpr::Rdx] = tsc >> 32;
+                if exit == Exit::Rdtscp {
+                    gprs[Gpr::Rcx] = aux & 0xffff_ffff;
+                }
+                self.retire(next)
+            }
+            // Hidden by CPUID, so they do not exist for the guest.
+            Exit::Monitor | Exit::Mwait | Exit::UndefinedInstruction => self.inject(Event::UD),
+            Exit::TripleFault => Err(self.shut_down()),
+            Exit::TaskSwitch => Err(self.crash("a hardware task switch, which is not supported")),
+            Exit::Nmi => Ok(()),
+            Exit::NestedMisconfig { addr } => {
+                Err(self.crash(&format!("nested page table entry for {addr} is malformed")))
+            }
+            Exit::EntryFailed(failure) => Err(self.crash(&format!(
+                "the processor refused to enter the guest: code {:#x}, detail {:#x}",
+                failure.code, failure.detail
+            ))),
+            Exit::Unknown { code, detail } => {
+                Err(self.crash(&format!("unknown exit {code:#x}, detail {detail:#x}")))
+            }
+            other => Err(self.crash(&format!("unexpected exit {other:?}"))),
+        }
+    }
+
+    /// An intercepted exception is the guest's own: it gets it.
+    fn reflect(&mut self, exception: Exception, error_code: Option<u32>, info: u64) -> Handled {
+        match exception {
+            // A machine check belongs to the machine; the guest's CPU has no banks to read.
+            Exception::MachineCheck => return Err(self.crash("machine check while it ran")),
+            Exception::PageFault => self.vcpu.set_cr2(info),
+            Exception::Debug => {
+                // DR6 collects the causes; DR7.GD is cleared on delivery (SDM Vol. 3B §17.2).
+                let dr6 = self.vcpu.dr(DebugRegister::Dr6);
+                self.vcpu.set_dr(DebugRegister::Dr6, dr6 & !0xf | info);
+                let dr7 = self.vcpu.dr(DebugRegister::Dr7);
+                self.vcpu.set_dr(DebugRegister::Dr7, dr7 & !(1 << 13));
+            }
+            _ => {}
+        }
+        self.inject(Event::Exception { exception, error_code })
+    }
+
+    fn control_register(&mut self, access: CrAccess) -> Handled {
+        let (op, next) = match access.op {
+            CrOp::Undecoded { .. } => {
+                match emulate::decode_cr(&self.vcpu, &mut self.memory, access.register) {
+                    Ok(decoded) => decoded,
+                    Err(error) => return self.no_length(error),
+                }
+            }
+            op => match self.next_rip(Expected::MovCr)? {
+                Some(next) => (op, next),
+                None => return Ok(()),
+            },
+        };
+        let cr0 = self.vcpu.cr(ControlRegister::Cr0);
+        let fine = match op {
+            CrOp::Read(gpr) => {
+                let value = match access.register {
+                    ControlRegister::Cr8 => u64::from(self.board.apic.local[0].tpr() >> 4),
+                    register => self.vcpu.cr(register),
+                };
+                self.vcpu.set_gpr(gpr, value);
+                true
+            }
+            CrOp::Write(gpr) => {
+                let value = self.vcpu.gpr(gpr);
+                self.write_control(access.register, value)
+            }
+            CrOp::Clts => self.write_control(ControlRegister::Cr0, cr0 & !Cr0::TS.bits()),
+            // LMSW sets PE, MP, EM and TS, and cannot clear PE (SDM Vol. 2A, LMSW).
+            CrOp::Lmsw(source) => {
+                let value = cr0 & !0xe | u64::from(source) & 0xf;
+                self.write_control(ControlRegister::Cr0, value)
+            }
+            CrOp::Undecoded { .. } => false,
+        };
+        if fine { self.retire(next) } else { self.inject(Event::GP0) }
+    }
+
+    /// Writes a control register by the rules of SDM Vol. 3A §2.5; `false` means #GP(0).
+    fn write_control(&mut self, register: ControlRegister, value: u64) -> bool {
+        let vcpu = &mut self.vcpu;
+        let efer = arch::Efer::from_bits_retain(vcpu.efer());
+        let cr4 = Cr4::from_bits_retain(vcpu.cr(ControlRegister::Cr4));
+        let old = Cr0::from_bits_retain(vcpu.cr(ControlRegister::Cr0));
+        let legal = match register {
+            ControlRegister::Cr0 => {
+                let new = Cr0::from_bits_retain(value);
+                let long = vcpu.segment(SegmentRegister::Cs).rights.long();
+                let turns_on = new.contains(Cr0::PG) && !old.contains(Cr0::PG);
+                let turns_off = !new.contains(Cr0::PG) && old.contains(Cr0::PG);
+                value >> 32 == 0
+                    && (!new.contains(Cr0::PG) || new.contains(Cr0::PE))
+                    && (!new.contains(Cr0::NW) || new.contains(Cr0::CD))
+                    && !(turns_on && efer.contains(arch::Efer::LME) && !cr4.contains(Cr4::PAE))
+                    && !(turns_on && efer.contains(arch::Efer::LME) && long)
+                    && !(turns_off && (long || cr4.contains(Cr4::PCIDE)))
+                    && !(!new.contains(Cr0::WP) && cr4.contains(Cr4::CET))
+            }
+            ControlRegister::Cr4 => {
+                let new = Cr4::from_bits_retain(value);
+                let long = efer.contains(arch::Efer::LMA);
+                value & !self.cpuid.features().cr4 == 0
+                    && !(long && !new.contains(Cr4::PAE))
+                    && !(long && (new ^ cr4).contains(Cr4::LA57))
+                    && !(new.contains(Cr4::PCIDE) && !cr4.contains(Cr4::PCIDE) && !long)
+            }
+            ControlRegister::Cr8 => value < 16,
+            ControlRegister::Cr3 => value >> self.cpuid.features().phys_bits == 0,
+            ControlRegister::Cr2 => true,
+        };
+        if !legal {
+            return false;
+        }
+        if register == ControlRegister::Cr8 {
+            self.board.apic.local[0].set_tpr((value as u8) << 4);
+        } else {
+            // ET is hardwired to one.
+            let et = if register == ControlRegister::Cr0 { Cr0::ET.bits() } else { 0 };
+            vcpu.set_cr(register, value | et);
+        }
+        true
+    }
+
+    fn debug_register(&mut self) -> Handled {
+        let (access, next) = match emulate::decode_dr(&self.vcpu, &mut self.memory) {
+            Ok(decoded) => decoded,
+            Err(error) => return self.no_length(error),
+        };
+        if access.write {
+            let value = self.vcpu.gpr(access.gpr);
+            let wide = matches!(access.register, DebugRegister::Dr6 | DebugRegister::Dr7)
+                && value >> 32 != 0;
+            if wide {
+                return self.inject(Event::GP0);
+            }
+            self.vcpu.set_dr(access.register, value);
+        } else {
+            let value = self.vcpu.dr(access.register);
+            self.vcpu.set_gpr(access.gpr, value);
+        }
+        self.retire(next)
+    }
+
+    fn xsetbv(&mut self) -> Handled {
+        let Some(next) = self.next_rip(Expected::Xsetbv)? else { return Ok(()) };
+        let gprs = self.vcpu.gprs();
+        let index = gprs[Gpr::Rcx] as u32;
+        let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
+        if index != 0 || self.vcpu.cpl() != 0 || !xcr0_is_legal(value, self.cpuid.features().xcr0) {
+            return self.inject(Event::GP0);
+        }
+        self.vcpu.set_xcr0(value);
+        self.retire(next)
+    }
+}
+
+/// Whether XCR0 may be set so, with `allowed` bits (Intel SDM Vol. 1 §13.3).
+fn xcr0_is_legal(value: u64, allowed: u64) -> bool {
+    const X87: u64 = 1;
+    const SSE: u64 = 1 << 1;
+    const AVX: u64 = 1 << 2;
+    const MPX: u64 = 3 << 3;
+    const AVX512: u64 = 7 << 5;
+    const AMX: u64 = 3 << 17;
+    let whole = |set: u64| value & set == 0 || value & set == set;
+    value & !allowed == 0
+        && value & X87 != 0
+        && (value & AVX == 0 || value & SSE != 0)
+        && whole(MPX)
+        && whole(AVX512)
+        && (value & AVX512 == 0 || value & AVX != 0)
+        && whole(AMX)
+}

@@ -1,0 +1,1 @@
+//! Every emulator test, as data.

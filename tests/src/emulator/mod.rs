@@ -1,0 +1,260 @@
+//! Computers to boot Tessera on: QEMU and Bochs, behind one [`Session`].
+//!
+//! QEMU's own emulation has AMD-V, Bochs has VT-x, so both halves of the hypervisor run on any
+//! machine; QEMU with KVM is used where the host really nests. The settings are those known to
+//! work; what differs between the two (how the serial line is reached, how time runs) stays in
+//! [`bochs`] and [`qemu`].
+
+pub mod bochs;
+pub mod qemu;
+
+use std::fmt;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::process::Process;
+
+/// What plays the hardware.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Emulator {
+    /// QEMU on a KVM that nests VT-x or AMD-V.
+    QemuKvm,
+    /// QEMU's own emulation, with AMD-V.
+    QemuTcg,
+    /// Bochs, with VT-x.
+    Bochs,
+}
+
+impl Emulator {
+    /// The name used on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QemuKvm => "qemu-kvm",
+            Self::QemuTcg => "qemu-tcg",
+            Self::Bochs => "bochs",
+        }
+    }
+
+    /// The virtualization extension a guest of this emulator sees.
+    pub fn extension(self) -> &'static str {
+        match self {
+            Self::QemuKvm => "the host's",
+            Self::QemuTcg => "AMD-V",
+            Self::Bochs => "VT-x",
+        }
+    }
+}
+
+impl fmt::Display for Emulator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// The firmware that boots the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Firmware {
+    /// SeaBIOS in QEMU, its own BIOS in Bochs.
+    Bios,
+    /// OVMF.
+    Uefi,
+}
+
+impl Firmware {
+    /// The name used in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bios => "bios",
+            Self::Uefi => "uefi",
+        }
+    }
+}
+
+/// What the machine starts.
+#[derive(Clone, Debug)]
+pub enum Boot {
+    /// A raw disk image, which is not written to.
+    Disk(PathBuf),
+    /// An ELF started by QEMU itself, with `isa-debug-exit` at port 0xf4: the reference for what
+    /// a test kernel does without a hypervisor.
+    Kernel {
+        /// Multiboot1 (32-bit) or an ELF with a PVH note.
+        file: PathBuf,
+        /// Its command line.
+        append: String,
+    },
+}
+
+/// How the machine's time relates to ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// As fast as it goes; Bochs skips idle time at once.
+    Free,
+    /// Idle time is waited for, as a person at the terminal expects.
+    WallClock,
+    /// One instruction is one tick of the TSC, so that RDTSC counts instructions.
+    Counted,
+}
+
+/// What the machine's firmware says of its virtualization extension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extension {
+    /// There and usable.
+    On,
+    /// A processor without it.
+    Absent,
+    /// There, and locked off by the firmware (Bochs only).
+    LockedOff,
+}
+
+/// A computer to emulate.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// What plays it.
+    pub emulator: Emulator,
+    /// What boots it.
+    pub firmware: Firmware,
+    /// What it starts.
+    pub boot: Boot,
+    /// RAM in MiB.
+    pub memory: u32,
+    /// Logical processors.
+    pub cpus: u32,
+    /// How its time runs.
+    pub pace: Pace,
+    /// Its virtualization extension.
+    pub extension: Extension,
+}
+
+impl Machine {
+    /// A one-processor machine with a usable extension that boots the disk image.
+    pub fn new(emulator: Emulator, firmware: Firmware, disk: &Path, memory: u32) -> Self {
+        Self {
+            emulator,
+            firmware,
+            boot: Boot::Disk(disk.to_owned()),
+            memory,
+            cpus: 1,
+            pace: Pace::Free,
+            extension: Extension::On,
+        }
+    }
+
+    /// Switches it on. `dir` takes its files (settings, log); after `limit` it is killed.
+    pub fn start(&self, dir: &Path, limit: Duration) -> Result<Session> {
+        std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+        match self.emulator {
+            Emulator::QemuKvm | Emulator::QemuTcg => qemu::start(self, dir, limit),
+            Emulator::Bochs => bochs::start(self, dir, limit),
+        }
+    }
+}
+
+/// What came in while waiting.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Received {
+    /// Bytes from the serial line.
+    Bytes(Vec<u8>),
+    /// The emulator closed the line: it is ending.
+    Closed,
+    /// Nothing until the deadline.
+    Nothing,
+    /// Something put into [`Session::sender`] by its owner.
+    Input(Vec<u8>),
+}
+
+/// A machine that is on.
+#[derive(Debug)]
+pub struct Session {
+    process: Process,
+    receiver: Receiver<Received>,
+    sender: Sender<Received>,
+    line: Line,
+    log: PathBuf,
+}
+
+/// The writing half of the serial line.
+struct Line(Box<dyn Write + Send>);
+
+impl fmt::Debug for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Line")
+    }
+}
+
+impl Session {
+    fn new(
+        process: Process,
+        mut reader: impl Read + Send + 'static,
+        writer: impl Write + Send + 'static,
+        log: PathBuf,
+    ) -> Self {
+        let (sender, receiver) = channel();
+        let from_line = sender.clone();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let event = match reader.read(&mut buffer) {
+                    Ok(n) if n > 0 => Received::Bytes(buffer.get(..n).unwrap_or(&[]).to_vec()),
+                    Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                    _ => Received::Closed,
+                };
+                let last = event == Received::Closed;
+                if from_line.send(event).is_err() || last {
+                    return;
+                }
+            }
+        });
+        Self {
+            process,
+            receiver,
+            sender,
+            line: Line(Box::new(writer)),
+            log,
+        }
+    }
+
+    /// Waits for the next event until `deadline`.
+    pub fn receive(&mut self, deadline: Instant) -> Received {
+        match self
+            .receiver
+            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+        {
+            Ok(event) => event,
+            Err(RecvTimeoutError::Timeout) => Received::Nothing,
+            Err(RecvTimeoutError::Disconnected) => Received::Closed,
+        }
+    }
+
+    /// Where a keyboard thread puts [`Received::Input`], to be returned by [`Session::receive`].
+    pub fn sender(&self) -> Sender<Received> {
+        self.sender.clone()
+    }
+
+    /// Sends bytes to the serial line. A machine that has just ended takes none, which its
+    /// [`Received::Closed`] tells better than an error here.
+    pub fn send(&mut self, bytes: &[u8]) {
+        let _ = self
+            .line
+            .0
+            .write_all(bytes)
+            .and_then(|()| self.line.0.flush());
+    }
+
+    /// The emulator's own log.
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// Waits up to `grace` for the machine to switch itself off, then kills it. The exit code is
+    /// the emulator's, `None` when it had to be killed.
+    pub fn finish(mut self, grace: Duration) -> Option<i32> {
+        let status = self.process.wait(grace);
+        self.process.kill();
+        status.and_then(|s| s.code())
+    }
+}

@@ -1,0 +1,111 @@
+//! QEMU: its own emulation with AMD-V, or KVM where that nests.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::{Boot, Emulator, Extension, Firmware, Machine, Pace, Session};
+use crate::process::{Process, limited};
+
+/// The program.
+pub const PROGRAM: &str = "qemu-system-x86_64";
+
+/// OVMF's code and variable store, by the names that distributions give them.
+const OVMF: [(&str, &str); 2] = [
+    (
+        "/usr/share/OVMF/OVMF_CODE.fd",
+        "/usr/share/OVMF/OVMF_VARS.fd",
+    ),
+    (
+        "/usr/share/OVMF/OVMF_CODE_4M.fd",
+        "/usr/share/OVMF/OVMF_VARS_4M.fd",
+    ),
+];
+
+/// The files of OVMF on this machine.
+pub fn ovmf() -> Option<(&'static str, &'static str)> {
+    OVMF.into_iter()
+        .find(|(code, vars)| Path::new(code).exists() && Path::new(vars).exists())
+}
+
+/// Switches `machine` on.
+pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Session> {
+    let mut command = limited(PROGRAM, limit);
+    let mut arg = |name: &str, value: &str| {
+        command.arg(name);
+        if !value.is_empty() {
+            command.arg(value);
+        }
+    };
+    arg("-nodefaults", "");
+    arg("-no-user-config", "");
+    arg("-no-reboot", "");
+    arg("-machine", "q35");
+    arg("-vga", "std");
+    arg("-display", "none");
+    arg("-monitor", "none");
+    arg("-serial", "stdio");
+    arg("-m", &machine.memory.to_string());
+    arg("-smp", &machine.cpus.to_string());
+    match (machine.emulator, machine.extension) {
+        (_, Extension::LockedOff) => bail!("QEMU cannot lock the extension off; Bochs can"),
+        (Emulator::QemuKvm, Extension::On) => {
+            arg("-accel", "kvm");
+            arg("-cpu", "host");
+        }
+        (Emulator::QemuKvm, Extension::Absent) => {
+            arg("-accel", "kvm");
+            arg("-cpu", "host,-svm,-vmx");
+        }
+        (_, extension) => {
+            arg("-accel", "tcg");
+            let svm = if extension == Extension::On {
+                "max,+svm,+npt"
+            } else {
+                "max,-svm"
+            };
+            arg("-cpu", svm);
+        }
+    }
+    if machine.pace == Pace::Counted {
+        arg("-icount", "shift=0,sleep=off");
+    }
+    if machine.firmware == Firmware::Uefi {
+        let (code, vars) = ovmf().context("OVMF is not installed: apt-get install ovmf")?;
+        let own = dir.join("ovmf-vars.fd");
+        fs::copy(vars, &own).with_context(|| format!("copying {vars}"))?;
+        let flash = |file: &str| format!("if=pflash,format=raw,file={}", file.replace(',', ",,"));
+        arg("-drive", &format!("{},readonly=on", flash(code)));
+        arg("-drive", &flash(&own.to_string_lossy()));
+    }
+    match &machine.boot {
+        Boot::Disk(image) => {
+            let file = image.to_string_lossy().replace(',', ",,");
+            // The disk is shared between cases that run side by side: writes go to a snapshot.
+            arg(
+                "-drive",
+                &format!("if=none,id=disk,format=raw,snapshot=on,file={file}"),
+            );
+            arg("-device", "ide-hd,drive=disk,bootindex=0");
+        }
+        Boot::Kernel { file, append } => {
+            arg("-kernel", &file.to_string_lossy());
+            arg("-append", append);
+            arg("-device", "isa-debug-exit,iobase=0xf4,iosize=4");
+        }
+    }
+    let log = dir.join("qemu.log");
+    let errors = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(errors);
+    let mut process = Process::spawn(command)?;
+    let child = process.child();
+    let reader = child.stdout.take().context("QEMU's output")?;
+    let writer = child.stdin.take().context("QEMU's input")?;
+    Ok(Session::new(process, reader, writer, log))
+}

@@ -1,0 +1,22 @@
+#!/bin/busybox sh
+# Process 1 of the Linux guest: file systems, a banner, and a shell on the serial console.
+/bin/busybox mkdir -p /sbin /usr/bin /usr/sbin
+/bin/busybox --install -s
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=vt100 PS1='linux# '
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+hostname linux
+echo
+echo "Linux $(uname -r) is up after $(cut -d' ' -f1 /proc/uptime) s. Leave with poweroff."
+# poweroff, reboot and halt signal process 1, which is this script.
+trap 'poweroff -f' USR2
+trap 'reboot -f' TERM
+trap 'halt -f' USR1
+# The shell needs the line as its controlling terminal for job control and Ctrl-C. It runs in the
+# background because a shell takes its traps only while it waits.
+cd /root
+setsid cttyhack sh </dev/console >/dev/console 2>&1 &
+wait $!
+poweroff -f
