@@ -530,6 +530,12 @@ impl LocalApic {
         core::ptr::from_ref::<ApicPage>(&self.page).cast()
     }
 
+    /// Stores into the page as hardware does.
+    #[cfg(test)]
+    pub(super) fn poke(&self, word: usize, value: u32) {
+        self.page.0[word].store(value, Relaxed);
+    }
+
     // The run loop's questions.
 
     /// The interrupt to deliver next, if its priority is above PPR.
