@@ -272,7 +272,11 @@ impl ApicFabric {
                 let pins = self.io.eoi(vector);
                 self.service_all(pins);
             }
-            ApicEffect::Ipi(ipi) => self.send(vcpu, &ipi),
+            ApicEffect::Ipi => {
+                if let Some(ipi) = self.local.get(vcpu).map(LocalApic::outgoing) {
+                    self.send(vcpu, &ipi);
+                }
+            }
             ApicEffect::Reachable => self.retry(),
             ApicEffect::None | ApicEffect::Timer => {}
         }
