@@ -30,4 +30,4 @@ mod ticks;
 pub mod uart;
 
 #[cfg(test)]
-mod fake;
+mod random;
