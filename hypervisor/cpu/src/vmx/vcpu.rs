@@ -698,14 +698,9 @@ impl VmxVcpu {
         let info = self.read(ro::VMEXIT_INTERRUPTION_INFO) as u32;
         let error_code = self.read(ro::VMEXIT_INTERRUPTION_ERR_CODE) as u32;
         let event = exit::decode_event(info, error_code, 0);
-        let double = matches!(
-            event,
-            Some(Event::Exception {
-                exception: Exception::DoubleFault,
-                ..
-            })
-        );
-        self.requeue(info & exit::IRET_UNBLOCKED_NMI != 0 && !double);
+        // Bit 12 means something for faults that do not go into a double fault (§28.2.3).
+        let fault = matches!(event, Some(Event::Exception { exception, .. }) if exception != Exception::DoubleFault);
+        self.requeue(fault && info & exit::IRET_UNBLOCKED_NMI != 0);
         Some(match event {
             Some(Event::Nmi) => {
                 // The exit took the NMI and left NMIs blocked: the host's handler runs as if it
@@ -860,6 +855,7 @@ impl VmxVcpu {
     fn reset_vmcs(&mut self) {
         self.request_interrupt_window(false);
         self.request_nmi_window(false);
+        self.set_threshold(0);
         let data = Segment {
             selector: 0,
             rights: arch::AccessRights(0x93),
