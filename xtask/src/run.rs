@@ -144,7 +144,7 @@ pub fn attend(session: &mut Session, limits: &Limits, guest_only: bool) -> (Outc
 }
 
 /// Ends the machine: by itself if it is about to, else by force.
-pub fn switch_off(session: Session, outcome: &Outcome) {
+pub fn switch_off(session: &mut Session, outcome: &Outcome) {
     let ending = matches!(outcome, Outcome::Ended(_) | Outcome::Died);
     session.finish(if ending { OFF_LIMIT } else { Duration::ZERO });
 }

@@ -5,7 +5,6 @@ use crate::frames::Frames;
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use arch::{Cr4, FrameSource, HostPhysAddr, PageSize, Vcpu};
-use core::arch::x86_64::__cpuid_count;
 use cpu::page::HostPage;
 use cpu::svm::{Svm, SvmBitmaps, SvmCaps, SvmConfig, SvmFeatures, SvmVcpu};
 use cpu::virt::{Extension, VirtUnavailable};
@@ -171,12 +170,12 @@ impl Backend for SvmBackend {
         _: u64,
     ) -> Result<SvmVcpu, String> {
         let vmcb = host_page(host.map).ok_or("there is no memory for its control block")?;
-        // One tag each while they last; beyond that they share, and pay with flushes.
+        // One tag each while they last; from the last one on they share it, and pay with flushes.
         let tags = self.caps.asids.saturating_sub(1).max(1);
         let config = SvmConfig {
             nested_root: root,
-            asid: 1 + u32::from(number) % tags,
-            asid_shared: u32::from(number) >= tags,
+            asid: (1 + u32::from(number)).min(tags),
+            asid_shared: 1 + u32::from(number) >= tags,
             bitmaps: self.bitmaps,
             xstate: self.xstate,
         };

@@ -27,8 +27,6 @@ const STACK_PAGES: u64 = 4;
 pub struct Host {
     /// Physical memory.
     pub map: DirectMap,
-    /// Firmware tables.
-    pub acpi: AcpiInfo,
     /// The TSC's frequency in Hz.
     pub tsc_hz: u64,
     /// Seconds since 1970 when the TSC read `wall_tsc`.
@@ -45,6 +43,9 @@ static APIC: Once<LocalApic> = Once::new();
 static WHEN_DONE: Once<WhenDone> = Once::new();
 /// TSC at the hand-off, for the bench.
 static START: AtomicU64 = AtomicU64::new(0);
+
+/// The TSC's frequency in Hz, once it is known.
+static TSC_HZ: AtomicU64 = AtomicU64::new(0);
 
 /// Brings the machine up, runs the guests, and ends.
 pub fn main(boot: &'static mut BootInfo) -> ! {
@@ -93,6 +94,13 @@ fn fail(reason: &str) -> ! {
 /// Prints the last line and leaves the machine as the configuration says.
 pub fn end(status: u32, reason: &str) -> ! {
     console::say(format_args!("end: status={status} {reason}"));
+    console::drain();
+    // An emulator may hold the last characters back for some milliseconds more.
+    let now = hw::rdtsc();
+    let hz = TSC_HZ.load(Ordering::Relaxed);
+    while hw::rdtsc() - now < hz / 50 {
+        core::hint::spin_loop();
+    }
     let when_done = WHEN_DONE.get().copied().unwrap_or(WhenDone::PowerOff);
     if let Some(acpi) = ACPI.get() {
         // SAFETY: the tables are the machine's own and all work is over.
@@ -204,6 +212,7 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
     let (tsc, wall) = unsafe { (hw::calibrate(acpi.pm_timer), hw::wall_clock()) };
     let wall_tsc = hw::rdtsc();
     let Ok(tsc) = tsc else { fail("neither the ACPI PM timer nor the 8254 counts: no clock") };
+    TSC_HZ.store(tsc.hz, Ordering::Relaxed);
     info!("TSC: {}.{:03} MHz by the {}", tsc.hz / 1_000_000, tsc.hz / 1000 % 1000, tsc.reference);
     if wall.is_none() {
         warn!("RTC: no sensible time; guests start in 1970");
@@ -222,7 +231,7 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
         info!("serial port: no interrupt, so it is polled");
         run::poll_serial();
     }
-    Host { map, acpi, tsc_hz: tsc.hz, wall_seconds: wall.unwrap_or(0), wall_tsc, apic }
+    Host { map, tsc_hz: tsc.hz, wall_seconds: wall.unwrap_or(0), wall_tsc, apic }
 }
 
 /// The bundle that the loader put into memory.
@@ -300,5 +309,5 @@ fn read_config(bundle: &vm::bundle::Bundle<'_>) -> Result<Config, alloc::string:
     let text = bundle.get("tessera.toml").map_err(|error| error.to_string())?;
     let text = core::str::from_utf8(text)
         .map_err(|error| alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to()))?;
-    Config::parse(text, "tessera.toml").map_err(|error| error.to_string())
+    vm::config::parse(text, "tessera.toml").map_err(|error| error.to_string())
 }

@@ -106,6 +106,11 @@ pub fn guest_input(guest: usize, take: &mut dyn FnMut(&[u8]) -> usize) {
     });
 }
 
+/// Waits until all output has left the serial port.
+pub fn drain() {
+    with(|console| console.serial.drain());
+}
+
 /// Whether a guest has typed input waiting.
 pub fn has_input(guest: usize) -> bool {
     with(|console| console.guests.get(guest).is_some_and(|guest| !guest.input.is_empty()))

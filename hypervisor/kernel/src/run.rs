@@ -8,13 +8,10 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use arch::{HostPhysAddr, Nanos, Vcpu};
+use arch::{Nanos, Vcpu};
 use core::sync::atomic::{AtomicBool, Ordering};
-use cpu::virt::VirtUnavailable;
 use hw::{CoreTimer, DirectMap, TIMER_VECTOR};
-use machine::cpuid::Enabled;
 use log::{error, info, warn};
-use memory::Format;
 use sched::{Decision, Scheduler, VcpuId};
 use vm::bundle::Bundle;
 use vm::config::{Config, OnReboot, VmConfig};
@@ -279,7 +276,7 @@ impl<B: Backend> Core<'_, B> {
             {
                 let mut taken = 0;
                 console::guest_input(number, &mut |bytes| {
-                    let used = vm.input(bytes);
+                    let used = vm.input(bytes, hw::rdtsc());
                     taken += used;
                     used
                 });

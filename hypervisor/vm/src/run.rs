@@ -5,14 +5,14 @@
 //! else goes through one cold function. Nothing here allocates, takes a lock, or knows what
 //! vendor runs the guest.
 
-use crate::vm::{Crash, End, Host, Stop, Vm};
+use crate::vm::{End, Host, Stop, Vm};
 use alloc::format;
 use arch::{
     Access, ControlRegister, Cr0, Cr4, CrAccess, CrOp, DebugRegister, Event, Exception, Exit,
-    FrameSource, Gpr, GuestMemory, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE, PhysMemory, RFlags,
+    FrameSource, Gpr, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE, PhysMemory, RFlags,
     SegmentRegister, Vcpu, msr,
 };
-use machine::Board;
+use machine::board::Board;
 use machine::apic::{ApicEffect, ApicMode, Then};
 use machine::map;
 use machine::emulate::{self, Done, Expected, LengthError, MmioBus, PortBus};
@@ -42,7 +42,7 @@ impl MmioBus for Bus<'_> {
             let value = self.board.apic.read_mmio(0, offset & !3, self.now);
             return u64::from(value) >> (8 * (offset & 3));
         }
-        self.board.mmio_read(addr, size, self.now)
+        self.board.mmio_read(addr.as_u64(), size, self.now)
     }
     fn write(&mut self, addr: GuestPhysAddr, size: u8, value: u64) {
         if let Some(offset) = self.local_apic(addr) {
@@ -50,7 +50,7 @@ impl MmioBus for Bus<'_> {
             let _: Then = self.board.apic.write_mmio(0, offset, value as u32, self.now);
             return;
         }
-        self.board.mmio_write(addr, size, value, self.now);
+        self.board.mmio_write(addr.as_u64(), size, value, self.now);
     }
 }
 
@@ -88,8 +88,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     return Stop::Ended(end);
                 }
             };
+            // The hardware's copy has the priority class alone.
             if let Some(tpr) = self.vcpu.virtual_tpr()
-                && tpr != self.shown_tpr.0
+                && tpr >> 4 != self.shown_tpr.0 >> 4
             {
                 self.shown_tpr.0 = tpr;
                 self.board.apic.local[0].set_tpr(tpr);
@@ -141,11 +142,12 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             if tsc >= self.deadline {
                 let now = self.time_at(tsc);
                 self.board.tick(now);
+                self.board.apic.local[0].tick(now);
             }
         }
         let apic = &self.board.apic.local[0];
         let pending = apic.pending();
-        if apic.has_signals() || self.board.has_extint() || self.halted || self.board.has_actions() {
+        if apic.has_signals() || self.board.pic_interrupt() || self.halted || self.board.has_actions() {
             if let Some(stop) = self.attend(host) {
                 return Some(stop);
             }
@@ -169,11 +171,17 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             self.shown_tpr = shown;
             self.vcpu.set_virtual_tpr(shown.0, shown.1);
         }
-        let next = self.board.next_event();
+        let next = self.next_event();
         if self.armed != Some(next) {
             self.arm(next, host);
         }
         None
+    }
+
+    /// When a device or the local APIC's timer next has something to do.
+    #[inline]
+    fn next_event(&self) -> Nanos {
+        self.board.next_event().min(self.board.apic.local[0].next_event())
     }
 
     #[inline]
@@ -199,8 +207,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         if self.board.has_actions() {
             self.drain(host);
             let actions = self.board.take_actions();
-            if let Some(end) = actions.end() {
-                return Some(Stop::Ended(end));
+            if let Some(code) = actions.exit_code {
+                return Some(Stop::Ended(End::DebugExit(code)));
+            }
+            if actions.power_off {
+                return Some(Stop::Ended(End::PoweredOff));
+            }
+            if actions.reset.is_some() {
+                return Some(Stop::Ended(End::Reset));
             }
         }
         let apic = &mut self.board.apic;
@@ -225,7 +239,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             self.vcpu.request_nmi_window(true);
         }
         let vector = apic.local[0].pending();
-        let extint = self.board.has_extint() && self.board.apic.accepts_extint(0);
+        let extint = self.board.pic_interrupt() && self.board.apic.accepts_extint(0);
         if vector.is_some() || extint {
             if open.interrupts_open {
                 let vector = match vector {
@@ -237,7 +251,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     return Some(Stop::Ended(self.shut_down()));
                 }
                 let more = self.board.apic.local[0].pending().is_some()
-                    || (self.board.has_extint() && self.board.apic.accepts_extint(0));
+                    || (self.board.pic_interrupt() && self.board.apic.accepts_extint(0));
                 self.want_window(more);
             } else if !self.halted {
                 self.want_window(true);
@@ -249,7 +263,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             if !self.vcpu.rflags().contains(RFlags::IF) {
                 return Some(Stop::Ended(End::Halted));
             }
-            let until = self.tsc_at(self.board.next_event());
+            let until = self.tsc_at(self.next_event());
             return Some(Stop::Halted { until });
         }
         None
@@ -296,6 +310,15 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         match self.next_rip(expected)? {
             Some(next) => self.retire(next),
             None => Ok(()),
+        }
+    }
+
+    /// An instruction without effect that is one of two.
+    fn skip_either(&mut self, first: Expected, second: Expected) -> Handled {
+        match emulate::next_rip(&self.vcpu, &mut self.memory, first) {
+            Ok(next) => self.retire(next),
+            Err(LengthError::Changed) => self.skip(second),
+            Err(error) => self.no_length(error),
         }
     }
 
@@ -476,7 +499,6 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             self.vcpu.flush_nested(self.memory.root());
         }
         self.vcpu.set_apic_mode(mode);
-        self.board.apic.retry();
     }
 
     #[cold]
@@ -497,8 +519,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     fn hypercall(&mut self) -> Handled {
         let Some(next) = self.next_rip(Expected::Hypercall)? else { return Ok(()) };
-        let result = machine::hypercall(self.vcpu.gprs(), self.vcpu.cpl());
-        self.vcpu.gprs_mut()[Gpr::Rax] = result;
+        let result = if self.vcpu.cpl() != 0 {
+            abi::hypercall::ERROR_PRIVILEGE
+        } else if self.vcpu.gprs()[Gpr::Rax] == abi::hypercall::VERSION {
+            abi::VERSION.into()
+        } else {
+            abi::hypercall::ERROR_UNKNOWN
+        };
+        self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
         self.retire(next)
     }
 
@@ -546,14 +574,17 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             Exit::Exception { exception, error_code, info } => {
                 self.reflect(exception, error_code, info)
             }
-            Exit::Invlpg => match emulate::decode_invlpg(&self.vcpu, &mut self.memory) {
+            Exit::Invlpg => match emulate::decode_invlpg(&mut self.vcpu, &mut self.memory) {
                 // With nested paging the guest's own INVLPG does the work; it exits only where
                 // a backend asks for that.
                 Ok((_, next)) => self.retire(next),
                 Err(error) => self.no_length(error),
             },
-            Exit::Invd => self.skip(Expected::Invd),
-            Exit::Wbinvd => self.skip(Expected::Wbinvd),
+            // QEMU's emulation reports INVD as WBINVD.
+            Exit::Invd | Exit::Wbinvd => match self.vcpu.next_rip() {
+                Some(next) => self.retire(next),
+                None => self.skip_either(Expected::Wbinvd, Expected::Invd),
+            },
             Exit::Xsetbv => self.xsetbv(),
             Exit::Rdpmc => self.inject(Event::GP0),
             Exit::Rdtsc | Exit::Rdtscp => {
@@ -610,8 +641,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     fn control_register(&mut self, access: CrAccess) -> Handled {
         let (op, next) = match access.op {
-            CrOp::Undecoded { .. } => {
-                match emulate::decode_cr(&self.vcpu, &mut self.memory, access.register) {
+            CrOp::Undecoded { write } => {
+                match emulate::decode_cr(&mut self.vcpu, &mut self.memory, access.register, write) {
                     Ok(decoded) => decoded,
                     Err(error) => return self.no_length(error),
                 }
@@ -692,7 +723,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     fn debug_register(&mut self) -> Handled {
-        let (access, next) = match emulate::decode_dr(&self.vcpu, &mut self.memory) {
+        let (access, next) = match emulate::decode_dr(&mut self.vcpu, &mut self.memory) {
             Ok(decoded) => decoded,
             Err(error) => return self.no_length(error),
         };

@@ -12,7 +12,8 @@ use machine::acpi::{self, AcpiConfig};
 use machine::clock::TscClock;
 use machine::cpuid::{CpuidConfig, CpuidPolicy, Enabled};
 use machine::msr::MsrState;
-use machine::{Board, BoardConfig, map};
+use machine::board::{Board, BoardConfig};
+use machine::map;
 use memory::{AddressSpace, Format, MapError, Region, RegionError, RegionKind};
 
 /// What a running VM needs of the core it runs on.
@@ -224,12 +225,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             setup.host_cpuid,
             &CpuidConfig { vcpus: config.vcpus, tsc_khz: khz, enabled: setup.enabled },
         );
+        let high_ram = config.memory.saturating_sub(map::LOW_RAM_END);
         let board = Board::new(&BoardConfig {
             vcpus: config.vcpus,
             phys_bits: cpuid.features().phys_bits,
             clock,
-            epoch_seconds: setup.wall_seconds,
-            memory: config.memory,
+            low_ram: config.memory - high_ram,
+            high_ram,
+            wall_clock: setup.wall_seconds.saturating_mul(1_000_000_000),
             debug_exit: config.devices.debug_exit,
             debug_console: config.devices.debug_console,
         });
@@ -298,9 +301,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         self.memory.promised_bytes()
     }
 
-    /// Types on the guest's console; gives how many bytes it took.
-    pub fn input(&mut self, bytes: &[u8]) -> usize {
-        self.board.console_input(bytes)
+    /// Types on the guest's console when the machine's TSC reads `tsc`; gives how many bytes it
+    /// took.
+    pub fn input(&mut self, bytes: &[u8], tsc: u64) -> usize {
+        let now = self.time_at(tsc);
+        self.board.console_input(bytes, now)
     }
 
     /// Presses the power button.

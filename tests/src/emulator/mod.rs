@@ -252,7 +252,7 @@ impl Session {
 
     /// Waits up to `grace` for the machine to switch itself off, then kills it. The exit code is
     /// the emulator's, `None` when it had to be killed.
-    pub fn finish(mut self, grace: Duration) -> Option<i32> {
+    pub fn finish(&mut self, grace: Duration) -> Option<i32> {
         let status = self.process.wait(grace);
         self.process.kill();
         status.and_then(|s| s.code())
