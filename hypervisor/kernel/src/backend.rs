@@ -39,7 +39,6 @@ pub trait Backend: Sized {
     fn apic_access_page(&self) -> Option<HostPhysAddr>;
 }
 
-
 fn back(page: HostPage) {
     Frames.free(page.phys(), PageSize::Size4K);
 }
@@ -49,7 +48,10 @@ fn pages<const N: usize>(host: &Host) -> Option<[HostPage; N]> {
 }
 
 fn out_of_memory(extension: Extension) -> VirtUnavailable {
-    VirtUnavailable::EnableFailed { extension, step: "there is no memory for its control pages" }
+    VirtUnavailable::EnableFailed {
+        extension,
+        step: "there is no memory for its control pages",
+    }
 }
 
 /// Makes the core ready to move guests' extended state.
@@ -63,7 +65,10 @@ fn extended_state() -> XStateCaps {
 /// What both vendors let guests use alike: it needs no control of theirs.
 fn enabled(xstate: &XStateCaps) -> Enabled {
     let xcr0 = if xstate.has_xsave() { xstate.mask() } else { 0 };
-    Enabled { xcr0, ..Enabled::default() }
+    Enabled {
+        xcr0,
+        ..Enabled::default()
+    }
 }
 
 /// Intel VT-x.
@@ -89,7 +94,12 @@ impl Backend for VmxBackend {
         log::info!("VT-x: {features:?}");
         let access_page = features.contains(cpu::vmx::Features::APIC_ACCESSES);
         let access_page = access_page.then(|| host_page(host.map)).flatten();
-        Ok(Self { caps, xstate, access_page, _on: on })
+        Ok(Self {
+            caps,
+            xstate,
+            access_page,
+            _on: on,
+        })
     }
 
     fn create_vcpu(
@@ -151,14 +161,22 @@ impl Backend for SvmBackend {
     fn enable(host: &Host) -> Result<Self, VirtUnavailable> {
         let caps = Svm::detect()?;
         let missing = || out_of_memory(Extension::Svm);
-        let (iopm, msrpm) = (pages(host).ok_or_else(missing)?, pages(host).ok_or_else(missing)?);
+        let (iopm, msrpm) = (
+            pages(host).ok_or_else(missing)?,
+            pages(host).ok_or_else(missing)?,
+        );
         let bitmaps = SvmBitmaps::new(&caps, iopm, msrpm).map_err(|_| missing())?;
         let save = pages(host).ok_or_else(missing)?;
         let xstate = extended_state();
         // SAFETY: the boot core, once, with pages of its own.
         let on = unsafe { Svm::enable(&caps, save) }?;
         log::info!("AMD-V: {} ASIDs, {:?}", caps.asids, caps.features);
-        Ok(Self { caps, xstate, bitmaps: Box::leak(Box::new(bitmaps)), _on: on })
+        Ok(Self {
+            caps,
+            xstate,
+            bitmaps: Box::leak(Box::new(bitmaps)),
+            _on: on,
+        })
     }
 
     fn create_vcpu(

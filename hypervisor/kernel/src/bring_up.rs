@@ -1,7 +1,7 @@
 //! From the loader's jump to the first guest.
 
-use crate::frames::{self, Frames};
 use crate::backend::Backend;
+use crate::frames::{self, Frames};
 use crate::{console, panic, run};
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
@@ -51,7 +51,12 @@ static TSC_HZ: AtomicU64 = AtomicU64::new(0);
 pub fn main(boot: &'static mut BootInfo) -> ! {
     START.store(hw::rdtsc(), Ordering::Relaxed);
     let offset = boot.physical_memory_offset.into_option();
-    let top = boot.memory_regions.iter().map(|region| region.end).max().unwrap_or(0);
+    let top = boot
+        .memory_regions
+        .iter()
+        .map(|region| region.end)
+        .max()
+        .unwrap_or(0);
     // SAFETY: the hand-off promises this window (see boot/); without it nothing can be reached.
     let map = unsafe { DirectMap::new(offset.unwrap_or(0), top.max(4 << 30)) };
     // SAFETY: the loader is gone, so the port and the screen are ours.
@@ -64,9 +69,17 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
         fail("the loader handed over no direct map of physical memory: use Tessera's own loader");
     }
     match memory {
-        Ok(bytes) => info!("memory: {} MiB free in {} regions", bytes >> 20, boot.memory_regions.len()),
+        Ok(bytes) => info!(
+            "memory: {} MiB free in {} regions",
+            bytes >> 20,
+            boot.memory_regions.len()
+        ),
         Err(short) => {
-            error!("memory: {} KiB needed, largest free region has {} KiB", short.needed >> 10, short.largest >> 10);
+            error!(
+                "memory: {} KiB needed, largest free region has {} KiB",
+                short.needed >> 10,
+                short.largest >> 10
+            );
             fail("this machine has too little memory: give it at least 16 MiB")
         }
     }
@@ -147,7 +160,10 @@ fn check_tables(map: DirectMap) {
         error!("page tables: {audit:?}");
         fail("the loader left pages both writable and executable: use Tessera's own loader");
     }
-    info!("page tables: {} entries, none writable and executable, lower half empty", audit.leaves);
+    info!(
+        "page tables: {} entries, none writable and executable, lower half empty",
+        audit.leaves
+    );
 }
 
 /// A stack with an unmapped page below; gives its top.
@@ -158,7 +174,13 @@ fn guarded_stack(map: DirectMap, index: u64) -> Option<u64> {
         let frame = allocate()?;
         // SAFETY: the tables are in use and the frame is fresh.
         let mapped = unsafe {
-            cpu::paging::map_page(&map, cpu::paging::root(), bottom + page * PAGE_SIZE, frame, &mut allocate)
+            cpu::paging::map_page(
+                &map,
+                cpu::paging::root(),
+                bottom + page * PAGE_SIZE,
+                frame,
+                &mut allocate,
+            )
         };
         if !mapped {
             return None;
@@ -171,7 +193,12 @@ fn install_tables(map: DirectMap) {
     let stacks: Option<Vec<u64>> = (0..4).map(|index| guarded_stack(map, index)).collect();
     match stacks.as_deref() {
         Some(&[double_fault, nmi, machine_check, page_fault]) => {
-            let stacks = EmergencyStacks { double_fault, nmi, machine_check, page_fault };
+            let stacks = EmergencyStacks {
+                double_fault,
+                nmi,
+                machine_check,
+                page_fault,
+            };
             // SAFETY: first and only time on this core; the stacks were mapped just now.
             unsafe { CoreTables::install(stacks, on_interrupt) };
         }
@@ -211,9 +238,16 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
     // SAFETY: the loader is gone; the timers and the RTC are ours.
     let (tsc, wall) = unsafe { (hw::calibrate(acpi.pm_timer), hw::wall_clock()) };
     let wall_tsc = hw::rdtsc();
-    let Ok(tsc) = tsc else { fail("neither the ACPI PM timer nor the 8254 counts: no clock") };
+    let Ok(tsc) = tsc else {
+        fail("neither the ACPI PM timer nor the 8254 counts: no clock")
+    };
     TSC_HZ.store(tsc.hz, Ordering::Relaxed);
-    info!("TSC: {}.{:03} MHz by the {}", tsc.hz / 1_000_000, tsc.hz / 1000 % 1000, tsc.reference);
+    info!(
+        "TSC: {}.{:03} MHz by the {}",
+        tsc.hz / 1_000_000,
+        tsc.hz / 1000 % 1000,
+        tsc.reference
+    );
     if wall.is_none() {
         warn!("RTC: no sensible time; guests start in 1970");
     }
@@ -231,14 +265,24 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
         info!("serial port: no interrupt, so it is polled");
         run::poll_serial();
     }
-    Host { map, tsc_hz: tsc.hz, wall_seconds: wall.unwrap_or(0), wall_tsc, apic }
+    Host {
+        map,
+        tsc_hz: tsc.hz,
+        wall_seconds: wall.unwrap_or(0),
+        wall_tsc,
+        apic,
+    }
 }
 
 /// The bundle that the loader put into memory.
 fn ramdisk(boot: &BootInfo, map: DirectMap) -> &'static [u8] {
-    let Some(addr) = boot.ramdisk_addr.into_option() else { return &[] };
+    let Some(addr) = boot.ramdisk_addr.into_option() else {
+        return &[];
+    };
     let physical = map.physical(addr as *const u8);
-    let Some(pointer) = map.pointer(physical, boot.ramdisk_len) else { return &[] };
+    let Some(pointer) = map.pointer(physical, boot.ramdisk_len) else {
+        return &[];
+    };
     // SAFETY: the loader's bundle, kept out of the free frames by its memory map, is never
     // written again.
     unsafe { core::slice::from_raw_parts(pointer, boot.ramdisk_len as usize) }
@@ -298,16 +342,27 @@ fn start<B: Backend>(host: &Host, bundle: &'static [u8]) -> ! {
     // SAFETY: this core's timer is ours.
     let timer = unsafe { CoreTimer::new(host.apic, host.tsc_hz) };
     info!("timer: {}", timer.mode());
+    machine::emulate::prepare();
     let base = frames::heap_used();
     console::say(format_args!("bench hypervisor-heap {base} bytes"));
-    let (status, reason) = run::run(backend, host, timer, &bundle, &config, START.load(Ordering::Relaxed));
+    let (status, reason) = run::run(
+        backend,
+        host,
+        timer,
+        &bundle,
+        &config,
+        START.load(Ordering::Relaxed),
+    );
     end(status, &reason)
 }
 
 fn read_config(bundle: &vm::bundle::Bundle<'_>) -> Result<Config, alloc::string::String> {
     use alloc::string::ToString;
-    let text = bundle.get("tessera.toml").map_err(|error| error.to_string())?;
-    let text = core::str::from_utf8(text)
-        .map_err(|error| alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to()))?;
+    let text = bundle
+        .get("tessera.toml")
+        .map_err(|error| error.to_string())?;
+    let text = core::str::from_utf8(text).map_err(|error| {
+        alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to())
+    })?;
     vm::config::parse(text, "tessera.toml").map_err(|error| error.to_string())
 }

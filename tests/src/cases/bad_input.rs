@@ -33,7 +33,7 @@ const fn hello(config: &'static [&'static str]) -> Load {
 const REST: &str = r#"
 [[vm]]
 name = "rest"
-kind = "multiboot"
+kind = "pvh"
 kernel = "guest-hello"
 memory = "16MiB"
 [vm.devices]
@@ -55,7 +55,7 @@ fn rest_went_on(heard: &Heard) -> Result<(), String> {
 const HOSTILE: &str = r#"
 [[vm]]
 name = "hostile"
-kind = "multiboot"
+kind = "pvh"
 kernel = "guest-hostile"
 memory = "16MiB"
 "#;
