@@ -14,6 +14,7 @@ use arch::{
 };
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, _rdtsc};
+use core::hint::assert_unchecked;
 use x86::msr::{rdmsr, wrmsr};
 use x86::vmx::vmcs::{control, guest, host, ro};
 
@@ -178,11 +179,8 @@ pub struct VmxVcpu {
     deadline: u64,
     /// The same while the vCPU is loaded, else `u64::MAX`: what an entry looks at.
     timer: u64,
-    /// Basic reason of the last exit.
-    reason: u32,
-    /// The last exit that was not a common one. It comes by memory, so that a common one stays in
-    /// registers on its way to who handles it.
-    rare: Option<Exit>,
+    /// The last exit tells the length of an instruction.
+    length_told: bool,
     /// What the VMCS holds, so that it is written only on change.
     pin: u32,
     primary: u32,
@@ -235,8 +233,7 @@ impl VmxVcpu {
             pending: None,
             deadline: u64::MAX,
             timer: u64::MAX,
-            reason: 0,
-            rare: None,
+            length_told: false,
             pin: caps.pin,
             primary: caps.primary,
             threshold: 0,
@@ -555,8 +552,9 @@ impl VmxVcpu {
     fn start_timer(&mut self) {
         // SAFETY: RDTSC is harmless.
         let now = unsafe { _rdtsc() };
+        // The field takes the low 32 bits. A deadline farther than they reach exits once too
+        // early, finds nothing due, and is set again.
         let ticks = self.timer.saturating_sub(now) >> self.caps.timer_shift;
-        let ticks = ticks.min(u32::MAX.into());
         // SAFETY: there is a timer to set, so the VMCS is current and the processor has the field.
         unsafe { vmcs::vmwrite(guest::VMX_PREEMPTION_TIMER_VALUE, ticks) };
     }
@@ -584,10 +582,7 @@ impl VmxVcpu {
             r::EXTERNAL_INTERRUPT => Exit::ExternalInterrupt(None),
             r::INTERRUPT_WINDOW => Exit::InterruptWindow,
             r::PREEMPTION_TIMER => Exit::PreemptionTimer,
-            _ => {
-                self.rare = self.decode_rare(reason);
-                return self.rare;
-            }
+            _ => return self.decode_rare(reason),
         })
     }
 
@@ -1142,15 +1137,20 @@ impl Vcpu for VmxVcpu {
             if outcome != entry::EXITED {
                 return self.entry_failed(outcome);
             }
-            // SAFETY: the exit came from the current VMCS.
-            let raw = unsafe { vmcs::vmread(ro::EXIT_REASON) };
+            // SAFETY: the exit came from the current VMCS, and the assembly noted that it is
+            // launched; told of it, the compiler leaves out what asks whether it is loaded.
+            let raw = unsafe {
+                assert_unchecked(self.loaded());
+                vmcs::vmread(ro::EXIT_REASON)
+            };
             let reason = raw as u32;
-            self.reason = reason;
+            self.length_told = true;
             // Compared in full width, which keeps the compiler from drawing it into the table
             // below: the path of the most common instruction is a straight line.
             if raw == u64::from(r::CPUID) {
                 return Exit::Cpuid;
             }
+            self.length_told = exit::has_length(reason);
             if let Some(exit) = self.decode(reason) {
                 return exit;
             }
@@ -1190,17 +1190,10 @@ impl Vcpu for VmxVcpu {
     }
     #[inline]
     fn next_rip(&self) -> Option<u64> {
-        if !exit::has_length(self.reason) || !self.loaded() {
-            return None;
-        }
-        // SAFETY: the VMCS is current.
-        let (rip, length) = unsafe {
-            (
-                vmcs::vmread(guest::RIP),
-                vmcs::vmread(ro::VMEXIT_INSTRUCTION_LEN),
-            )
-        };
-        Some(rip.wrapping_add(length))
+        self.length_told.then(|| {
+            let length = self.read(ro::VMEXIT_INSTRUCTION_LEN);
+            self.read(guest::RIP).wrapping_add(length)
+        })
     }
     fn rflags(&self) -> RFlags {
         RFlags::from_bits_retain(self.read(guest::RFLAGS))
@@ -1481,7 +1474,7 @@ impl Vcpu for VmxVcpu {
         // Family, model and stepping.
         self.context.gprs[arch::Gpr::Rdx] = __cpuid(1).eax.into();
         self.pending = None;
-        self.reason = 0;
+        self.length_told = false;
         self.with_current(Self::reset_vmcs);
         self.switched = Switched::new();
         self.xstate.reset();
