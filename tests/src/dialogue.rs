@@ -210,6 +210,7 @@ pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result
             limit,
             matched: 0,
             sent: 0,
+            closed: false,
         };
         for (number, step) in case.steps.iter().enumerate() {
             talk.step(step)
@@ -253,6 +254,7 @@ struct Talk<'a> {
     limit: Duration,
     matched: usize,
     sent: usize,
+    closed: bool,
 }
 
 impl Talk<'_> {
@@ -313,13 +315,23 @@ impl Talk<'_> {
 
     /// Takes what the machine says next, or fails when there is no more.
     fn more(&mut self) -> Result<()> {
-        match self.session.receive(self.deadline) {
+        let received = match self.closed {
+            true => Received::Closed,
+            false => self.session.receive(self.deadline),
+        };
+        match received {
             Received::Bytes(bytes) => {
                 self.console.feed(&bytes);
                 Ok(())
             }
             Received::Input(_) => Ok(()),
-            Received::Closed => bail!("the machine ended"),
+            Received::Closed if self.closed => bail!("the machine ended"),
+            Received::Closed => {
+                // The end of the line ends its last line too, which may be what is waited for.
+                self.closed = true;
+                self.console.feed(b"\n");
+                Ok(())
+            }
             Received::Nothing => bail!("nothing more within {} s", self.limit.as_secs()),
         }
     }

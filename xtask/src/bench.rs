@@ -37,7 +37,7 @@ log = "info"
 
 [[vm]]
 name = "bench"
-kind = "multiboot"
+kind = "pvh"
 kernel = "guest-bench"
 memory = "64MiB"
 [vm.devices]

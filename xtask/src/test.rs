@@ -52,15 +52,19 @@ struct Task {
     firmware: Firmware,
 }
 
-/// Whether a filter, or no filter at all, picks `name` of `group`.
+/// Whether a filter, or no filter at all, picks `name` of `group`: by the group's name, or by a part
+/// of `group/name` when it is no group's.
 fn picked(filters: &[String], group: &str, name: &str) -> bool {
     let full = format!("{group}/{name}");
-    filters.is_empty()
-        || filters.iter().any(|f| {
+    let is_group = |f: &str| GROUPS.iter().chain(&cases::GROUPS).any(|(g, _)| *g == f);
+    let picks = |f: &String| {
+        if is_group(f) {
             f == group
-                || (f.contains('/') && full.contains(f.as_str()))
-                || name.contains(f.as_str())
-        })
+        } else {
+            full.contains(f.as_str())
+        }
+    };
+    filters.is_empty() || filters.iter().any(picks)
 }
 
 /// Prints the groups and what is in them.
@@ -90,7 +94,7 @@ pub fn test(workspace: Workspace, on: Option<On>, filters: &[String]) -> Result<
     let begin = Instant::now();
     let players = players(on)?;
     let tasks = tasks(filters, &players);
-    let other = |group: &str| picked(filters, group, group);
+    let other = |group: &str| filters.is_empty() || filters.iter().any(|f| f == group);
     if tasks.is_empty() && !GROUPS.iter().any(|(g, _)| other(g)) {
         bail!(
             "nothing is called {}; `cargo xtask test --list` says what there is",

@@ -33,7 +33,7 @@ const fn hello(config: &'static [&'static str]) -> Load {
 const REST: &str = r#"
 [[vm]]
 name = "rest"
-kind = "multiboot"
+kind = "pvh"
 kernel = "guest-hello"
 memory = "16MiB"
 [vm.devices]
@@ -55,7 +55,7 @@ fn rest_went_on(heard: &Heard) -> Result<(), String> {
 const HOSTILE: &str = r#"
 [[vm]]
 name = "hostile"
-kind = "multiboot"
+kind = "pvh"
 kernel = "guest-hostile"
 memory = "16MiB"
 "#;
@@ -84,14 +84,14 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "toml-typo",
         on: &[QEMU_BIOS, QEMU_UEFI, BOCHS_BIOS],
-        load: hello(&["[[vm]]\nname = \"hello\"\nkind = multiboot\"\n"]),
+        load: hello(&["[[vm]]\nname = \"hello\"\nkind = pvh\"\n"]),
         steps: &[Expect(r"^tessera\| .*tessera\.toml:3:\d+: ")],
         ..CONFIG
     },
     Case {
         name: "unknown-key",
         load: hello(&[
-            "[[vm]]\nname = \"hello\"\nkind = \"multiboot\"\nkernal = \"guest-hello\"\nmemory = \"16MiB\"\n",
+            "[[vm]]\nname = \"hello\"\nkind = \"pvh\"\nkernal = \"guest-hello\"\nmemory = \"16MiB\"\n",
         ]),
         steps: &[Expect(
             r"^tessera\| .*tessera\.toml:4:\d+: .*unknown key `kernal`",
@@ -101,7 +101,7 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "missing-kernel",
         load: hello(&[
-            "[[vm]]\nname = \"lost\"\nkind = \"multiboot\"\nkernel = \"nowhere\"\nmemory = \"16MiB\"\n",
+            "[[vm]]\nname = \"lost\"\nkind = \"pvh\"\nkernel = \"nowhere\"\nmemory = \"16MiB\"\n",
             REST,
         ]),
         steps: &[Expect(r"^tessera\| .*`nowhere` is not in the bundle"), END],
@@ -126,7 +126,7 @@ pub(super) const CASES: &[Case] = &[
         name: "truncated-elf",
         load: Load::Bundle {
             config: &[
-                "[[vm]]\nname = \"cut\"\nkind = \"multiboot\"\nkernel = \"half\"\nmemory = \"16MiB\"\n",
+                "[[vm]]\nname = \"cut\"\nkind = \"pvh\"\nkernel = \"half\"\nmemory = \"16MiB\"\n",
                 REST,
             ],
             files: &[("half", Source::Cut("guest-hello", 4200)), HELLO_FILE],
@@ -166,7 +166,7 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "too-much-memory",
         load: hello(&[
-            "[[vm]]\nname = \"big\"\nkind = \"multiboot\"\nkernel = \"guest-hello\"\nmemory = \"8GiB\"\n",
+            "[[vm]]\nname = \"big\"\nkind = \"pvh\"\nkernel = \"guest-hello\"\nmemory = \"8GiB\"\n",
             REST,
         ]),
         memory: Some(512),
@@ -177,7 +177,7 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "no-vcpus",
         load: hello(&[
-            "[[vm]]\nname = \"none\"\nkind = \"multiboot\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\nvcpus = 0\n",
+            "[[vm]]\nname = \"none\"\nkind = \"pvh\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\nvcpus = 0\n",
         ]),
         steps: &[Expect(r"^tessera\| .*tessera\.toml:6:\d+: .*`vcpus`")],
         ..CONFIG
@@ -185,7 +185,7 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "too-many-vcpus",
         load: hello(&[
-            "[[vm]]\nname = \"many\"\nkind = \"multiboot\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\nvcpus = 1000\n",
+            "[[vm]]\nname = \"many\"\nkind = \"pvh\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\nvcpus = 1000\n",
         ]),
         steps: &[Expect(r"^tessera\| .*tessera\.toml:6:\d+: .*`vcpus`")],
         ..CONFIG
@@ -211,7 +211,7 @@ pub(super) const CASES: &[Case] = &[
         on: &[QEMU_BIOS, QEMU_UEFI],
         load: Load::Bundle {
             config: &[
-                "[[vm]]\nname = \"hello\"\nkind = \"multiboot\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\n",
+                "[[vm]]\nname = \"hello\"\nkind = \"pvh\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\n",
             ],
             files: &[HELLO_FILE],
             spoil: Some(|bundle| {
@@ -229,7 +229,7 @@ pub(super) const CASES: &[Case] = &[
         name: "truncated-bundle",
         load: Load::Bundle {
             config: &[
-                "[[vm]]\nname = \"hello\"\nkind = \"multiboot\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\n",
+                "[[vm]]\nname = \"hello\"\nkind = \"pvh\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\n",
             ],
             files: &[HELLO_FILE],
             spoil: Some(|bundle| bundle.truncate(bundle.len() / 2)),

@@ -10,7 +10,7 @@ pub(super) const HELLO: Case = Case {
         config: &[r#"
 [[vm]]
 name = "hello"
-kind = "multiboot"
+kind = "pvh"
 kernel = "guest-hello"
 memory = "16MiB"
 [vm.devices]
@@ -33,7 +33,7 @@ const CONFORMANCE: Case = Case {
         config: &[r#"
 [[vm]]
 name = "conformance"
-kind = "multiboot"
+kind = "pvh"
 kernel = "guest-conformance"
 memory = "64MiB"
 [vm.devices]
@@ -75,7 +75,7 @@ pub(super) const CASES: &[Case] = &[
             config: &[r#"
 [[vm]]
 name = "one"
-kind = "multiboot"
+kind = "pvh"
 kernel = "guest-hello"
 memory = "16MiB"
 [vm.devices]
@@ -83,7 +83,7 @@ debug_exit = true
 
 [[vm]]
 name = "two"
-kind = "multiboot"
+kind = "pvh"
 kernel = "guest-hello"
 memory = "16MiB"
 [vm.devices]
