@@ -118,8 +118,18 @@ guest_interrupt:
 
 .section .data.guest, "aw", @progbits
 .balign 8
+.globl guest_gdt
 guest_gdt:
-    .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff
+    .quad 0
+    .quad 0x00af9b000000ffff    // 08: 64-bit code
+    .quad 0x00cf93000000ffff    // 10: data
+    .quad 0x00cf9b000000ffff    // 18: 32-bit code
+    .quad 0x00cff3000000ffff    // 20: data, ring 3
+    .quad 0x00affb000000ffff    // 28: 64-bit code, ring 3
+    .quad 0x00009b000000ffff    // 30: 16-bit code for real mode
+    .quad 0x000093000000ffff    // 38: 16-bit data for real mode
+    .quad 0x00cf13000000ffff    // 40: data, not present
+    .quad 0, 0                  // 48: the TSS
 guest_gdt_end:
 guest_gdt_pointer:
     .word guest_gdt_end - guest_gdt - 1
@@ -129,9 +139,14 @@ guest_gdt_pointer:
 .balign 4096
 .globl guest_pml4
 guest_pml4: .skip 4096
-.globl guest_pdpt
 guest_pdpt: .skip 4096
-.globl guest_pd
 guest_pd: .skip 16384
 guest_stack: .skip 65536
+.globl guest_stack_top
 guest_stack_top:
+guest_stack0: .skip 8192
+.globl guest_stack0_top
+guest_stack0_top:
+guest_ist1: .skip 8192
+.globl guest_ist1_top
+guest_ist1_top:

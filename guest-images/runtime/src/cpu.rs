@@ -1,5 +1,6 @@
 //! Privileged instructions, one function each.
 
+use crate::{Fault, expect_fault};
 use core::arch::asm;
 
 /// Writes a byte to a port.
@@ -115,6 +116,28 @@ pub unsafe fn wrmsr(index: u32, value: u64) {
     }
 }
 
+/// Reads an MSR, or gives the exception that came instead.
+pub fn try_rdmsr(index: u32) -> Result<u64, Fault> {
+    let mut value = 0;
+    // SAFETY: reading has no side effect, and a fault is caught.
+    match expect_fault(|| value = unsafe { rdmsr(index) }) {
+        None => Ok(value),
+        Some(fault) => Err(fault),
+    }
+}
+
+/// Writes an MSR, or gives the exception that came instead.
+///
+/// # Safety
+/// The value leaves the guest runnable.
+pub unsafe fn try_wrmsr(index: u32, value: u64) -> Result<(), Fault> {
+    // SAFETY: promised by the caller, and a fault is caught.
+    match expect_fault(|| unsafe { wrmsr(index, value) }) {
+        None => Ok(()),
+        Some(fault) => Err(fault),
+    }
+}
+
 /// Reads a register in memory.
 ///
 /// # Safety
@@ -134,6 +157,51 @@ pub unsafe fn read32(addr: u64) -> u32 {
 pub unsafe fn write32(addr: u64, value: u32) {
     // SAFETY: promised by the caller.
     unsafe { (addr as *mut u32).write_volatile(value) };
+}
+
+macro_rules! register {
+    ($get:ident, $set:ident, $name:literal) => {
+        #[doc = concat!("Reads ", $name, ".")]
+        #[inline]
+        #[must_use]
+        pub fn $get() -> u64 {
+            let value;
+            // SAFETY: reading it changes nothing.
+            unsafe { asm!(concat!("mov {}, ", $name), out(reg) value, options(nomem, nostack)) };
+            value
+        }
+
+        #[doc = concat!("Writes ", $name, ".")]
+        ///
+        /// # Safety
+        /// The value leaves the guest runnable, or is one that faults.
+        #[inline]
+        pub unsafe fn $set(value: u64) {
+            // SAFETY: promised by the caller.
+            unsafe { asm!(concat!("mov ", $name, ", {}"), in(reg) value, options(nostack)) };
+        }
+    };
+}
+register!(cr0, set_cr0, "cr0");
+register!(cr2, set_cr2, "cr2");
+register!(cr3, set_cr3, "cr3");
+register!(cr4, set_cr4, "cr4");
+register!(cr8, set_cr8, "cr8");
+register!(dr0, set_dr0, "dr0");
+register!(dr1, set_dr1, "dr1");
+register!(dr2, set_dr2, "dr2");
+register!(dr3, set_dr3, "dr3");
+register!(dr6, set_dr6, "dr6");
+register!(dr7, set_dr7, "dr7");
+
+/// RFLAGS.
+#[inline]
+#[must_use]
+pub fn flags() -> u64 {
+    let value;
+    // SAFETY: reading changes nothing; the red zone is off on this target.
+    unsafe { asm!("pushfq", "pop {}", out(reg) value) };
+    value
 }
 
 /// Enables interrupts and halts until one came, then disables them again.

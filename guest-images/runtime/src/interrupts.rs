@@ -1,6 +1,7 @@
 //! Every vector ends here: counted, handled if a handler was set, expected if a test said so,
 //! and otherwise the end of the guest.
 
+use crate::segments::{CODE, DATA};
 use core::arch::asm;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
@@ -37,7 +38,8 @@ pub struct Fault {
     pub address: u64,
 }
 
-type Handler = fn(&mut Frame);
+/// What [`on_interrupt`] calls.
+pub type Handler = fn(&mut Frame);
 
 static HANDLERS: [AtomicPtr<()>; 256] = [const { AtomicPtr::new(core::ptr::null_mut()) }; 256];
 static COUNTS: [AtomicU64; 256] = [const { AtomicU64::new(0) }; 256];
@@ -73,7 +75,39 @@ pub(crate) fn init() {
         gate[0] = offset & 0xffff | 8 << 16 | 0x8e << 40 | (offset & 0xffff_0000) << 32;
         gate[1] = offset >> 32;
     }
-    let pointer = Pointer { limit: 4095, base: IDT.0.get() as u64 };
+    load_idt();
+}
+
+/// Sets the interrupt stack (0 for none, else 1) of a vector, and the ring that may call it by
+/// INT n.
+pub fn set_gate(vector: u8, ist: u8, ring: u8) {
+    // SAFETY: one CPU, and the entry stays a valid gate at every moment.
+    unsafe {
+        let gate = IDT.0.get().cast::<u64>().add(2 * usize::from(vector));
+        let kept = gate.read_volatile() & !(7 << 32 | 3 << 45);
+        gate.write_volatile(kept | u64::from(ist & 7) << 32 | u64::from(ring & 3) << 45);
+    }
+}
+
+/// Forgets all handlers, and makes every gate what it was at first.
+pub fn reset_interrupts() {
+    for vector in 0..=255 {
+        HANDLERS[usize::from(vector)].store(core::ptr::null_mut(), Ordering::Relaxed);
+        set_gate(vector, 0, 0);
+    }
+}
+
+/// What `expect_fault` waited for will not come any more.
+pub(crate) fn abandon() {
+    RESUME.store(0, Ordering::Relaxed);
+}
+
+/// Loads the IDT register: for whoever has changed it.
+pub fn load_idt() {
+    let pointer = Pointer {
+        limit: 4095,
+        base: IDT.0.get() as u64,
+    };
     // SAFETY: the table is complete and lives for ever.
     unsafe { asm!("lidt [{}]", in(reg) &pointer, options(nostack)) };
 }
@@ -103,7 +137,13 @@ core::arch::global_asm!(
     ".globl guest_try",
     ".globl guest_resume",
     "guest_try:", // rdi = work, rsi = argument, rdx = &RESUME
-    "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15", "push rdx",
+    "push rbx",
+    "push rbp",
+    "push r12",
+    "push r13",
+    "push r14",
+    "push r15",
+    "push rdx",
     "mov [rdx], rsp",
     "mov rax, rdi",
     "mov rdi, rsi",
@@ -112,7 +152,12 @@ core::arch::global_asm!(
     "2:",
     "pop rdx",
     "mov qword ptr [rdx], 0",
-    "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx",
+    "pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop rbp",
+    "pop rbx",
     "ret",
     "guest_resume:",
     "mov eax, 1",
@@ -129,6 +174,8 @@ unsafe extern "C" {
 }
 
 /// Runs `work`, in which an exception is expected: gives the exception, or `None` if none came.
+/// After an exception interrupts are off, and the CPU is in ring 0 and 64-bit mode, wherever it
+/// happened. An exception with a handler of its own is not caught.
 pub fn expect_fault<F: FnOnce()>(work: F) -> Option<Fault> {
     unsafe extern "C" fn call<F: FnOnce()>(work: *mut u8) {
         // SAFETY: the argument is the `Option<F>` below.
@@ -165,7 +212,13 @@ extern "C" fn guest_dispatch(frame: &mut Frame) {
         }
         frame.rip = guest_resume as *const () as u64;
         frame.rsp = resume;
+        frame.cs = CODE.into();
+        frame.ss = DATA.into();
+        frame.rflags = 2;
     } else if vector < 32 {
-        panic!("exception {frame:x?}");
+        let address: u64;
+        // SAFETY: reading CR2 changes nothing.
+        unsafe { asm!("mov {}, cr2", out(reg) address, options(nomem, nostack)) };
+        panic!("unexpected exception, CR2 {address:x}: {frame:x?}");
     }
 }

@@ -8,13 +8,22 @@
 
 pub mod cpu;
 mod interrupts;
+mod paging;
+pub mod pc;
+pub mod segments;
 mod serial;
+mod start;
 mod tests;
 
 pub use guest_macros::guest_test;
-pub use interrupts::{Fault, Frame, count, expect_fault, on_interrupt, with_interrupts};
+pub use interrupts::{
+    Fault, Frame, Handler, count, expect_fault, load_idt, on_interrupt, reset_interrupts, set_gate,
+    with_interrupts,
+};
+pub use paging::{PAGE, Page, WINDOW, set_window, window};
 pub use serial::_print;
-pub use tests::{Case, run_tests};
+pub use start::{StartInfo, cmdline, start_info};
+pub use tests::{Case, run_tests, skip};
 
 use core::arch::global_asm;
 use core::panic::PanicInfo;
@@ -53,18 +62,11 @@ unsafe extern "Rust" {
 /// The debug-exit port: value v ends the guest with code (v << 1) | 1.
 const DEBUG_EXIT: u16 = 0xf4;
 
-/// PVH start info (Xen `arch-x86/hvm/start_info.h`), as the loader left it.
-static START_INFO: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(0);
-
-/// The guest-physical address of the PVH start info.
-pub fn start_info() -> u64 {
-    START_INFO.load(core::sync::atomic::Ordering::Relaxed)
-}
-
 #[unsafe(no_mangle)]
 extern "C" fn guest_start(start_info: u64) -> ! {
-    START_INFO.store(start_info, core::sync::atomic::Ordering::Relaxed);
+    start::set(start_info);
     serial::init();
+    segments::init();
     interrupts::init();
     // SAFETY: `entry!` defines it with this signature.
     unsafe { guest_main() };

@@ -1,6 +1,7 @@
 //! Named cases, run one after the other.
 
-use crate::{exit, println};
+use crate::{cmdline, exit, interrupts, println};
+use core::fmt::Display;
 use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 /// A case: see [`crate::guest_test`].
@@ -18,9 +19,11 @@ unsafe extern "C" {
     static guest_tests_end: u8;
 }
 
+static BEFORE_EACH: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
 static RUNNING: AtomicPtr<Case> = AtomicPtr::new(core::ptr::null_mut());
 static PASSED: AtomicUsize = AtomicUsize::new(0);
 static FAILED: AtomicUsize = AtomicUsize::new(0);
+static SKIPPED: AtomicUsize = AtomicUsize::new(0);
 static NEXT: AtomicUsize = AtomicUsize::new(0);
 
 fn cases() -> &'static [Case] {
@@ -31,37 +34,91 @@ fn cases() -> &'static [Case] {
     unsafe { core::slice::from_raw_parts(start, count) }
 }
 
-/// Runs all cases, prints `test <name> ... ok` or `FAILED` for each, a closing line
-/// `<n> passed, <m> failed`, and ends the guest: value 0 when all passed, 1 else.
-pub fn run_tests() -> ! {
-    let cases = cases();
+/// Runs all cases, or those whose name holds one of the command line's words, each after
+/// `before_each`; prints `test <name> ... ok`, `FAILED` or `skipped (<why>)` for each and a
+/// closing line `<n> passed, <m> failed, <k> skipped`; and ends the guest: value 0 when none
+/// failed, 1 else.
+pub fn run_tests(before_each: fn()) -> ! {
+    BEFORE_EACH.store(before_each as *mut (), Ordering::Relaxed);
+    go_on()
+}
+
+fn wanted(case: &Case) -> bool {
+    // A loader may put its own name first, which holds a slash or a dot; and options hold `=`.
+    let mut words = cmdline()
+        .split_whitespace()
+        .filter(|word| !word.contains(['/', '.', '=']))
+        .peekable();
+    words.peek().is_none() || words.any(|word| case.name.contains(word))
+}
+
+extern "C" fn go_on() -> ! {
+    // SAFETY: only `run_tests` stores here, and before anything comes here.
+    let before_each =
+        unsafe { core::mem::transmute::<*mut (), fn()>(BEFORE_EACH.load(Ordering::Relaxed)) };
     loop {
-        let index = NEXT.fetch_add(1, Ordering::Relaxed);
-        let Some(case) = cases.get(index) else { break };
+        let Some(case) = cases().get(NEXT.fetch_add(1, Ordering::Relaxed)) else {
+            break;
+        };
+        if !wanted(case) {
+            continue;
+        }
+        before_each();
         RUNNING.store(core::ptr::from_ref(case).cast_mut(), Ordering::Relaxed);
         (case.run)();
         RUNNING.store(core::ptr::null_mut(), Ordering::Relaxed);
+        before_each();
         PASSED.fetch_add(1, Ordering::Relaxed);
         println!("test {} ... ok", case.name);
     }
     let failed = FAILED.load(Ordering::Relaxed);
-    println!("{} passed, {failed} failed", PASSED.load(Ordering::Relaxed));
+    println!(
+        "{} passed, {failed} failed, {} skipped",
+        PASSED.load(Ordering::Relaxed),
+        SKIPPED.load(Ordering::Relaxed)
+    );
     exit(u32::from(failed > 0))
 }
 
-/// A panic in a case: the case failed, and the others still run. What the case had set up (an
-/// interrupt left on, a device left armed) is its own fault and may show in the next one.
+/// Leaves the running case with its stack and goes on with the next one.
+fn abandon() -> ! {
+    interrupts::abandon();
+    // SAFETY: what is on the stack is never looked at again; interrupts off and a flat stack is
+    // how every case starts.
+    unsafe {
+        core::arch::asm!(
+            "cli",
+            "lea rsp, [guest_stack_top]",
+            "xor ebp, ebp",
+            "call {}",
+            "ud2",
+            sym go_on,
+            options(noreturn)
+        )
+    }
+}
+
+/// Ends the running case: this machine lacks what it checks.
+pub fn skip(why: impl Display) -> ! {
+    let case = RUNNING.swap(core::ptr::null_mut(), Ordering::Relaxed);
+    // SAFETY: `go_on` stored a case of the program, which lives for ever, or null.
+    if let Some(case) = unsafe { case.as_ref() } {
+        SKIPPED.fetch_add(1, Ordering::Relaxed);
+        println!("test {} ... skipped ({why})", case.name);
+        abandon()
+    }
+    panic!("{why}, outside a case")
+}
+
+/// A panic in a case: the case failed, and the others still run.
 pub(crate) fn failed(info: &core::panic::PanicInfo<'_>) {
     let case = RUNNING.swap(core::ptr::null_mut(), Ordering::Relaxed);
-    if case.is_null() {
+    // SAFETY: `go_on` stored a case of the program, which lives for ever, or null.
+    let Some(case) = (unsafe { case.as_ref() }) else {
         return;
-    }
-    // SAFETY: `run_tests` stored a case of the program, which lives for ever.
-    let case = unsafe { &*case };
+    };
     FAILED.fetch_add(1, Ordering::Relaxed);
     println!("test {} ... FAILED", case.name);
     println!("    {info}");
-    // SAFETY: interrupts off is how every case starts.
-    unsafe { core::arch::asm!("cli") };
-    run_tests()
+    abandon()
 }

@@ -18,6 +18,7 @@ use crate::{
     apic::{ApicFabric, ApicFabricState, RestoreError},
     clock::TscClock,
     debug::Debug,
+    hpet::{Hpet, Output, Route},
     i8042::{I8042, Request},
     map,
     pci::{Pci, PciState},
@@ -43,6 +44,8 @@ pub struct BoardConfig {
     pub high_ram: u64,
     /// The wall clock at power-on: nanoseconds since 1970, UTC.
     pub wall_clock: u64,
+    /// Whether there is an HPET.
+    pub hpet: bool,
     /// Whether port 0xf4 ends the VM.
     pub debug_exit: bool,
     /// Whether port 0xe9 prints.
@@ -92,9 +95,10 @@ enum Timed {
     Rtc,
     Uart,
     Pm,
+    Hpet,
     Pci,
 }
-const TIMED: usize = 5;
+const TIMED: usize = 6;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Devices {
@@ -104,6 +108,7 @@ struct Devices {
     uart: Uart,
     i8042: I8042,
     pm: Pm,
+    hpet: Option<Hpet>,
     reset_control: ResetControl,
     /// Port 0x92 bit 0; bit 1 is the 8042's A20.
     fast_reset: bool,
@@ -112,6 +117,8 @@ struct Devices {
     irqs: u16,
     /// Levels of the PCI interrupt lines as they were last carried on.
     intx: [bool; 4],
+    /// Levels of the HPET's own pins as they were last carried on.
+    hpet_pins: u32,
     unclaimed: Unclaimed,
 }
 
@@ -142,6 +149,7 @@ pub struct Board {
 const PM_END: u16 = map::PM_BLOCK.end - 1;
 const COM1_END: u16 = map::COM1 + 7;
 const IO_APIC_END: u64 = map::IO_APIC + 0xfff;
+const HPET_END: u64 = map::HPET + 0x3ff;
 const ECAM_END: u64 = map::ECAM.end - 1;
 
 /// What no base address register may cover.
@@ -170,11 +178,13 @@ impl Board {
                 uart: Uart::new(),
                 i8042: I8042::new(),
                 pm: Pm::new(true),
+                hpet: config.hpet.then(Hpet::default),
                 reset_control: ResetControl::default(),
                 fast_reset: false,
                 debug: Debug::new(config.debug_exit, config.debug_console),
                 irqs: 0,
                 intx: [false; 4],
+                hpet_pins: 0,
                 unclaimed: Unclaimed::default(),
             },
             extint: false,
@@ -194,6 +204,10 @@ impl Board {
         }
         for line in 0..4 {
             self.set_intx(line, false);
+        }
+        if let Some(hpet) = &mut self.devices.hpet {
+            *hpet = Hpet::default();
+            self.carry_hpet();
         }
         self.apic.reset();
         self.pci.reset();
@@ -226,12 +240,13 @@ impl Board {
     ///
     /// # Errors
     /// The state does not fit this board; the board is then as it was.
-    pub fn restore(&mut self, state: BoardState, now: Nanos) -> Result<(), RestoreError> {
+    pub fn restore(&mut self, state: BoardState) -> Result<(), RestoreError> {
         self.apic.restore(&state.apic)?;
         self.pci.restore(state.pci);
         self.devices = state.devices;
-        self.extint = !self.devices.pic.interrupt();
-        self.carry_all(now);
+        self.extint = self.devices.pic.interrupt();
+        self.carry_lines();
+        self.act(|actions| actions.console = true);
         Ok(())
     }
 
@@ -477,6 +492,11 @@ impl Board {
                 let register = self.apic.read_io((address & 0xffc) as u16);
                 u64::from(register) >> (8 * (address & 3)) & ones
             }
+            map::HPET..=HPET_END if let Some(hpet) = &mut self.devices.hpet => {
+                let value = hpet.read((address & 0x3ff) as u16, size, now);
+                self.carry_hpet();
+                value
+            }
             0xe000_0000..=ECAM_END => self.pci.read_ecam(address - map::ECAM.start, size),
             _ => match self.pci.read(false, address, size, now) {
                 Some(value) => {
@@ -499,6 +519,13 @@ impl Board {
                 if size >= 4 && address & 3 == 0 {
                     self.apic.write_io((address & 0xffc) as u16, value as u32);
                 }
+            }
+            map::HPET..=HPET_END if let Some(hpet) = &mut self.devices.hpet => {
+                hpet.write((address & 0x3ff) as u16, size, value, now);
+                self.carry_hpet();
+                // It may have taken over, or given back, their interrupts.
+                self.carry_pit();
+                self.carry_rtc();
             }
             0xe000_0000..=ECAM_END => {
                 self.pci.write_ecam(address - map::ECAM.start, size, value);
@@ -536,13 +563,21 @@ impl Board {
         devices.rtc.tick(now);
         devices.uart.tick(now);
         devices.pm.tick(now);
+        if let Some(hpet) = &mut devices.hpet {
+            hpet.tick(now);
+        }
         self.pci.tick(now);
+        self.carry_lines();
+    }
+
+    fn carry_lines(&mut self) {
         self.carry_pic();
         self.carry_pit();
         self.carry_rtc();
         self.carry_uart();
         self.carry_i8042();
         self.carry_pm();
+        self.carry_hpet();
         self.carry_pci();
     }
 
@@ -619,6 +654,9 @@ impl Board {
         // A rise that was followed by a fall since the last look is still a request: the guest
         // had no chance to take it in between.
         let rose = self.devices.pit.take_rise();
+        if self.hpet_replaces() {
+            return self.set_deadline(Timed::Pit, Nanos::NEVER);
+        }
         self.edge(0, rose, rose || self.devices.pit.irq());
         self.set_deadline(Timed::Pit, self.devices.pit.next_event());
     }
@@ -629,7 +667,9 @@ impl Board {
             self.devices.pm.rtc_alarm();
             self.carry_pm();
         }
-        self.set_irq(8, irq);
+        if !self.hpet_replaces() {
+            self.set_irq(8, irq);
+        }
         self.set_deadline(Timed::Rtc, self.devices.rtc.next_event());
     }
 
@@ -652,6 +692,42 @@ impl Board {
     fn carry_pm(&mut self) {
         self.set_irq(map::SCI, self.devices.pm.irq());
         self.set_deadline(Timed::Pm, self.devices.pm.next_event());
+    }
+
+    /// Whether ISA interrupts 0 and 8 are the HPET's.
+    fn hpet_replaces(&self) -> bool {
+        self.devices.hpet.as_ref().is_some_and(Hpet::legacy)
+    }
+
+    fn carry_hpet(&mut self) {
+        let Some(hpet) = &mut self.devices.hpet else {
+            return;
+        };
+        let deadline = hpet.next_event();
+        let outputs = hpet.take_outputs();
+        let mut pins = 0;
+        for &output in outputs.iter().flatten() {
+            match output {
+                (Route::Isa(irq), Output::Level(level)) => self.set_irq(irq, level),
+                // It stays up, for the 8259A forgets a request whose line falls.
+                (Route::Isa(irq), Output::Edge(true)) => self.edge(irq, true, true),
+                (Route::Gsi(gsi), Output::Level(level)) => pins |= u32::from(level) << gsi,
+                (Route::Gsi(gsi), Output::Edge(true)) => {
+                    let level = self.devices.hpet_pins & 1 << gsi != 0;
+                    self.apic.set_gsi(gsi, true);
+                    self.apic.set_gsi(gsi, level);
+                }
+                (_, Output::Edge(false)) => {}
+            }
+        }
+        let mut changed = pins ^ self.devices.hpet_pins;
+        self.devices.hpet_pins = pins;
+        while changed != 0 {
+            let gsi = changed.trailing_zeros();
+            self.apic.set_gsi(gsi, pins & 1 << gsi != 0);
+            changed &= changed - 1;
+        }
+        self.set_deadline(Timed::Hpet, deadline);
     }
 
     fn carry_pci(&mut self) {
@@ -755,5 +831,424 @@ impl Board {
     #[must_use]
     pub const fn unclaimed(&self) -> Unclaimed {
         self.devices.unclaimed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pci::{DeviceFunction, tests::Toy};
+
+    const CONFIG: BoardConfig = BoardConfig {
+        vcpus: 1,
+        phys_bits: 36,
+        clock: TscClock::new(1_000_000),
+        low_ram: 256 << 20,
+        high_ram: 0,
+        wall_clock: 1_709_164_798_500_000_000,
+        hpet: true,
+        debug_exit: true,
+        debug_console: true,
+    };
+    const T: Nanos = Nanos(1_000_000);
+
+    fn board() -> Board {
+        Board::new(&CONFIG)
+    }
+
+    fn out(board: &mut Board, writes: &[(u16, u8)]) {
+        for &(port, value) in writes {
+            board.port_write(port, 1, value.into(), T);
+        }
+    }
+
+    /// The 8259A pair at vectors 0x20 and 0x28, everything open.
+    fn with_pic() -> Board {
+        let mut board = board();
+        out(
+            &mut board,
+            &[
+                (0x20, 0x11),
+                (0x21, 0x20),
+                (0x21, 0x04),
+                (0x21, 0x01),
+                (0xa0, 0x11),
+                (0xa1, 0x28),
+                (0xa1, 0x02),
+                (0xa1, 0x01),
+                (0x21, 0x00),
+                (0xa1, 0x00),
+            ],
+        );
+        // The timer's output has been high since power-on.
+        while board.pic_interrupt() {
+            board.pic_acknowledge();
+            out(&mut board, &[(0xa0, 0x20), (0x20, 0x20)]);
+        }
+        board
+    }
+
+    /// Routes an I/O APIC pin to vCPU 0 and switches its local APIC on.
+    fn route(board: &mut Board, pin: u8, entry: u32) {
+        let _ = board.apic.write_mmio(0, 0xf0, 0x1ff, T);
+        for (register, value) in [(0x11 + 2 * pin, 0), (0x10 + 2 * pin, entry)] {
+            board.mmio_write(map::IO_APIC, 4, register.into(), T);
+            board.mmio_write(map::IO_APIC + 0x10, 4, value.into(), T);
+        }
+    }
+
+    fn printed(board: &mut Board) -> String {
+        let mut all = Vec::new();
+        board.console_output(&mut |bytes| all.extend_from_slice(bytes));
+        String::from_utf8(all).unwrap()
+    }
+
+    #[test]
+    fn the_timer_reaches_both_controllers() {
+        let mut board = with_pic();
+        route(&mut board, 2, 0x30);
+        out(&mut board, &[(0x43, 0x34), (0x40, 0xa9), (0x40, 0x04)]); // 1 kHz
+        for n in 1..=3 {
+            let now = board.next_event();
+            assert!(now.since(T).abs_diff(n * 1_000_000) < 2_000, "{now:?}");
+            board.tick(now - 1);
+            assert!(!board.pic_interrupt());
+            board.tick(now);
+            assert!(board.pic_interrupt());
+            assert_eq!(board.pic_acknowledge(), Vector(0x20));
+            out(&mut board, &[(0x20, 0x20)]);
+            assert_eq!(board.apic.local[0].pending(), Some(Vector(0x30)));
+            board.apic.local[0].acknowledge();
+            let _ = board.apic.write_mmio(0, 0xb0, 0, now);
+        }
+        board.tick(Nanos(10_000_000_000));
+        assert_eq!(
+            board.pic_acknowledge(),
+            Vector(0x20),
+            "thousands of ticks are one"
+        );
+        out(&mut board, &[(0x20, 0x20)]);
+        assert!(!board.pic_interrupt());
+        assert!(board.next_event() > Nanos(10_000_000_000));
+    }
+
+    #[test]
+    fn the_hpet_replaces_the_timer() {
+        let mut board = with_pic();
+        out(&mut board, &[(0x43, 0x34), (0x40, 0xa9), (0x40, 0x04)]);
+        let hpet = map::HPET;
+        for (offset, value) in [(0x100, 0x4c), (0x108, 50_000), (0x108, 20_000), (0x10, 3)] {
+            board.mmio_write(hpet + offset, 8, value, T);
+        }
+        for due in [5_000_000, 7_000_000, 9_000_000] {
+            assert_eq!(board.next_event(), T + due, "the PIT is quiet");
+            board.tick(T + due);
+            assert_eq!(board.pic_acknowledge(), Vector(0x20));
+            out(&mut board, &[(0x20, 0x20)]);
+            assert!(!board.pic_interrupt());
+        }
+        assert_eq!(board.mmio_read(hpet + 0xf0, 4, T + 9_000_000), 90_000);
+        board.mmio_write(hpet + 0x10, 4, 0, T + 9_000_000);
+        assert!(board.next_event() < T + 11_000_000, "the PIT is back");
+
+        // A timer on its own pin, level triggered.
+        route(&mut board, 21, 0x803b);
+        board.mmio_write(hpet + 0x120, 4, 0x6 | 21 << 9, T);
+        board.mmio_write(hpet + 0x128, 8, 90_010, T);
+        board.mmio_write(hpet + 0x10, 4, 1, T + 9_000_000);
+        board.tick(T + 9_001_000);
+        assert_eq!(board.apic.local[0].pending(), Some(Vector(0x3b)));
+
+        let mut without = Board::new(&BoardConfig {
+            hpet: false,
+            ..CONFIG
+        });
+        assert_eq!(without.mmio_read(hpet, 8, T), u64::MAX);
+    }
+
+    #[test]
+    fn the_console() {
+        let mut board = with_pic();
+        out(
+            &mut board,
+            &[
+                (0x3fb, 0x03),
+                (0x3fc, 0x08),
+                (0x3f8, b'h'),
+                (0x3f8, b'i'),
+                (0xe9, b'!'),
+            ],
+        );
+        assert!(board.has_actions());
+        let actions = board.take_actions();
+        assert_eq!(
+            actions,
+            Actions {
+                console: true,
+                ..Actions::default()
+            }
+        );
+        assert_eq!(printed(&mut board), "hi!");
+        assert_eq!(board.take_actions(), Actions::default());
+        assert_eq!(board.port_read(0xe9, 1, T), 0xe9);
+
+        out(&mut board, &[(0x3f9, 0x01)]);
+        assert_eq!(board.console_input(b"x", T), 1);
+        assert_eq!(board.pic_acknowledge(), Vector(0x24));
+        assert_eq!(board.port_read(0x3f8, 1, T), u32::from(b'x'));
+        // The transmitter's interrupt is an edge for every byte.
+        out(&mut board, &[(0x20, 0x20), (0x3f9, 0x02)]);
+        for _ in 0..3 {
+            assert_eq!(board.pic_acknowledge(), Vector(0x24));
+            out(&mut board, &[(0x3f8, b'.'), (0x20, 0x20)]);
+        }
+        assert_eq!(printed(&mut board), "...");
+    }
+
+    #[test]
+    fn ways_to_end() {
+        let ends = |port: u16, size: u8, value: u32| {
+            let mut board = board();
+            board.port_write(port, size, value, T);
+            let actions = board.take_actions();
+            assert!(!board.has_actions());
+            (actions.power_off, actions.reset, actions.exit_code)
+        };
+        let reset = |cause| (false, Some(cause), None);
+        let hard = ResetCause::ResetControl { hard: true };
+        assert_eq!(ends(0x604, 2, 0x3400), (true, None, None));
+        assert_eq!(ends(0x604, 2, 0x2000), (false, None, None));
+        assert_eq!(ends(0x64, 1, 0xfe), reset(ResetCause::KeyboardController));
+        assert_eq!(ends(0x92, 1, 0x01), reset(ResetCause::FastReset));
+        assert_eq!(ends(0x92, 1, 0x02), (false, None, None));
+        assert_eq!(ends(0xcf9, 1, 0x06), reset(hard));
+        assert_eq!(ends(0xcf9, 1, 0x02), (false, None, None));
+        for (size, value, code) in [(1, 0x10, 0x21), (4, 0x10, 0x21), (4, 0x1_0000, 0x2_0001)] {
+            assert_eq!(ends(0xf4, size, value), (false, None, Some(code)));
+        }
+        let mut without = Board::new(&BoardConfig {
+            debug_exit: false,
+            debug_console: false,
+            ..CONFIG
+        });
+        out(&mut without, &[(0xf4, 0), (0xe9, b'x')]);
+        assert!(!without.has_actions());
+        assert_eq!(without.port_read(0xe9, 1, T), 0xff);
+        assert_eq!(without.unclaimed().ports, 3);
+    }
+
+    #[test]
+    fn the_power_button_is_a_level_sci() {
+        let mut board = with_pic();
+        board.port_write(0x602, 2, 0x100, T);
+        board.power_button();
+        assert_eq!(board.pic_acknowledge(), Vector(0x29));
+        out(&mut board, &[(0xa0, 0x20), (0x20, 0x20)]);
+        assert!(board.pic_interrupt(), "until it is cleared");
+        board.port_write(0x600, 2, 0x100, T);
+        assert!(!board.pic_interrupt());
+        route(&mut board, 9, 0x8039);
+        board.power_button();
+        assert_eq!(board.apic.local[0].pending(), Some(Vector(0x39)));
+    }
+
+    #[test]
+    fn wide_accesses_are_split() {
+        let mut board = board();
+        board.port_write(0x70, 2, 0x55_3f, T); // index, then data
+        assert_eq!(board.port_read(0x71, 1, T), 0x55);
+        assert_eq!(board.port_read(0x20, 2, T), 0xfb01);
+        assert_eq!(board.port_read(0x1234, 4, T), u32::MAX);
+        assert_eq!(board.unclaimed().ports, 4);
+        assert_eq!(board.port_read(0xffff, 4, T), u32::MAX);
+        assert_eq!(board.port_read(0xffff, 2, T), 0xffff);
+        // A timer read in one piece and in bytes.
+        let timer = board.port_read(0x608, 4, T);
+        assert_eq!(
+            board.port_read(0x608, 2, T) | board.port_read(0x60a, 2, T) << 16,
+            timer
+        );
+    }
+
+    #[test]
+    fn configuration_mechanism_1() {
+        let mut board = board();
+        board.port_write(0xcfb, 1, 0x01, T);
+        assert_eq!(board.port_read(0xcf8, 4, T), 0);
+        assert_eq!(board.port_read(0xcfc, 4, T), u32::MAX, "off");
+        board.port_write(0xcf8, 4, 0x8000_0000, T);
+        assert_eq!(board.port_read(0xcf8, 4, T), 0x8000_0000);
+        assert_eq!(board.port_read(0xcf8, 2, T), 0x00ff, "only in one piece");
+        assert_eq!(board.port_read(0xcfc, 4, T), 0x0008_1b36);
+        assert_eq!(board.port_read(0xcfd, 2, T), 0x081b);
+        assert_eq!(board.port_read(0xcfe, 4, T), 0xffff_0008);
+        board.port_write(0xcf9, 1, 0x02, T);
+        assert_eq!(
+            board.port_read(0xcf8, 4, T),
+            0x8000_0000,
+            "0xcf9 is the reset control"
+        );
+        assert_eq!(board.mmio_read(map::ECAM.start + 8, 4, T), 0x0600_0000);
+        assert_eq!(board.mmio_read(map::ECAM.start + (8 << 15), 2, T), 0xffff);
+    }
+
+    #[test]
+    fn plugged_functions() {
+        let mut board = with_pic();
+        let place = DeviceFunction::new(2, 0).unwrap();
+        board.pci.plug(place, Toy::new(1)).unwrap();
+        let config = map::ECAM.start + (2 << 15);
+        board.mmio_write(config + 0x10, 4, 0xc000, T);
+        board.mmio_write(config + 0x14, 8, 0xd000_0000, T);
+        board.mmio_write(config + 0x04, 2, 7, T);
+        assert_eq!(board.port_read(0xc006, 2, T), 6);
+        assert_eq!(board.mmio_read(0xd000_0123, 1, T), 0x23);
+        board.mmio_write(0xd000_0000, 4, 0x1e, T);
+        assert!(
+            board.pic_interrupt(),
+            "INTA of device 2 is line 2, input 10"
+        );
+        assert_eq!(board.pic_acknowledge(), Vector(0x2a));
+        board.mmio_write(0xd000_0000, 4, 0, T);
+
+        route(&mut board, 18, 0xa03a);
+        board.mmio_write(0xd000_0000, 4, 0x1e, T);
+        assert_eq!(board.apic.local[0].pending(), Some(Vector(0x3a)));
+
+        board.mmio_write(0xd000_0800, 8, 0xfee0_0000, T);
+        board.mmio_write(0xd000_0808, 8, 0x0000_0051, T);
+        board.mmio_write(config + 0x42, 2, 0x8000, T);
+        board.mmio_write(0xd000_0000, 4, 0, T);
+        assert_eq!(board.apic.local[0].pending(), Some(Vector(0x51)), "MSI-X");
+
+        assert_eq!(board.mmio_read(0xd100_0000, 4, T), 0xffff_ffff);
+        board.mmio_write(0xa_0000, 1, 0, T);
+        assert_eq!(board.unclaimed().memory, 2);
+    }
+
+    #[test]
+    fn state_comes_back_and_a_reset_forgets() {
+        fn savable<T: Serialize + serde::de::DeserializeOwned>(_: &T) {}
+        let mut board = with_pic();
+        out(
+            &mut board,
+            &[
+                (0x43, 0x34),
+                (0x40, 0),
+                (0x40, 0x10),
+                (0x3fc, 0x08),
+                (0x3f9, 0x02),
+                (0x3ff, 0x77),
+            ],
+        );
+        board.console_input(b"typed", T);
+        let state = board.save();
+        savable(&state);
+        let mut other = Board::new(&CONFIG);
+        other.restore(state.clone()).unwrap();
+        let [other_state, own_state] = [&other, &board].map(|b| format!("{:?}", b.save()));
+        assert!(other_state == own_state);
+        assert_eq!(other.next_event(), board.next_event());
+        assert_eq!(other.pic_acknowledge(), Vector(0x24));
+        assert!(
+            Board::new(&BoardConfig { vcpus: 2, ..CONFIG })
+                .restore(state)
+                .is_err()
+        );
+
+        let later = Nanos(5_000_000_000);
+        board.reset(later);
+        assert!(!board.pic_interrupt());
+        assert_eq!(board.port_read(0x3ff, 1, later), 0);
+        assert_eq!(
+            board.port_read(0x3f8, 1, later),
+            u32::from(b'y'),
+            "typed text stays"
+        );
+        board.port_write(0x70, 1, 0, later);
+        assert_eq!(board.port_read(0x71, 1, later), 0x03, "and time goes on");
+        assert!(board.next_event() > later);
+    }
+
+    /// Whatever a guest does, nothing panics, and after a tick the next deadline is ahead.
+    #[test]
+    fn any_access_at_any_time() {
+        let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+        let mut random = move || {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed
+        };
+        let ports = [
+            0x20, 0x40, 0x43, 0x60, 0x70, 0x71, 0x80, 0x92, 0xa0, 0xe8, 0xf4, 0x3f8, 0x3fc, 0x4d0,
+            0x600, 0x608, 0x620, 0x63c, 0xcf8, 0xcfc, 0xc000, 0xfffc,
+        ];
+        let places = [
+            0,
+            0xa_0000,
+            map::PCI_WINDOW.start,
+            0xd000_0000,
+            map::ECAM.start,
+            map::ECAM.start + 0x1_0000,
+            map::ECAM.end - 8,
+            map::IO_APIC,
+            map::IO_APIC + 0x10,
+            map::HPET,
+            map::HPET + 0x100,
+            u64::MAX - 16,
+        ];
+        for _ in 0..8 {
+            let mut board = board();
+            board
+                .pci
+                .plug(DeviceFunction::new(2, 0).unwrap(), Toy::new(1))
+                .unwrap();
+            let mut now = Nanos::ZERO;
+            for _ in 0..40_000 {
+                let r = random();
+                now = match r % 64 {
+                    0 => now + (random() >> (random() % 64)),
+                    1 => now - (random() >> 40),
+                    2 => board.next_event(),
+                    _ => now + r % 5_000,
+                };
+                if r % 4096 == 7 {
+                    now = Nanos(random());
+                }
+                if now > Nanos(u64::MAX / 2) {
+                    now = Nanos(r % 1_000_000_000);
+                }
+                let value = random() >> (random() % 64);
+                if r & 0x100 != 0 {
+                    let base = ports[(r >> 16) as usize % ports.len()];
+                    let (port, size) = (base + (r >> 32 & 3) as u16, 1 << (r >> 40 & 3).min(2));
+                    if r & 0x200 != 0 {
+                        board.port_write(port, size, value as u32, now);
+                    } else {
+                        board.port_read(port, size, now);
+                    }
+                } else {
+                    let base = places[(r >> 16) as usize % places.len()];
+                    let (address, size) = (base + (r >> 32 & 15), 1 << (r >> 40 & 3));
+                    if r & 0x200 != 0 {
+                        board.mmio_write(address, size, value, now);
+                    } else {
+                        board.mmio_read(address, size, now);
+                    }
+                }
+                match r >> 44 & 255 {
+                    0 => board.console_output(&mut |_| ()),
+                    1 => _ = board.console_input(&value.to_le_bytes(), now),
+                    2 => board.power_button(),
+                    3 => board.reset(now),
+                    4 if board.pic_interrupt() => _ = board.pic_acknowledge(),
+                    5 => _ = board.take_actions(),
+                    _ => {}
+                }
+                board.tick(now);
+                assert!(board.next_event() > now);
+            }
+        }
     }
 }

@@ -13,6 +13,7 @@ pub mod clock;
 pub mod cpuid;
 pub mod debug;
 pub mod emulate;
+pub mod hpet;
 pub mod i8042;
 pub mod map;
 #[cfg(any(test, feature = "mock"))]
@@ -29,4 +30,4 @@ mod ticks;
 pub mod uart;
 
 #[cfg(test)]
-mod fake;
+mod random;

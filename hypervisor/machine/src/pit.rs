@@ -420,7 +420,7 @@ impl Pit {
             speaker.advance(tick);
             return self.control
                 | u8::from(speaker.gate)
-                | u8::from(tick / REFRESH % 2 != 0) << 4
+                | u8::from(tick % (2 * REFRESH) >= REFRESH) << 4
                 | u8::from(speaker.out) << 5;
         }
         match self.channels.get_mut(usize::from(port & 3)) {
@@ -495,5 +495,266 @@ impl Pit {
     #[must_use]
     pub const fn speaker(&self) -> bool {
         self.channels[2].out && self.control & 2 != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A moment in tick `tick`.
+    fn at(tick: u64) -> Nanos {
+        ticks::time_of::<HZ>(tick)
+    }
+
+    fn gate(pit: &mut Pit, on: bool, tick: u64) {
+        pit.write(0x61, on.into(), at(tick));
+    }
+
+    /// Programs channel 2 in tick 100: a mode and a count.
+    fn programmed(control: u8, count: &[u8], gate_on: bool) -> Pit {
+        let mut pit = Pit::new();
+        gate(&mut pit, gate_on, 100);
+        pit.write(0x43, 0x80 | control, at(100));
+        for &byte in count {
+            pit.write(0x42, byte, at(100));
+        }
+        pit
+    }
+
+    /// Count and OUT of channel 2 in each of these ticks, seen by a look in each.
+    fn wave(pit: &mut Pit, ticks: core::ops::Range<u64>) -> (Vec<u16>, String) {
+        ticks
+            .map(|tick| {
+                let channel = &mut pit.channels[2];
+                channel.advance(tick);
+                (channel.visible(), if channel.out { 'H' } else { 'L' })
+            })
+            .unzip()
+    }
+
+    #[test]
+    fn waveforms_of_the_datasheet() {
+        // Mode, count, counts and OUT from the first clock after the write or trigger on.
+        for (mode, count, counts, out) in [
+            (0, 4, &[4, 3, 2, 1, 0, 0xffff, 0xfffe][..], "LLLLHHH"),
+            (1, 3, &[3, 2, 1, 0, 0xffff], "LLLHH"),
+            (2, 3, &[3, 2, 1, 3, 2, 1, 3], "HHLHHLH"),
+            (2, 2, &[2, 1, 2, 1], "HLHL"),
+            (3, 4, &[4, 2, 4, 2, 4, 2], "HHLLHH"),
+            (3, 5, &[4, 2, 0, 4, 2, 4, 2, 0, 4], "HHHLLHHHL"),
+            (3, 3, &[2, 0, 2, 2, 0, 2], "HHLHHL"),
+            (4, 3, &[3, 2, 1, 0, 0xffff], "HHHLH"),
+            (5, 3, &[3, 2, 1, 0, 0xffff], "HHHLH"),
+        ] {
+            let triggered = matches!(mode, 1 | 5);
+            let mut pit = programmed(0x10 | mode << 1, &[count], !triggered);
+            if triggered {
+                assert!(wave(&mut pit, 101..110).1.chars().all(|out| out == 'H'));
+                gate(&mut pit, true, 109);
+            }
+            let first = if triggered { 110 } else { 101 };
+            let seen = wave(&mut pit, first..first + counts.len() as u64);
+            assert_eq!(seen, (counts.to_vec(), out.to_string()), "mode {mode}");
+        }
+    }
+
+    #[test]
+    fn a_gate_low_holds_the_count() {
+        for (mode, counts, out) in [
+            (0, &[4, 4, 4, 3, 2, 1, 0][..], "LLLLLLH"),
+            (2, &[4, 4, 4, 4, 3, 2, 1, 4], "HHHHHHLH"),
+            (3, &[4, 4, 4, 4, 2, 4], "HHHHHL"),
+            (4, &[4, 4, 4, 3, 2, 1, 0, 0xffff], "HHHHHHLH"),
+        ] {
+            let mut pit = programmed(0x10 | mode << 1, &[4], false);
+            let mut seen = wave(&mut pit, 101..104);
+            gate(&mut pit, true, 103);
+            let rest = wave(&mut pit, 104..101 + counts.len() as u64);
+            seen.0.extend(rest.0);
+            seen.1.push_str(&rest.1);
+            assert_eq!(seen, (counts.to_vec(), out.to_string()), "mode {mode}");
+        }
+        // Modes 2 and 3: OUT goes high at once, and a trigger starts the period again.
+        for mode in [2, 3] {
+            let mut pit = programmed(0x10 | mode << 1, &[4], true);
+            let low = (101..120).find(|&tick| wave(&mut pit, tick..tick + 1).1 == "L");
+            let low = low.unwrap();
+            gate(&mut pit, false, low);
+            assert!(pit.channels[2].out);
+            gate(&mut pit, true, low + 5);
+            assert_eq!(wave(&mut pit, low + 6..low + 7), (vec![4], "H".to_string()));
+        }
+        // Modes 1 and 5: low changes nothing, the next rise triggers again.
+        let mut pit = programmed(0x12, &[5], false);
+        gate(&mut pit, true, 110);
+        gate(&mut pit, false, 111);
+        assert_eq!(wave(&mut pit, 111..114).0, [5, 4, 3]);
+        gate(&mut pit, true, 113);
+        assert_eq!(
+            wave(&mut pit, 114..120),
+            (vec![5, 4, 3, 2, 1, 0], "LLLLLH".to_string())
+        );
+    }
+
+    #[test]
+    fn a_new_count_half_way() {
+        let rewrite = |mode: u8, count: u8| {
+            let mut pit = programmed(0x10 | mode << 1, &[6], true);
+            wave(&mut pit, 101..103);
+            pit.write(0x42, count, at(102));
+            wave(&mut pit, 103..112)
+        };
+        assert_eq!(
+            rewrite(0, 3).0,
+            [3, 2, 1, 0, 0xffff, 0xfffe, 0xfffd, 0xfffc, 0xfffb]
+        );
+        assert_eq!(rewrite(0, 3).1, "LLLHHHHHH");
+        assert_eq!(rewrite(2, 3).0, [4, 3, 2, 1, 3, 2, 1, 3, 2]);
+        assert_eq!(rewrite(3, 4).0, [2, 4, 2, 4, 2, 4, 2, 4, 2]);
+        assert_eq!(rewrite(3, 4).1, "HLLHHLLHH");
+        assert_eq!(rewrite(4, 3).0[..4], [3, 2, 1, 0]);
+        // Modes 1 and 5: with the next trigger.
+        let mut pit = programmed(0x12, &[6], false);
+        gate(&mut pit, true, 101);
+        pit.write(0x42, 3, at(103));
+        assert_eq!(wave(&mut pit, 104..106).0, [4, 3]);
+        gate(&mut pit, false, 105);
+        gate(&mut pit, true, 105);
+        assert_eq!(wave(&mut pit, 106..108).0, [3, 2]);
+
+        // Mode 0: the first of two bytes stops the count, OUT goes low.
+        let mut pit = programmed(0x30, &[2, 0], true);
+        assert_eq!(wave(&mut pit, 101..104).1, "LLH");
+        pit.write(0x42, 0x03, at(103));
+        assert_eq!(wave(&mut pit, 104..106), (vec![0, 0], "LL".to_string()));
+        pit.write(0x42, 0x00, at(105));
+        assert_eq!(
+            wave(&mut pit, 106..110),
+            (vec![3, 2, 1, 0], "LLLH".to_string())
+        );
+    }
+
+    #[test]
+    fn access_formats_and_latches() {
+        let read = |pit: &mut Pit, tick| pit.read(0x42, at(tick));
+        // Low byte only, high byte only.
+        let mut pit = programmed(0x14, &[0x80], true);
+        assert_eq!([read(&mut pit, 101), read(&mut pit, 102)], [0x80, 0x7f]);
+        let mut pit = programmed(0x24, &[0x12], true);
+        assert_eq!([read(&mut pit, 101), read(&mut pit, 102)], [0x12, 0x11]);
+
+        let mut pit = programmed(0x34, &[0x34, 0x12], true);
+        assert_eq!([read(&mut pit, 101), read(&mut pit, 101)], [0x34, 0x12]);
+        pit.write(0x43, 0x80, at(102));
+        pit.write(0x43, 0x80, at(110)); // the first latch stays
+        assert_eq!([read(&mut pit, 120), read(&mut pit, 120)], [0x33, 0x12]);
+        assert_eq!([read(&mut pit, 121), read(&mut pit, 121)], [0x20, 0x12]);
+
+        // Read-back: status first, then count.
+        pit.write(0x43, 0xc8, at(122));
+        assert_eq!([0; 3].map(|_| read(&mut pit, 200)), [0xb4, 0x1f, 0x12]);
+        pit.write(0x43, 0xe8, at(123)); // status only
+        pit.write(0x42, 0x55, at(201));
+        pit.write(0x42, 0x00, at(201));
+        assert_eq!(read(&mut pit, 202), 0xb4, "as it was when it was latched");
+        pit.write(0x43, 0xe8, at(203));
+        assert_eq!(read(&mut pit, 203), 0xf4, "the new count is not loaded yet");
+        pit.write(0x43, 0xee, at(204));
+        for (port, status) in [(0x40, 0xb6), (0x41, 0xb4), (0x42, 0xf4)] {
+            assert_eq!(pit.read(port, at(204)) | 0x80, status, "{port:#x}");
+        }
+        assert_eq!(pit.read(0x43, at(204)), 0xff);
+    }
+
+    #[test]
+    fn decimal_counts() {
+        let mut pit = programmed(0x35, &[0x00, 0x10], true);
+        assert_eq!(wave(&mut pit, 101..104).0, [0x1000, 0x0999, 0x0998]);
+        let mut pit = programmed(0x31, &[0, 0], true);
+        assert_eq!(wave(&mut pit, 101..103).0, [0, 0x9999]);
+        assert_eq!(pit.channels[2].next_rise(), Some(101 + 10_000));
+    }
+
+    #[test]
+    fn jumps_see_what_steps_see() {
+        for mode in 0..6 {
+            for count in [1, 2, 3, 4, 5, 7, 16, 99] {
+                for bcd in [0, 1] {
+                    let triggered = matches!(mode, 1 | 5);
+                    let mut stepped = programmed(0x10 | mode << 1 | bcd, &[count], !triggered);
+                    if triggered {
+                        gate(&mut stepped, true, 100);
+                    }
+                    let start = stepped.clone();
+                    let mut rises = Vec::new();
+                    for tick in 101..500 {
+                        let before = stepped.channels[2].next_rise();
+                        stepped.channels[2].rose = false;
+                        stepped.channels[2].advance(tick);
+                        if stepped.channels[2].rose {
+                            assert_eq!(before, Some(tick), "mode {mode}, {count}: foretold");
+                            rises.push(tick);
+                        }
+                        let mut jumped = start.clone();
+                        jumped.channels[2].rose = false;
+                        jumped.channels[2].advance(tick);
+                        assert_eq!(jumped.channels[2].rose, !rises.is_empty());
+                        jumped.channels[2].rose = stepped.channels[2].rose;
+                        assert_eq!(
+                            format!("{:?}", jumped.channels[2]),
+                            format!("{:?}", stepped.channels[2]),
+                            "mode {mode}, count {count}, tick {tick}"
+                        );
+                    }
+                    assert!(!rises.is_empty(), "mode {mode}, {count}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn channel_0_does_not_drift() {
+        let mut pit = Pit::new();
+        pit.write(0x43, 0x34, Nanos(1));
+        pit.write(0x40, 0xa9, Nanos(1)); // 11 929.6: 100 Hz as near as can be
+        pit.write(0x40, 0x2e, Nanos(1));
+        let mut count = 0;
+        let hour = Nanos(3_600_000_000_000);
+        while pit.next_event() <= hour {
+            let now = pit.next_event();
+            pit.tick(now - 1);
+            assert!(!pit.take_rise(), "not early");
+            pit.tick(now);
+            assert!(pit.take_rise(), "not late");
+            assert!(pit.next_event() > now);
+            count += 1;
+        }
+        assert_eq!(count, 3_600 * HZ / 0x2ea9);
+        pit.tick(Nanos(hour.0 * 2));
+        assert!(pit.take_rise() && !pit.take_rise(), "missed ticks are one");
+    }
+
+    #[test]
+    fn port_61() {
+        let mut pit = Pit::new();
+        let toggles = (0..3600)
+            .map(|tick| pit.read(0x61, at(tick)) & 0x10)
+            .fold((0, 0), |(last, count), bit| {
+                (bit, count + u32::from(bit != last))
+            });
+        assert_eq!(toggles.1, 3599 / 18);
+        pit.write(0x61, 0xff, at(4000));
+        assert_eq!(pit.read(0x61, at(4000)) & 0xcf, 0x0f);
+        // What kernels measure their clocks with: mode 0 on channel 2, until OUT2 rises.
+        pit.write(0x61, 0x01, at(5000));
+        pit.write(0x43, 0xb0, at(5000));
+        pit.write(0x42, 0x10, at(5000));
+        pit.write(0x42, 0x27, at(5000));
+        assert_eq!(pit.read(0x61, at(5000 + 10_000)) & 0x20, 0);
+        assert_eq!(pit.read(0x61, at(5000 + 10_001)) & 0x20, 0x20);
+        assert!(!pit.speaker());
+        pit.write(0x61, 0x03, at(20_000));
+        assert!(pit.speaker());
     }
 }

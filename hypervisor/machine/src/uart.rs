@@ -110,11 +110,13 @@ impl Uart {
         }
     }
 
-    /// Master reset. What waits to be printed or read stays.
+    /// Master reset. What waits to be printed or read stays, but for the receiver's own.
     pub fn reset(&mut self) {
         let (output, input) = (self.output.clone(), self.input.clone());
         *self = Self::new();
         (self.output, self.input) = (output, input);
+        // Without the FIFO there is no time-out to set.
+        self.refill(Nanos::ZERO);
     }
 
     /// Reads register `offset`, 0 to 7.

@@ -80,12 +80,10 @@ const BLOCKED_BY_STI: u64 = 1 << 0;
 const BLOCKED_BY_MOV_SS: u64 = 1 << 1;
 const BLOCKED_BY_NMI: u64 = 1 << 3;
 const SHADOW: u64 = BLOCKED_BY_STI | BLOCKED_BY_MOV_SS;
-/// DR6 and DEBUGCTL.
-const DR6_BS: u64 = 1 << 14;
+/// DR6 after RESET; its reserved bits read as ones.
 const DR6_RESET: u64 = 0xffff_0ff0;
 /// Where [`Switched::dr`] holds DR6.
 const DR6: usize = 4;
-const DEBUGCTL_BTF: u64 = 1 << 1;
 /// #MC belongs to the host. #DB and #AC can arise again in their own delivery, without end
 /// (CVE-2015-8104, CVE-2015-5307): each round must come out.
 const EXCEPTIONS: u64 = 1 << Exception::MachineCheck as u8
@@ -502,7 +500,10 @@ impl VmxVcpu {
 
     /// Writes `event` where the entry delivers it (§25.8.3, §27.2.1.3).
     #[cold]
-    fn deliver(&mut self, event: Event) {
+    fn deliver(&mut self) {
+        let Some(event) = self.pending.take() else {
+            return;
+        };
         let protected = self.read(guest::CR0) & Cr0::PE.bits() != 0;
         let (info, error_code, length) = exit::encode_event(event, protected);
         self.write(control::VMENTRY_INTERRUPTION_INFO_FIELD, info.into());
@@ -542,28 +543,17 @@ impl VmxVcpu {
         }
     }
 
-    /// The single-step trap that an instruction done in software owes the guest (Vol. 3B §17.3.1.4).
-    #[cold]
-    fn single_step(&mut self) {
-        if self.pending.is_none() && self.read(guest::IA32_DEBUGCTL_FULL) & DEBUGCTL_BTF == 0 {
-            self.set_dr(DebugRegister::Dr6, self.dr(DebugRegister::Dr6) | DR6_BS);
-            self.pending = Some(Event::Exception {
-                exception: Exception::Debug,
-                error_code: None,
-            });
-        }
-    }
-
     /// Starts the preemption timer (§26.5.1): it counts down with the TSC from the entry.
     #[inline(always)]
     fn start_timer(&mut self) {
         // SAFETY: RDTSC is harmless.
         let now = unsafe { _rdtsc() };
         let ticks = self.deadline.saturating_sub(now) >> self.caps.timer_shift;
-        self.write(
-            guest::VMX_PREEMPTION_TIMER_VALUE,
-            ticks.min(u32::MAX.into()),
-        );
+        let ticks = ticks.min(u32::MAX.into());
+        if self.loaded() {
+            // SAFETY: the VMCS is current, and the timer is there: there is a deadline.
+            unsafe { vmcs::vmwrite(guest::VMX_PREEMPTION_TIMER_VALUE, ticks) };
+        }
     }
 
     /// What an exit means; `None` to enter again at once.
@@ -1131,11 +1121,12 @@ impl Vcpu for VmxVcpu {
         }
     }
 
-    #[inline]
+    // Inlined into the run loop, whose registers then need not be saved around it.
+    #[inline(always)]
     fn enter(&mut self) -> Exit {
         loop {
-            if let Some(event) = self.pending.take() {
-                self.deliver(event);
+            if self.pending.is_some() {
+                self.deliver();
             }
             if self.deadline != u64::MAX {
                 self.start_timer();
@@ -1182,9 +1173,6 @@ impl Vcpu for VmxVcpu {
             let blocked = vmcs::vmread(guest::INTERRUPTIBILITY_STATE);
             if blocked & SHADOW != 0 {
                 vmcs::vmwrite(guest::INTERRUPTIBILITY_STATE, blocked & !SHADOW);
-            }
-            if vmcs::vmread(guest::RFLAGS) & RFlags::TF.bits() != 0 {
-                self.single_step();
             }
         }
     }
