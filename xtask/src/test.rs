@@ -258,28 +258,27 @@ fn files_of(factory: &Factory, files: &[(&str, Source)]) -> Result<Vec<(String, 
         .collect()
 }
 
-/// Builds what the tasks share, so that they only differ in their images.
+/// Builds what the tasks share, so that they only differ in their images. A guest that does not
+/// build fails the cases that want it, not all.
 fn prepare(factory: &Factory, tasks: &[Task]) -> Result<Facts> {
-    let mut release = String::new();
-    for task in tasks {
-        match task.case.load {
-            Load::Reference { guest, .. } => drop(factory.file(guest)?),
-            Load::Probe => {}
-            Load::Bundle { files, .. } => {
-                if files.iter().any(|(name, _)| *name == "vmlinuz") {
-                    release = factory.linux()?.release;
-                }
-                drop(files_of(factory, files)?);
-            }
-        }
-    }
-    let tessera = tasks
+    if tasks
         .iter()
-        .any(|t| !matches!(t.case.load, Load::Reference { .. } | Load::Probe));
-    if tessera {
+        .any(|t| matches!(t.case.load, Load::Bundle { .. }))
+    {
         factory.tessera()?;
     }
-    Ok(Facts { release })
+    let files = tasks.iter().flat_map(|t| match t.case.load {
+        Load::Bundle { files, .. } => files,
+        _ => &[],
+    });
+    let mut facts = Facts::default();
+    if files
+        .into_iter()
+        .any(|(_, source)| matches!(source, Source::Made("vmlinuz")))
+    {
+        facts.release = factory.linux()?.release;
+    }
+    Ok(facts)
 }
 
 /// Plays the tasks, a few at a time.
