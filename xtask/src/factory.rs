@@ -18,11 +18,11 @@ use crate::toolchain::{NONE, Toolchain, UEFI, Workspace};
 /// The hypervisor's package and program.
 const TESSERA: &str = "tessera";
 /// The loader for UEFI: package and program, with `.efi` after it.
-pub const UEFI_LOADER: &str = "tessera-boot-uefi";
+pub const UEFI_LOADER: &str = "boot-uefi";
 /// The entry for multiboot2.
-const MULTIBOOT2_STUB: &str = "tessera-boot-multiboot2";
+const MULTIBOOT2_STUB: &str = "boot-multiboot2";
 /// Stands in for the hypervisor in the tests of the loaders.
-const PROBE: &str = "tessera-boot-probe";
+const PROBE: &str = "boot-probe";
 /// The Rust guests: package and program have the same name.
 const GUESTS: [&str; 4] = [
     "guest-hello",

@@ -192,6 +192,12 @@ fn single(name: &str, place: &str, work: impl FnOnce() -> Result<String>) -> Out
     }
 }
 
+/// The line of an error that says most: a compiler's first error, else the first line.
+fn headline(error: &str) -> String {
+    let told = error.lines().find(|l| l.starts_with("error"));
+    told.or(error.lines().next()).unwrap_or_default().to_owned()
+}
+
 fn say(passed: bool, name: &str, place: &str, took: Duration) {
     let word = if passed { "ok    " } else { "FAILED" };
     println!("{word} {name:32} {place:14} {:>8}", seconds(took));
@@ -346,7 +352,7 @@ fn play_one(factory: &Factory, facts: &Facts, task: Task) -> Outcome {
     let remark = result.err().map_or(String::new(), |error| {
         let error = format!("{error:#}");
         println!("--- {name} on {place}: {error}");
-        error.lines().next().unwrap_or_default().to_owned()
+        headline(&error)
     });
     say(passed, &name, &place, took);
     Outcome {
