@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use harness::cases;
-use harness::dialogue::{Case, Facts, Load, Place, Player, QEMU_BIOS, Source, play};
+use harness::dialogue::{Case, Facts, Load, Place, Player, QEMU_BIOS, Source, Step, play};
 use harness::emulator::Boot;
 use harness::{Emulator, Firmware, Machine};
 
@@ -252,6 +252,10 @@ fn files_of(factory: &Factory, files: &[(&str, Source)]) -> Result<Vec<(String, 
     };
     let contents = |source: &Source| match *source {
         Source::Made(name) => made(name),
+        Source::Short(name, missing) => made(name).map(|mut file| {
+            file.truncate(file.len().saturating_sub(missing));
+            file
+        }),
         Source::Bytes(bytes) => Ok(bytes.to_vec()),
         Source::Cut(name, length) => made(name).map(|mut file| {
             file.truncate(length);
@@ -374,6 +378,7 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     let disk = dir.join("disk.img");
     let mut machine = Machine::new(emulator, firmware, &disk, 512);
     machine.extension = case.extension;
+    machine.watched = case.steps.iter().any(|s| matches!(s, Step::Told(_)));
     match case.load {
         Load::Bundle {
             config,
