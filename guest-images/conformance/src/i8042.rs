@@ -85,8 +85,11 @@ fn i8042_output_port_has_a20_and_no_reset() {
 
 #[guest_test]
 fn i8042_keyboard_resets_and_identifies() {
-    drain();
-    send(0x64, 0xae);
+    let kept = command(0x20);
+    // No translation to set 1.
+    for (port, value) in [(0x64, 0x60), (0x60, 0x30), (0x64, 0xae)] {
+        send(port, value);
+    }
     send(0x60, 0xff);
     let answer = receive();
     need(answer.is_some() && answer != Some(0xfe), "keyboard");
@@ -100,6 +103,8 @@ fn i8042_keyboard_resets_and_identifies() {
     send(0x60, 0xee);
     assert_eq!(receive(), Some(0xee));
     drain();
+    send(0x64, 0x60);
+    send(0x60, kept.unwrap_or(0x30));
 }
 
 #[guest_test]

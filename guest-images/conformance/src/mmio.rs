@@ -37,7 +37,8 @@ macro_rules! run {
         unsafe {
             write32($address, value);
             asm!("stc", $($code,)+ "pushfq", "pop {flags}",
-                 flags = lateout(reg) flags, inout("rdi") $address => _, inout("rsi") 0u64 => _,
+                 flags = lateout(reg) flags, out("r9") _, out("r12") _, out("r13") _, out("r15") _,
+                 inout("rdi") $address => _, inout("rsi") 0u64 => _,
                  inout("rax") a => ra, inout("rcx") c => rc, inout("rdx") 0x5555_5555_5555_5555_u64 => rd);
             (read32($address), ra, rc, rd, flags)
         }
@@ -243,7 +244,7 @@ macro_rules! same_read {
                 let (ra, flags): (u64, u64);
                 // SAFETY: reads configuration space or its copy.
                 unsafe {
-                    asm!($($code,)+ "pushfq", "pop {flags}", flags = lateout(reg) flags,
+                    asm!("test eax, eax", $($code,)+ "pushfq", "pop {flags}", flags = lateout(reg) flags,
                          inout("rdi") address => _, inout("rsi") address => _, out("rcx") _,
                          inout("rax") 0x1122_3344_5566_7788_u64 => ra);
                 }

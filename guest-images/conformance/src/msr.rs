@@ -279,6 +279,7 @@ fn msr_tsc_aux_is_what_rdtscp_gives() {
 
 #[guest_test]
 fn msr_tsc_reads_as_rdtsc() {
+    not_in_tcg("reads it as 0");
     // SAFETY: the MSR exists.
     let (before, read, after) = (rdtsc(), unsafe { rdmsr(TSC) }, rdtsc());
     assert!(before <= read && read <= after, "{before} {read} {after}");
@@ -347,7 +348,7 @@ fn msr_machine_check_banks_are_consistent() {
 
 #[guest_test]
 fn msr_access_from_ring_3_is_gp() {
-    for code in [[0x0f, 0x32, 0xcd, 0x80], [0x0f, 0x30, 0xcd, 0x80]] {
+    for code in [[0x0f, 0x32, 0x0f, 0x0b], [0x0f, 0x30, 0x0f, 0x0b]] {
         assert_gp(expect_fault(|| crate::exceptions::run_user(&code)));
     }
 }

@@ -197,10 +197,10 @@ fn cr4_keeps_what_is_written() {
 
 #[guest_test]
 fn cr4_tsd_keeps_the_tsc_from_ring_3() {
-    // RDTSC; INT 80H, which ring 3 may not call and so ends the run.
-    let code = [0x0f, 0x31, 0xcd, 0x80];
+    // RDTSC; UD2.
+    let code = [0x0f, 0x31, 0x0f, 0x0b];
     let run = || expect_fault(|| crate::exceptions::run_user(&code));
-    assert_fault(run(), vector::GP, crate::exceptions::END);
+    crate::exceptions::assert_ended(run());
     // SAFETY: ring 0 may still read the TSC.
     unsafe { set_cr4(cr4() | 1 << 2) };
     assert_gp(run());
@@ -209,10 +209,10 @@ fn cr4_tsd_keeps_the_tsc_from_ring_3() {
 #[guest_test]
 fn cr4_umip_hides_descriptor_tables_from_ring_3() {
     need(cpuid(0, 0)[0] >= 7 && cpuid(7, 0)[2] >> 2 & 1 != 0, "UMIP");
-    // SGDT [RDI]; INT 80H.
-    let code = [0x0f, 0x01, 0x07, 0xcd, 0x80];
+    // SGDT [RDI]; UD2.
+    let code = [0x0f, 0x01, 0x07, 0x0f, 0x0b];
     let run = || expect_fault(|| crate::exceptions::run_user(&code));
-    assert_fault(run(), vector::GP, crate::exceptions::END);
+    crate::exceptions::assert_ended(run());
     // SAFETY: UMIP is there, and changes nothing for ring 0.
     unsafe { set_cr4(cr4() | 1 << 11) };
     assert_gp(run());
@@ -321,8 +321,8 @@ fn xsetbv_from_ring_3_is_gp() {
     need(cpuid(1, 0)[2] >> 26 & 1 != 0, "XSAVE");
     // SAFETY: XSAVE is there.
     unsafe { set_cr4(cr4() | OSXSAVE) };
-    // XSETBV; INT 80H.
+    // XSETBV; UD2.
     assert_gp(expect_fault(|| {
-        crate::exceptions::run_user(&[0x0f, 0x01, 0xd1, 0xcd, 0x80])
+        crate::exceptions::run_user(&[0x0f, 0x01, 0xd1, 0x0f, 0x0b])
     }));
 }

@@ -127,15 +127,13 @@ fn uart_loopback_joins_the_modem_lines() {
 
 #[guest_test]
 fn uart_modem_changes_are_latched_until_read() {
+    crate::util::not_in_tcg("has no delta bits in loopback");
     loop_back(1);
     out(MCR, LOOP);
     let _ = read(MSR);
     out(MCR, LOOP | 2);
     let (first, second) = (read(MSR), read(MSR));
     console();
-    if first & 0xf == 0 {
-        guest_runtime::skip("no delta bits in loopback");
-    }
     assert_eq!((first & 0xf, second & 0xf), (1, 0));
 }
 
@@ -256,21 +254,6 @@ fn uart_line_status_interrupt_comes_first() {
     })();
     console();
     assert_eq!(order, (6, 4));
-}
-
-#[guest_test]
-fn uart_break_in_loopback() {
-    loop_back(1);
-    out(LCR, 0x43);
-    wait(1_000);
-    let status = read(LSR);
-    out(LCR, 3);
-    let _ = read(DATA);
-    console();
-    if status & 0x10 == 0 {
-        guest_runtime::skip("no break in loopback");
-    }
-    assert_eq!(status & 1, 1);
 }
 
 #[guest_test]

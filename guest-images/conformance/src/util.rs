@@ -71,6 +71,20 @@ pub fn not_in_tcg(what: &str) {
     }
 }
 
+/// Whether the CPU is one of QEMU's emulation, even beneath a hypervisor: what it does by itself
+/// is then QEMU's.
+pub fn cpu_is_qemus() -> bool {
+    let [a, b, ..] = cpuid(0x8000_0002, 0);
+    [a, b] == [u32::from_le_bytes(*b"QEMU"), u32::from_le_bytes(*b" TCG")]
+}
+
+/// Skips the case on a CPU of QEMU's emulation: it is known not to do `what`.
+pub fn not_on_qemus_cpu(what: &str) {
+    if cpu_is_qemus() {
+        skip(format_args!("QEMU's CPU {what}"));
+    }
+}
+
 /// Skips the case unless `condition`.
 pub fn need(condition: bool, what: &str) {
     if !condition {
