@@ -16,10 +16,13 @@ use crate::progress::step;
 use crate::toolchain::{NONE, Toolchain, UEFI, Workspace};
 
 /// The hypervisor's package and program.
-const KERNEL: &str = "tessera";
-/// The loaders' packages.
-const UEFI_LOADER: &str = "boot-uefi";
+const TESSERA: &str = "tessera";
+/// The loader for UEFI: package and program, with `.efi` after it.
+pub const UEFI_LOADER: &str = "boot-uefi";
+/// The entry for multiboot2.
 const MULTIBOOT2_STUB: &str = "boot-multiboot2";
+/// Stands in for the hypervisor in the tests of the loaders.
+const PROBE: &str = "boot-probe";
 /// The Rust guests: package and program have the same name.
 const GUESTS: [&str; 4] = [
     "guest-hello",
@@ -28,11 +31,13 @@ const GUESTS: [&str; 4] = [
     "guest-hostile",
 ];
 
-/// What does not change between images.
-struct System {
-    kernel: Vec<u8>,
-    uefi_loader: Vec<u8>,
-    multiboot2_stub: Vec<u8>,
+/// What an image boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// The hypervisor.
+    Tessera,
+    /// The loaders' probe, which checks what they hand over.
+    Probe,
 }
 
 /// Builds on demand, each thing once.
@@ -44,9 +49,8 @@ pub struct Factory {
 #[derive(Default)]
 struct State {
     toolchain: Option<Toolchain>,
-    system: Option<Arc<System>>,
     linux: Option<Linux>,
-    guests: HashMap<&'static str, Vec<u8>>,
+    programs: HashMap<String, Arc<[u8]>>,
 }
 
 impl Factory {
@@ -65,6 +69,18 @@ impl Factory {
         Self {
             workspace,
             state: Mutex::default(),
+        }
+    }
+
+    /// A factory with a toolchain chosen by the caller.
+    pub fn with(workspace: Workspace, toolchain: Toolchain) -> Self {
+        let state = State {
+            toolchain: Some(toolchain),
+            ..State::default()
+        };
+        Self {
+            workspace,
+            state: Mutex::new(state),
         }
     }
 
@@ -99,67 +115,68 @@ impl Factory {
         if !GUESTS.contains(&name) {
             return Ok(None);
         }
-        let mut state = self.state();
-        if state.guests.is_empty() {
-            let dir = state.toolchain()?.build(&self.workspace, NONE, &GUESTS)?;
-            for guest in GUESTS {
-                state
-                    .guests
-                    .insert(guest, without_sections(read(&dir.join(guest))?));
-            }
-        }
-        Ok(state.guests.get(name).cloned())
+        self.program(NONE, name)
+            .map(|program| Some(program.to_vec()))
     }
 
-    fn system(&self) -> Result<Arc<System>> {
-        let mut state = self.state();
-        if let Some(system) = &state.system {
-            return Ok(system.clone());
-        }
-        need(&GRUB)?;
-        let toolchain = state.toolchain()?;
-        let read = |p: &Path| fs::read(p).with_context(|| format!("reading {}", p.display()));
-        let none = toolchain.build(&self.workspace, NONE, &[KERNEL])?;
-        let kernel = without_sections(read(&none.join(KERNEL))?);
-        let none = toolchain.build(&self.workspace, NONE, &[MULTIBOOT2_STUB])?;
-        let multiboot2_stub = without_sections(read(&none.join(MULTIBOOT2_STUB))?);
-        let uefi = toolchain.build(&self.workspace, UEFI, &[UEFI_LOADER])?;
-        let uefi_loader = read(&uefi.join(format!("{UEFI_LOADER}.efi")))?;
-        let system = Arc::new(System {
-            kernel,
-            uefi_loader,
-            multiboot2_stub,
-        });
-        state.system = Some(system.clone());
-        Ok(system)
+    fn program(&self, target: &str, name: &str) -> Result<Arc<[u8]>> {
+        self.state().program(&self.workspace, target, name)
     }
 
     /// Makes the disk image for a configuration.
     pub fn image(&self, packed: &Packed, out: &Path) -> Result<()> {
-        self.image_of(&bundle_of(&packed.text, &packed.files), out)
+        self.image_of(
+            Kernel::Tessera,
+            &bundle_of(&packed.text, &packed.files),
+            out,
+        )
     }
 
     /// Makes the disk image around a bundle.
-    pub fn image_of(&self, bundle: &[u8], out: &Path) -> Result<()> {
-        let system = self.system()?;
+    pub fn image_of(&self, kernel: Kernel, bundle: &[u8], out: &Path) -> Result<()> {
+        need(&GRUB)?;
+        let kernel = match kernel {
+            Kernel::Tessera => TESSERA,
+            Kernel::Probe => PROBE,
+        };
+        let kernel = self.program(NONE, kernel)?;
+        let uefi_loader = self.program(UEFI, UEFI_LOADER)?;
+        let multiboot2_stub = self.program(NONE, MULTIBOOT2_STUB)?;
+        let inputs = ImageInputs {
+            kernel: &kernel,
+            bundle,
+            uefi_loader: &uefi_loader,
+            multiboot2_stub: &multiboot2_stub,
+        };
         step(&format!("writing {}", out.display()), |_| {
-            let inputs = ImageInputs {
-                kernel: &system.kernel,
-                bundle,
-                uefi_loader: &system.uefi_loader,
-                multiboot2_stub: &system.multiboot2_stub,
-            };
             build_image(inputs, out)
         })
     }
 
-    /// Builds the hypervisor and its loaders, so that later images are quick.
-    pub fn warm_up(&self) -> Result<()> {
-        self.system().map(drop)
+    /// The hypervisor's program, as it is on the disk.
+    pub fn tessera(&self) -> Result<Arc<[u8]>> {
+        self.program(NONE, TESSERA)
     }
 }
 
 impl State {
+    /// Builds one program; its package has the same name.
+    fn program(&mut self, workspace: &Workspace, target: &str, name: &str) -> Result<Arc<[u8]>> {
+        if let Some(program) = self.programs.get(name) {
+            return Ok(program.clone());
+        }
+        let dir = self.toolchain()?.build(workspace, target, &[name])?;
+        let file = dir.join(if target == UEFI {
+            format!("{name}.efi")
+        } else {
+            name.to_owned()
+        });
+        let bytes = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+        let bytes: Arc<[u8]> = without_sections(bytes).into();
+        self.programs.insert(name.to_owned(), bytes.clone());
+        Ok(bytes)
+    }
+
     fn toolchain(&mut self) -> Result<Toolchain> {
         if let Some(toolchain) = &self.toolchain {
             return Ok(toolchain.clone());

@@ -69,6 +69,7 @@ const MODULES: [&str; 15] = [
 /// GRUB says on screen and serial port why it cannot go on, and stays.
 /// Without a serial port, `terminal_output` fails and the screen remains.
 const GRUB_CFG: &str = r#"serial --unit=0 --speed=115200
+terminfo -g 250x24 serial dumb
 terminal_input console serial
 terminal_output console serial
 set timeout=0
@@ -85,7 +86,7 @@ if cpuid -l; then
 else
   echo "tessera boot: this processor has no 64-bit long mode; Tessera needs an x86-64 machine"
 fi
-while true; do sleep 3600; done
+sleep 99999999
 "#;
 
 /// Makes the disk image `out`, a sparse file. What is there is replaced.
@@ -178,7 +179,7 @@ fn esp(files: &[(&str, &[u8])], id: u32) -> Result<Vec<u8>> {
     let size = (content + content / 64 + 8 * MIB)
         .next_multiple_of(MIB)
         .max(MIN_ESP);
-    let cluster = (size / MIN_CLUSTERS).max(SECTOR).min(32 * 1024);
+    let cluster = (size / MIN_CLUSTERS).clamp(SECTOR, 32 * 1024);
     let cluster = 1 << cluster.ilog2();
     let mut volume = vec![0; usize::try_from(size)?];
     let options = fatfs::FormatVolumeOptions::new()
@@ -278,4 +279,82 @@ fn write_sparse(disk: &File, bytes: &[u8], at: u64) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn inputs(bundle: &[u8]) -> ImageInputs<'_> {
+        ImageInputs {
+            kernel: b"\x7fELF kernel",
+            bundle,
+            uefi_loader: b"MZ loader",
+            multiboot2_stub: b"\x7fELF stub",
+        }
+    }
+
+    /// Needs grub-mkimage and grub-pc-bin, like every image.
+    #[test]
+    fn a_disk_that_both_firmwares_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("disk.img");
+        // Larger than the smallest partition has room for.
+        let bundle: Vec<u8> = (0u32..17 << 20).flat_map(u32::to_le_bytes).collect();
+        build_image(inputs(&bundle), &out).unwrap();
+
+        let gpt = gpt::GptConfig::new().open(&out).unwrap();
+        assert!(gpt.backup_header().is_ok());
+        let kinds: Vec<_> = gpt
+            .partitions()
+            .values()
+            .map(|p| (p.part_type_guid.clone(), p.first_lba))
+            .collect();
+        assert_eq!(
+            kinds,
+            [(partition_types::BIOS, 2048), (partition_types::EFI, 4096)]
+        );
+
+        let image = std::fs::read(&out).unwrap();
+        let word = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().unwrap());
+        assert_eq!(image[510..512], [0x55, 0xaa]);
+        assert_eq!(image[446 + 4], 0xee, "the protective partition");
+        assert_eq!(word(0x5c), 2048, "boot.img: where core.img begins");
+        assert_eq!(word(MIB as usize + 500), 2049, "core.img: where it goes on");
+
+        let end = ESP as usize
+            + gpt.partitions()[&2]
+                .bytes_len(LogicalBlockSize::Lb512)
+                .unwrap() as usize;
+        let volume = Cursor::new(image[ESP as usize..end].to_vec());
+        let fs = fatfs::FileSystem::new(volume, fatfs::FsOptions::new()).unwrap();
+        assert_eq!(fs.fat_type(), fatfs::FatType::Fat32);
+        for (path, want) in [
+            ("EFI/BOOT/BOOTX64.EFI", &b"MZ loader"[..]),
+            ("tessera/kernel", b"\x7fELF kernel"),
+            ("tessera/bundle", &bundle),
+            ("tessera/boot32", b"\x7fELF stub"),
+            ("boot/grub/grub.cfg", GRUB_CFG.as_bytes()),
+        ] {
+            let mut content = Vec::new();
+            let mut file = fs.root_dir().open_file(path).unwrap();
+            file.read_to_end(&mut content).unwrap();
+            assert!(content == want, "{path}");
+        }
+
+        let again = dir.path().join("again.img");
+        build_image(inputs(&bundle), &again).unwrap();
+        assert!(std::fs::read(&again).unwrap() == image, "not reproducible");
+    }
+
+    #[test]
+    fn what_is_no_program_is_refused() {
+        let mut inputs = inputs(b"");
+        inputs.kernel = b"<html>";
+        let error = build_image(inputs, Path::new("/nonexistent")).unwrap_err();
+        assert_eq!(error.to_string(), "the kernel (6 bytes) is no ELF file");
+        let error = build_image(self::inputs(b""), Path::new("/nonexistent/x")).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/x"), "{error}");
+    }
 }

@@ -4,17 +4,21 @@
 //! unmodified Linux that runs on Tessera.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod bundle;
 mod config;
+mod doctor;
 mod factory;
 mod image;
 mod kernel;
+mod lint;
 mod linux;
 mod packages;
 mod progress;
 mod run;
 mod select;
 mod terminal;
+mod test;
 mod toolchain;
 
 use std::path::PathBuf;
@@ -62,6 +66,17 @@ enum Command {
     /// test devices are on: port 0xf4 (value v ends the VM with code (v << 1) | 1) and the debug
     /// console at port 0xe9. A power-off is code 0, a crash 101.
     Kernel(KernelArgs),
+    /// Lint, test on this machine, and play the emulator cases
+    ///
+    /// Without filters everything, on QEMU and on Bochs. The last line is `N passed, N failed`.
+    Test(TestArgs),
+    /// Measure what Tessera costs, in counted instructions that repeat
+    ///
+    /// On Bochs and on QEMU, from inside a guest, beside what KVM takes on the same emulator.
+    /// Fails when a figure is above a third of KVM's.
+    Bench(BenchArgs),
+    /// Say what this machine offers, what is missing, and how to get it
+    Doctor,
 }
 
 #[derive(Args)]
@@ -143,6 +158,30 @@ struct KernelArgs {
     place: Where,
 }
 
+#[derive(Args)]
+struct TestArgs {
+    /// Play the emulator cases on this one only [default: QEMU and Bochs]
+    #[arg(long, value_enum)]
+    on: Option<On>,
+    /// Say what groups and cases there are
+    #[arg(long)]
+    list: bool,
+    /// A group (lint, host, boot, linux, ...), group/case, or a part of a case's name
+    filter: Vec<String>,
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    /// The bench [default: all; known: exits]
+    name: Option<String>,
+    /// Measure on this one only [default: Bochs and QEMU's own emulation]
+    #[arg(long, value_enum)]
+    on: Option<On>,
+    /// One JSON object a line: bench, case, on, value, unit
+    #[arg(long)]
+    json: bool,
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let interrupted = || {
@@ -156,6 +195,25 @@ fn main() -> ExitCode {
         Command::Run(args) => run_command(&args),
         Command::Image(args) => image_command(&args),
         Command::Kernel(args) => kernel_command(&args),
+        Command::Test(args) if args.list => {
+            test::list();
+            Ok(0)
+        }
+        Command::Test(args) => {
+            let passed = test::test(Workspace::find()?, args.on, &args.filter)?;
+            Ok(u8::from(!passed))
+        }
+        Command::Bench(args) => {
+            let factory = Factory::new(Workspace::find()?);
+            let request = bench::Request {
+                name: args.name.as_deref(),
+                on: args.on,
+                json: args.json,
+            };
+            let good = bench::bench(&factory, &request)?;
+            Ok(u8::from(!good))
+        }
+        Command::Doctor => Ok(u8::from(!doctor::doctor())),
     });
     match done {
         Ok(status) => ExitCode::from(status),
@@ -290,7 +348,7 @@ impl Job<'_> {
                 console.tail(12)
             ));
         }
-        switch_off(session, &outcome);
+        switch_off(&mut session, &outcome);
         Ok((status, outcome, console.text().to_owned()))
     }
 }

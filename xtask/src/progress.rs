@@ -58,14 +58,4 @@ impl Step {
         bar.enable_steady_tick(Duration::from_millis(120));
         Self { bar, shown }
     }
-
-    /// Clears the spinner while `f` writes to the terminal itself.
-    pub fn aside<R>(&self, f: impl FnOnce() -> R) -> R {
-        self.bar.suspend(f)
-    }
-
-    /// Changes what is shown.
-    pub fn say(&self, what: &str) {
-        self.bar.set_message(what.to_owned());
-    }
 }

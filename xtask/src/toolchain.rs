@@ -92,7 +92,8 @@ impl Toolchain {
         }
     }
 
-    fn distro(why: &str) -> Result<Self> {
+    /// The distribution's, installed if it is missing; `why` is told.
+    pub fn distro(why: &str) -> Result<Self> {
         note(&format!(
             "building core and alloc from the distribution's Rust sources ({why})"
         ));

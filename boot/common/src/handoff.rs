@@ -15,7 +15,7 @@ const MAX_REGIONS: usize = (INFO_PAGES * PAGE - REGIONS_AT) as usize / size_of::
 
 const _: () = assert!(size_of::<BootInfo>() <= REGIONS_AT as usize);
 const _: () = assert!(align_of::<BootInfo>() <= PAGE as usize);
-const _: () = assert!(REGIONS_AT as usize % align_of::<MemoryRegion>() == 0);
+const _: () = assert!((REGIONS_AT as usize).is_multiple_of(align_of::<MemoryRegion>()));
 
 const GIB_4: u64 = 4 << 30;
 

@@ -182,7 +182,7 @@ fn check_segment(header: &ProgramHeader) -> Result<(u64, u64), &'static str> {
     if header.p_vaddr < KERNEL_BASE {
         return Err("lies below 0xffffffff80000000");
     }
-    if header.p_vaddr % PAGE != 0 {
+    if !header.p_vaddr.is_multiple_of(PAGE) {
         return Err("does not begin on a page");
     }
     if header.p_align > 1

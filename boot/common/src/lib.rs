@@ -17,6 +17,9 @@
 //! | [`STACK_BOTTOM`] | the boot stack, [`STACK_SIZE`] | RW- |
 //! | [`KERNEL_BASE`] and up | the kernel's segments | as the ELF file says, never W and X |
 //!
+//! Without a framebuffer in the `BootInfo`, a machine started by BIOS (its
+//! memory map has no `UnknownUefi`) shows the VGA text screen at 0xb8000.
+//!
 //! Everything here works on memory through [`Frames`], so that all but the
 //! jump itself is tested on the host.
 #![no_std]

@@ -85,6 +85,28 @@ pub fn top_of_ram(entries: impl Iterator<Item = MemoryRegion>, limit: u64) -> u6
         .unwrap_or(0)
 }
 
+/// The largest usable stretch from `from` to before `to`, for a loader without
+/// an allocator: `entries` are the firmware's and, as `Bootloader`, all that
+/// is occupied. `scratch` holds the map in between.
+///
+/// # Errors
+/// As [`normalise`], or when nothing usable lies there.
+pub fn largest_usable(
+    entries: impl Iterator<Item = MemoryRegion> + Clone,
+    from: u64,
+    to: u64,
+    scratch: &mut [MemoryRegion],
+) -> Result<core::ops::Range<u64>, Error> {
+    let len = normalise(entries, to, scratch)?;
+    scratch
+        .iter()
+        .take(len)
+        .filter(|region| usable(region) && region.end > from)
+        .map(|region| region.start.max(from)..region.end)
+        .max_by_key(|stretch| stretch.end - stretch.start)
+        .ok_or(Error::NoMemory)
+}
+
 fn usable(entry: &MemoryRegion) -> bool {
     entry.kind == MemoryRegionKind::Usable
 }
@@ -303,6 +325,29 @@ mod tests {
                 Err(error) => {
                     prop_assert_eq!(error, Error::NoMemory);
                     prop_assert!(!model.contains(&Some(Usable)));
+                }
+            }
+        }
+
+        /// What a loader takes for itself is memory, and nobody else's.
+        #[test]
+        fn free_memory_spares_what_is_occupied(
+            e820 in prop::collection::vec((0u64..1 << 33, 0u64..1 << 32, kinds()), 0..12),
+            occupied in prop::collection::vec((0u64..1 << 32, 1u64..1 << 30), 0..5),
+        ) {
+            let entries: Vec<_> = e820
+                .iter()
+                .map(|&(start, len, kind)| region(start, start + len, kind))
+                .chain(occupied.iter().map(|&(start, len)| region(start, start + len, Bootloader)))
+                .collect();
+            let mut scratch = [MemoryRegion::empty(); 64];
+            let found = largest_usable(entries.iter().copied(), 1 << 20, 1 << 32, &mut scratch);
+            if let Ok(free) = found {
+                prop_assert!(1 << 20 <= free.start && free.start < free.end && free.end <= 1 << 32);
+                let inside = |at| entries.iter().any(|e| e.kind == Usable && e.start <= at && at < e.end);
+                prop_assert!(inside(free.start) && inside(free.end - 1));
+                for entry in entries.iter().filter(|e| e.kind != Usable && e.start < e.end) {
+                    prop_assert!(entry.end <= free.start || free.end <= entry.start, "{entry:x?}");
                 }
             }
         }

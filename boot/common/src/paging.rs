@@ -60,7 +60,7 @@ impl Tables {
         largest: u64,
         access: Access,
     ) -> Result<(), Error> {
-        if (virt | phys | len) % PAGE != 0 {
+        if !(virt | phys | len).is_multiple_of(PAGE) {
             return Err(Error::Mapping { virt });
         }
         let mut done = 0;

@@ -2,6 +2,9 @@
 #
 # Multiboot2 2.0, 3.3: EAX holds the magic, EBX the address of the information
 # structure; 32-bit protected mode, flat segments, paging off, interrupts off.
+#
+# The header asks for no graphics: on a BIOS machine the text screen at 0xb8000
+# is what is always there, and what the firmware's own messages are on.
 
 .set MAGIC,        0x36d76289
 .set CPUID_ID,     1 << 21          # EFLAGS.ID: CPUID exists
@@ -30,10 +33,6 @@ header:
     .short 1, 1                     # information request, optional
     .long 8 + 4 * 3
     .long 8, 14, 15                 # framebuffer, ACPI old and new RSDP
-    .balign 8
-    .short 5, 1                     # framebuffer, optional: this or text
-    .long 20
-    .long 1024, 768, 32
     .balign 8
     .short 6, 0                     # modules on page boundaries
     .long 8

@@ -6,7 +6,8 @@
 //! unknown size is placed, so the largest stretch is always a good one.
 
 use crate::MAPPED;
-use bootloader_api::info::{MemoryRegion, MemoryRegionKind};
+use bootloader_api::info::MemoryRegion;
+use core::ops::Range;
 use tessera_boot::{Error, Frames, PAGE, memory_map};
 
 /// The kernel starts other processors from low memory: leave it that.
@@ -14,55 +15,30 @@ const LOW_MEMORY: u64 = 1 << 20;
 /// More pieces than any firmware has.
 const MAX_REGIONS: usize = 1024;
 
-/// Physical addresses from `start` to before `end`.
-#[derive(Clone, Copy, Debug)]
-pub struct Span {
-    pub start: u64,
-    pub end: u64,
-}
-
 /// The stretch that is given out, and how far.
 pub struct FreeMemory {
-    stretch: Span,
+    stretch: Range<u64>,
     next: u64,
 }
 
 impl FreeMemory {
     /// Finds the stretch in the firmware's map `e820` around what is `occupied`.
-    pub fn new<const N: usize>(
+    pub fn new(
         e820: impl Iterator<Item = MemoryRegion> + Clone,
-        occupied: [Span; N],
+        occupied: impl IntoIterator<Item = MemoryRegion, IntoIter: Clone>,
     ) -> Result<Self, Error> {
-        let occupied = occupied.into_iter().map(|span| MemoryRegion {
-            start: span.start,
-            end: span.end,
-            kind: MemoryRegionKind::Bootloader,
-        });
-        let mut regions = [MemoryRegion::empty(); MAX_REGIONS];
-        let len = memory_map::normalise(e820.chain(occupied), MAPPED, &mut regions)?;
-        let stretch = regions
-            .iter()
-            .take(len)
-            .filter(|region| region.kind == MemoryRegionKind::Usable)
-            .map(|region| Span {
-                start: region.start.max(LOW_MEMORY),
-                end: region.end,
-            })
-            .filter(|span| span.start < span.end)
-            .max_by_key(|span| span.end - span.start)
-            .ok_or(Error::NoMemory)?;
+        let mut scratch = [MemoryRegion::empty(); MAX_REGIONS];
+        let entries = e820.chain(occupied);
+        let stretch = memory_map::largest_usable(entries, LOW_MEMORY, MAPPED, &mut scratch)?;
         Ok(Self {
-            stretch,
             next: stretch.start,
+            stretch,
         })
     }
 
     /// What was given out.
-    pub fn taken(&self) -> Span {
-        Span {
-            start: self.stretch.start,
-            end: self.next,
-        }
+    pub fn taken(&self) -> Range<u64> {
+        self.stretch.start..self.next
     }
 }
 

@@ -13,7 +13,8 @@ mod frames;
 
 use bootloader_api::info::{FrameBufferInfo, MemoryRegion, MemoryRegionKind, PixelFormat};
 use core::fmt::{self, Write};
-use frames::{FreeMemory, Span};
+use core::ops::Range;
+use frames::FreeMemory;
 use multiboot2::{
     BootInformation, BootInformationHeader, FramebufferType, LoadError, MemoryAreaType, ModuleTag,
     RsdpV1Tag, RsdpV2Tag,
@@ -41,9 +42,9 @@ enum Error {
     #[error("the loader gave no memory map; use the GRUB of this image")]
     NoMemoryMap,
     #[error(
-        "module {number} ({what}) is missing or empty; give `module2 /tessera/kernel` and `module2 /tessera/bundle` in grub.cfg, in this order"
+        "{file} is missing or empty: it must be module {number} of the loader; build the image again with `cargo xtask image`"
     )]
-    Module { number: usize, what: &'static str },
+    Module { number: usize, file: &'static str },
 }
 
 /// Called by `entry.s` with the address of the information structure.
@@ -64,8 +65,8 @@ fn load(information: u64) -> Result<HandOff, Error> {
     // has 32 bits), and nothing writes to it: `FreeMemory` spares it.
     let information = unsafe { BootInformation::load(information as *const BootInformationHeader) }
         .map_err(Error::Information)?;
-    let kernel = module(&information, 0, "the kernel")?;
-    let bundle = module(&information, 1, "the bundle")?;
+    let kernel = module(&information, 1, "/tessera/kernel")?;
+    let bundle = module(&information, 2, "/tessera/bundle")?;
     let screen = screen(&information);
     let areas = information.memory_map_tag().ok_or(Error::NoMemoryMap)?;
     let e820 = areas.memory_areas().iter().map(|area| MemoryRegion {
@@ -76,15 +77,10 @@ fn load(information: u64) -> Result<HandOff, Error> {
             other => MemoryRegionKind::UnknownBios(other.val()),
         },
     });
-    let stub = Span {
-        start: &raw const tessera_stub_start as u64,
-        end: &raw const tessera_stub_end as u64,
-    };
-    let info_span = Span {
-        start: information.start_address() as u64,
-        end: information.end_address() as u64,
-    };
-    let mut frames = FreeMemory::new(e820.clone(), [stub, info_span, kernel, bundle])?;
+    let stub = &raw const tessera_stub_start as u64..&raw const tessera_stub_end as u64;
+    let structure = information.start_address() as u64..information.end_address() as u64;
+    let occupied = [&stub, &structure, &kernel, &bundle].map(occupied_by);
+    let mut frames = FreeMemory::new(e820.clone(), occupied)?;
 
     let rsdp = root_pointer(&information, &mut frames)?;
     // SAFETY: the loader put the module there, and `FreeMemory` spares it.
@@ -98,30 +94,30 @@ fn load(information: u64) -> Result<HandOff, Error> {
 
     // From here the kernel's file and the loader's structure are free memory
     // again: the structure itself only after the last use of `e820`.
-    let taken = frames.taken();
-    let occupied = [stub, bundle, taken].map(|span| MemoryRegion {
-        start: span.start,
-        end: span.end,
-        kind: MemoryRegionKind::Bootloader,
-    });
+    let occupied = [&stub, &bundle, &frames.taken()].map(occupied_by);
     let bundle = (bundle.start, bundle.end - bundle.start);
     Ok(prepared.finish(&mut frames, e820.chain(occupied), rsdp, bundle)?)
+}
+
+fn occupied_by(range: &Range<u64>) -> MemoryRegion {
+    MemoryRegion {
+        start: range.start,
+        end: range.end,
+        kind: MemoryRegionKind::Bootloader,
+    }
 }
 
 fn module(
     information: &BootInformation<'_>,
     number: usize,
-    what: &'static str,
-) -> Result<Span, Error> {
+    file: &'static str,
+) -> Result<Range<u64>, Error> {
     information
         .module_tags()
-        .nth(number)
-        .map(|tag: &ModuleTag| Span {
-            start: tag.start_address().into(),
-            end: tag.end_address().into(),
-        })
-        .filter(|span| span.start < span.end && span.start != 0)
-        .ok_or(Error::Module { number, what })
+        .nth(number - 1)
+        .map(|tag: &ModuleTag| tag.start_address().into()..tag.end_address().into())
+        .filter(|range: &Range<u64>| range.start < range.end && range.start != 0)
+        .ok_or(Error::Module { number, file })
 }
 
 /// Multiboot2 gives a copy of the ACPI root pointer, not its address: puts
@@ -150,7 +146,7 @@ fn screen(information: &BootInformation<'_>) -> Option<Screen> {
     let whole_bytes = tag.bpp() % 8 == 0
         && bytes_per_pixel >= 3
         && [&red, &green, &blue].iter().all(|field| field.size == 8);
-    if !whole_bytes || tag.pitch() as usize % bytes_per_pixel != 0 {
+    if !whole_bytes || !(tag.pitch() as usize).is_multiple_of(bytes_per_pixel) {
         return None;
     }
     Some(Screen {
@@ -174,9 +170,39 @@ fn screen(information: &BootInformation<'_>) -> Option<Screen> {
     })
 }
 
+/// The VGA text screen, 80 by 25 cells, from its top. In a graphics mode
+/// nobody sees this, and it does no harm.
+struct TextScreen {
+    cell: usize,
+}
+
+impl Write for TextScreen {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        const WHITE_ON_RED: u16 = 0x4f00;
+        let cells = 0xb8000 as *mut u16;
+        for byte in text.bytes().filter(|byte| *byte >= b' ') {
+            if self.cell < 80 * 25 {
+                // SAFETY: the cell is one of the 2000, identity mapped; this
+                // memory is the screen's and nobody else's.
+                unsafe {
+                    cells
+                        .add(self.cell)
+                        .write_volatile(WHITE_ON_RED | u16::from(byte))
+                };
+                self.cell += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Tells a person, and stops the machine: there is nothing to return to.
 fn stop(message: fmt::Arguments<'_>) -> ! {
-    let _ = writeln!(Serial::new(), "\ntessera boot: {message}");
+    let (mut serial, mut screen) = (Serial::new(), TextScreen { cell: 0 });
+    for out in [&mut serial as &mut dyn Write, &mut screen] {
+        // Neither ever fails.
+        let _ = writeln!(out, "\ntessera boot: {message}");
+    }
     loop {
         // SAFETY: stopping the processor touches nothing.
         unsafe { core::arch::asm!("cli", "hlt", options(nomem, nostack)) };

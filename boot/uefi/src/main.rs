@@ -34,12 +34,12 @@ enum Error {
     #[error(
         "{0} is missing on the boot volume ({1}); build the image again with `cargo xtask image`"
     )]
-    Missing(&'static CStr16, Status),
+    Missing(&'static str, Status),
     #[error("{0} is empty; build the image again with `cargo xtask image`")]
-    Empty(&'static CStr16),
+    Empty(&'static str),
     #[error("{path}: read {got} of {want} bytes ({status}); the medium is damaged: write it again")]
     Read {
-        path: &'static CStr16,
+        path: &'static str,
         got: usize,
         want: u64,
         status: Status,
@@ -69,8 +69,8 @@ fn load() -> Result<HandOff, Error> {
     let cpu = Cpu::probe()?;
     let mut frames = Firmware;
     let mut volume = volume().map_err(|error| Error::Volume(error.status()))?;
-    let (kernel, kernel_len) = read(&mut volume, cstr16!("\\tessera\\kernel"))?;
-    let bundle = read(&mut volume, cstr16!("\\tessera\\bundle"))?;
+    let (kernel, kernel_len) = read(&mut volume, "/tessera/kernel", cstr16!("\\tessera\\kernel"))?;
+    let bundle = read(&mut volume, "/tessera/bundle", cstr16!("\\tessera\\bundle"))?;
     let screen = screen();
     let rsdp = rsdp();
     let map = boot::memory_map(MemoryType::LOADER_DATA)
@@ -125,11 +125,16 @@ fn volume() -> uefi::Result<Directory> {
     boot::get_image_file_system(boot::image_handle())?.open_volume()
 }
 
-/// Reads a whole file into pages of its own: address and length.
-fn read(volume: &mut Directory, path: &'static CStr16) -> Result<(u64, u64), Error> {
+/// Reads a whole file into pages of its own: address and length. `path` is
+/// how people write `uefi_path`.
+fn read(
+    volume: &mut Directory,
+    path: &'static str,
+    uefi_path: &CStr16,
+) -> Result<(u64, u64), Error> {
     let missing = |status| Error::Missing(path, status);
     let mut file = volume
-        .open(path, FileMode::Read, FileAttribute::empty())
+        .open(uefi_path, FileMode::Read, FileAttribute::empty())
         .map_err(|error| missing(error.status()))?
         .into_regular_file()
         .ok_or(missing(Status::NOT_FOUND))?;

@@ -8,7 +8,10 @@ entry!(main);
 
 fn text(words: &[u32]) -> [u8; 12] {
     let mut bytes = [0; 12];
-    for (to, from) in bytes.iter_mut().zip(words.iter().flat_map(|word| word.to_le_bytes())) {
+    for (to, from) in bytes
+        .iter_mut()
+        .zip(words.iter().flat_map(|word| word.to_le_bytes()))
+    {
         *to = from;
     }
     bytes
@@ -17,10 +20,16 @@ fn text(words: &[u32]) -> [u8; 12] {
 fn main() {
     let [_, b, c, d] = cpu::cpuid(0, 0);
     let vendor = text(&[b, d, c]);
-    println!("hello from a guest on {}", core::str::from_utf8(&vendor).unwrap_or("?"));
+    println!(
+        "hello from a guest on {}",
+        core::str::from_utf8(&vendor).unwrap_or("?")
+    );
     if cpu::cpuid(1, 0)[2] >> 31 != 0 {
         let [_, b, c, d] = cpu::cpuid(0x4000_0000, 0);
         let hypervisor = text(&[b, c, d]);
-        println!("hypervisor: {}", core::str::from_utf8(&hypervisor).unwrap_or("?"));
+        println!(
+            "hypervisor: {}",
+            core::str::from_utf8(&hypervisor).unwrap_or("?")
+        );
     }
 }

@@ -8,10 +8,16 @@ use proc_macro::{TokenStream, TokenTree};
 #[proc_macro_attribute]
 pub fn guest_test(_: TokenStream, item: TokenStream) -> TokenStream {
     let mut tokens = item.clone().into_iter();
-    let is_fn = |token: &TokenTree| matches!(token, TokenTree::Ident(word) if word.to_string() == "fn");
-    let name = tokens.find(is_fn).and_then(|_| tokens.next()).map(|name| name.to_string());
+    let is_fn =
+        |token: &TokenTree| matches!(token, TokenTree::Ident(word) if word.to_string() == "fn");
+    let name = tokens
+        .find(is_fn)
+        .and_then(|_| tokens.next())
+        .map(|name| name.to_string());
     let Some(name) = name else {
-        return "compile_error!(\"#[guest_test] goes on a function\");".parse().unwrap_or_default();
+        return "compile_error!(\"#[guest_test] goes on a function\");"
+            .parse()
+            .unwrap_or_default();
     };
     let entry = format!(
         "const _: () = {{

@@ -49,7 +49,14 @@ impl Screen {
     /// The machine is in VGA text mode and nothing else writes its buffer.
     #[must_use]
     pub const unsafe fn text(map: DirectMap) -> Self {
-        Self { map, kind: Kind::Text, columns: 80, rows: 25, row: 0, column: 0 }
+        Self {
+            map,
+            kind: Kind::Text,
+            columns: 80,
+            rows: 25,
+            row: 0,
+            column: 0,
+        }
     }
 
     /// Takes a framebuffer; `None` when its description contradicts itself or it is not mapped.
@@ -68,7 +75,14 @@ impl Screen {
             && columns > 0
             && rows > 0;
         map.pointer(frame.start, frame.bytes).filter(|_| sane)?;
-        Some(Self { map, kind: Kind::Pixels(frame), columns, rows, row: 0, column: 0 })
+        Some(Self {
+            map,
+            kind: Kind::Pixels(frame),
+            columns,
+            rows,
+            row: 0,
+            column: 0,
+        })
     }
 
     fn draw(&self, row: usize, column: usize, character: char) {
@@ -76,11 +90,12 @@ impl Screen {
             Kind::Text => {
                 let cell = VGA_TEXT + 2 * (row * self.columns + column) as u64;
                 let byte = u8::try_from(character).unwrap_or(b'?');
-                self.map.write(HostPhysAddr::new(cell), &[byte, GREY_ON_BLACK]);
+                self.map
+                    .write(HostPhysAddr::new(cell), &[byte, GREY_ON_BLACK]);
             }
             Kind::Pixels(frame) => {
-                let Some(glyph) = get_raster(character, FONT, HEIGHT)
-                    .or_else(|| get_raster('?', FONT, HEIGHT))
+                let Some(glyph) =
+                    get_raster(character, FONT, HEIGHT).or_else(|| get_raster('?', FONT, HEIGHT))
                 else {
                     return;
                 };
@@ -158,12 +173,27 @@ mod tests {
         let map = unsafe { DirectMap::new(memory.as_mut_ptr() as u64, memory.len() as u64) };
         let good = frame(64, 48);
         for bad in [
-            Framebuffer { bytes_per_pixel: 0, ..good },
-            Framebuffer { bytes_per_pixel: 9, ..good },
-            Framebuffer { stride: usize::MAX, ..good },
+            Framebuffer {
+                bytes_per_pixel: 0,
+                ..good
+            },
+            Framebuffer {
+                bytes_per_pixel: 9,
+                ..good
+            },
+            Framebuffer {
+                stride: usize::MAX,
+                ..good
+            },
             Framebuffer { width: 65, ..good },
-            Framebuffer { height: 4800, ..good },
-            Framebuffer { bytes: u64::MAX, ..good },
+            Framebuffer {
+                height: 4800,
+                ..good
+            },
+            Framebuffer {
+                bytes: u64::MAX,
+                ..good
+            },
         ] {
             // SAFETY: nothing is written.
             assert!(unsafe { Screen::pixels(map, bad) }.is_none());

@@ -1,7 +1,7 @@
 //! The machine's first serial port, 115200 8N1.
 
 use uart_16550::backend::PioBackend;
-use uart_16550::spec::registers::{FifoTriggerLevel, IER};
+use uart_16550::spec::registers::{FifoTriggerLevel, IER, LSR};
 use uart_16550::{BaudRate, Config, Uart16550};
 
 /// COM1's I/O base.
@@ -45,6 +45,15 @@ impl Serial {
     pub fn send(&mut self, bytes: &[u8]) {
         if let Some(uart) = &mut self.0 {
             uart.send_bytes_exact(bytes);
+        }
+    }
+
+    /// Waits until everything has left the wire, as far as the port can tell.
+    pub fn drain(&mut self) {
+        if let Some(uart) = &mut self.0 {
+            while !uart.lsr().contains(LSR::TRANSMITTER_EMPTY) {
+                core::hint::spin_loop();
+            }
         }
     }
 

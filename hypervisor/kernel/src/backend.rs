@@ -5,7 +5,6 @@ use crate::frames::Frames;
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use arch::{Cr4, FrameSource, HostPhysAddr, PageSize, Vcpu};
-use core::arch::x86_64::__cpuid_count;
 use cpu::page::HostPage;
 use cpu::svm::{Svm, SvmBitmaps, SvmCaps, SvmConfig, SvmFeatures, SvmVcpu};
 use cpu::virt::{Extension, VirtUnavailable};
@@ -40,7 +39,6 @@ pub trait Backend: Sized {
     fn apic_access_page(&self) -> Option<HostPhysAddr>;
 }
 
-
 fn back(page: HostPage) {
     Frames.free(page.phys(), PageSize::Size4K);
 }
@@ -50,7 +48,10 @@ fn pages<const N: usize>(host: &Host) -> Option<[HostPage; N]> {
 }
 
 fn out_of_memory(extension: Extension) -> VirtUnavailable {
-    VirtUnavailable::EnableFailed { extension, step: "there is no memory for its control pages" }
+    VirtUnavailable::EnableFailed {
+        extension,
+        step: "there is no memory for its control pages",
+    }
 }
 
 /// Makes the core ready to move guests' extended state.
@@ -64,7 +65,10 @@ fn extended_state() -> XStateCaps {
 /// What both vendors let guests use alike: it needs no control of theirs.
 fn enabled(xstate: &XStateCaps) -> Enabled {
     let xcr0 = if xstate.has_xsave() { xstate.mask() } else { 0 };
-    Enabled { xcr0, ..Enabled::default() }
+    Enabled {
+        xcr0,
+        ..Enabled::default()
+    }
 }
 
 /// Intel VT-x.
@@ -90,7 +94,12 @@ impl Backend for VmxBackend {
         log::info!("VT-x: {features:?}");
         let access_page = features.contains(cpu::vmx::Features::APIC_ACCESSES);
         let access_page = access_page.then(|| host_page(host.map)).flatten();
-        Ok(Self { caps, xstate, access_page, _on: on })
+        Ok(Self {
+            caps,
+            xstate,
+            access_page,
+            _on: on,
+        })
     }
 
     fn create_vcpu(
@@ -152,14 +161,22 @@ impl Backend for SvmBackend {
     fn enable(host: &Host) -> Result<Self, VirtUnavailable> {
         let caps = Svm::detect()?;
         let missing = || out_of_memory(Extension::Svm);
-        let (iopm, msrpm) = (pages(host).ok_or_else(missing)?, pages(host).ok_or_else(missing)?);
+        let (iopm, msrpm) = (
+            pages(host).ok_or_else(missing)?,
+            pages(host).ok_or_else(missing)?,
+        );
         let bitmaps = SvmBitmaps::new(&caps, iopm, msrpm).map_err(|_| missing())?;
         let save = pages(host).ok_or_else(missing)?;
         let xstate = extended_state();
         // SAFETY: the boot core, once, with pages of its own.
         let on = unsafe { Svm::enable(&caps, save) }?;
         log::info!("AMD-V: {} ASIDs, {:?}", caps.asids, caps.features);
-        Ok(Self { caps, xstate, bitmaps: Box::leak(Box::new(bitmaps)), _on: on })
+        Ok(Self {
+            caps,
+            xstate,
+            bitmaps: Box::leak(Box::new(bitmaps)),
+            _on: on,
+        })
     }
 
     fn create_vcpu(
@@ -171,12 +188,12 @@ impl Backend for SvmBackend {
         _: u64,
     ) -> Result<SvmVcpu, String> {
         let vmcb = host_page(host.map).ok_or("there is no memory for its control block")?;
-        // One tag each while they last; beyond that they share, and pay with flushes.
+        // One tag each while they last; from the last one on they share it, and pay with flushes.
         let tags = self.caps.asids.saturating_sub(1).max(1);
         let config = SvmConfig {
             nested_root: root,
-            asid: 1 + u32::from(number) % tags,
-            asid_shared: u32::from(number) >= tags,
+            asid: (1 + u32::from(number)).min(tags),
+            asid_shared: 1 + u32::from(number) >= tags,
             bitmaps: self.bitmaps,
             xstate: self.xstate,
         };

@@ -1,7 +1,7 @@
 //! From the loader's jump to the first guest.
 
-use crate::frames::{self, Frames};
 use crate::backend::Backend;
+use crate::frames::{self, Frames};
 use crate::{console, panic, run};
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
@@ -27,8 +27,6 @@ const STACK_PAGES: u64 = 4;
 pub struct Host {
     /// Physical memory.
     pub map: DirectMap,
-    /// Firmware tables.
-    pub acpi: AcpiInfo,
     /// The TSC's frequency in Hz.
     pub tsc_hz: u64,
     /// Seconds since 1970 when the TSC read `wall_tsc`.
@@ -46,11 +44,19 @@ static WHEN_DONE: Once<WhenDone> = Once::new();
 /// TSC at the hand-off, for the bench.
 static START: AtomicU64 = AtomicU64::new(0);
 
+/// The TSC's frequency in Hz, once it is known.
+static TSC_HZ: AtomicU64 = AtomicU64::new(0);
+
 /// Brings the machine up, runs the guests, and ends.
 pub fn main(boot: &'static mut BootInfo) -> ! {
     START.store(hw::rdtsc(), Ordering::Relaxed);
     let offset = boot.physical_memory_offset.into_option();
-    let top = boot.memory_regions.iter().map(|region| region.end).max().unwrap_or(0);
+    let top = boot
+        .memory_regions
+        .iter()
+        .map(|region| region.end)
+        .max()
+        .unwrap_or(0);
     // SAFETY: the hand-off promises this window (see boot/); without it nothing can be reached.
     let map = unsafe { DirectMap::new(offset.unwrap_or(0), top.max(4 << 30)) };
     // SAFETY: the loader is gone, so the port and the screen are ours.
@@ -63,9 +69,17 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
         fail("the loader handed over no direct map of physical memory: use Tessera's own loader");
     }
     match memory {
-        Ok(bytes) => info!("memory: {} MiB free in {} regions", bytes >> 20, boot.memory_regions.len()),
+        Ok(bytes) => info!(
+            "memory: {} MiB free in {} regions",
+            bytes >> 20,
+            boot.memory_regions.len()
+        ),
         Err(short) => {
-            error!("memory: {} KiB needed, largest free region has {} KiB", short.needed >> 10, short.largest >> 10);
+            error!(
+                "memory: {} KiB needed, largest free region has {} KiB",
+                short.needed >> 10,
+                short.largest >> 10
+            );
             fail("this machine has too little memory: give it at least 16 MiB")
         }
     }
@@ -93,6 +107,13 @@ fn fail(reason: &str) -> ! {
 /// Prints the last line and leaves the machine as the configuration says.
 pub fn end(status: u32, reason: &str) -> ! {
     console::say(format_args!("end: status={status} {reason}"));
+    console::drain();
+    // An emulator may hold the last characters back for some milliseconds more.
+    let now = hw::rdtsc();
+    let hz = TSC_HZ.load(Ordering::Relaxed);
+    while hw::rdtsc() - now < hz / 50 {
+        core::hint::spin_loop();
+    }
     let when_done = WHEN_DONE.get().copied().unwrap_or(WhenDone::PowerOff);
     if let Some(acpi) = ACPI.get() {
         // SAFETY: the tables are the machine's own and all work is over.
@@ -139,7 +160,10 @@ fn check_tables(map: DirectMap) {
         error!("page tables: {audit:?}");
         fail("the loader left pages both writable and executable: use Tessera's own loader");
     }
-    info!("page tables: {} entries, none writable and executable, lower half empty", audit.leaves);
+    info!(
+        "page tables: {} entries, none writable and executable, lower half empty",
+        audit.leaves
+    );
 }
 
 /// A stack with an unmapped page below; gives its top.
@@ -150,7 +174,13 @@ fn guarded_stack(map: DirectMap, index: u64) -> Option<u64> {
         let frame = allocate()?;
         // SAFETY: the tables are in use and the frame is fresh.
         let mapped = unsafe {
-            cpu::paging::map_page(&map, cpu::paging::root(), bottom + page * PAGE_SIZE, frame, &mut allocate)
+            cpu::paging::map_page(
+                &map,
+                cpu::paging::root(),
+                bottom + page * PAGE_SIZE,
+                frame,
+                &mut allocate,
+            )
         };
         if !mapped {
             return None;
@@ -163,7 +193,12 @@ fn install_tables(map: DirectMap) {
     let stacks: Option<Vec<u64>> = (0..4).map(|index| guarded_stack(map, index)).collect();
     match stacks.as_deref() {
         Some(&[double_fault, nmi, machine_check, page_fault]) => {
-            let stacks = EmergencyStacks { double_fault, nmi, machine_check, page_fault };
+            let stacks = EmergencyStacks {
+                double_fault,
+                nmi,
+                machine_check,
+                page_fault,
+            };
             // SAFETY: first and only time on this core; the stacks were mapped just now.
             unsafe { CoreTables::install(stacks, on_interrupt) };
         }
@@ -203,8 +238,16 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
     // SAFETY: the loader is gone; the timers and the RTC are ours.
     let (tsc, wall) = unsafe { (hw::calibrate(acpi.pm_timer), hw::wall_clock()) };
     let wall_tsc = hw::rdtsc();
-    let Ok(tsc) = tsc else { fail("neither the ACPI PM timer nor the 8254 counts: no clock") };
-    info!("TSC: {}.{:03} MHz by the {}", tsc.hz / 1_000_000, tsc.hz / 1000 % 1000, tsc.reference);
+    let Ok(tsc) = tsc else {
+        fail("neither the ACPI PM timer nor the 8254 counts: no clock")
+    };
+    TSC_HZ.store(tsc.hz, Ordering::Relaxed);
+    info!(
+        "TSC: {}.{:03} MHz by the {}",
+        tsc.hz / 1_000_000,
+        tsc.hz / 1000 % 1000,
+        tsc.reference
+    );
     if wall.is_none() {
         warn!("RTC: no sensible time; guests start in 1970");
     }
@@ -222,14 +265,24 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
         info!("serial port: no interrupt, so it is polled");
         run::poll_serial();
     }
-    Host { map, acpi, tsc_hz: tsc.hz, wall_seconds: wall.unwrap_or(0), wall_tsc, apic }
+    Host {
+        map,
+        tsc_hz: tsc.hz,
+        wall_seconds: wall.unwrap_or(0),
+        wall_tsc,
+        apic,
+    }
 }
 
 /// The bundle that the loader put into memory.
 fn ramdisk(boot: &BootInfo, map: DirectMap) -> &'static [u8] {
-    let Some(addr) = boot.ramdisk_addr.into_option() else { return &[] };
+    let Some(addr) = boot.ramdisk_addr.into_option() else {
+        return &[];
+    };
     let physical = map.physical(addr as *const u8);
-    let Some(pointer) = map.pointer(physical, boot.ramdisk_len) else { return &[] };
+    let Some(pointer) = map.pointer(physical, boot.ramdisk_len) else {
+        return &[];
+    };
     // SAFETY: the loader's bundle, kept out of the free frames by its memory map, is never
     // written again.
     unsafe { core::slice::from_raw_parts(pointer, boot.ramdisk_len as usize) }
@@ -289,16 +342,27 @@ fn start<B: Backend>(host: &Host, bundle: &'static [u8]) -> ! {
     // SAFETY: this core's timer is ours.
     let timer = unsafe { CoreTimer::new(host.apic, host.tsc_hz) };
     info!("timer: {}", timer.mode());
+    machine::emulate::prepare();
     let base = frames::heap_used();
     console::say(format_args!("bench hypervisor-heap {base} bytes"));
-    let (status, reason) = run::run(backend, host, timer, &bundle, &config, START.load(Ordering::Relaxed));
+    let (status, reason) = run::run(
+        backend,
+        host,
+        timer,
+        &bundle,
+        &config,
+        START.load(Ordering::Relaxed),
+    );
     end(status, &reason)
 }
 
 fn read_config(bundle: &vm::bundle::Bundle<'_>) -> Result<Config, alloc::string::String> {
     use alloc::string::ToString;
-    let text = bundle.get("tessera.toml").map_err(|error| error.to_string())?;
-    let text = core::str::from_utf8(text)
-        .map_err(|error| alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to()))?;
-    Config::parse(text, "tessera.toml").map_err(|error| error.to_string())
+    let text = bundle
+        .get("tessera.toml")
+        .map_err(|error| error.to_string())?;
+    let text = core::str::from_utf8(text).map_err(|error| {
+        alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to())
+    })?;
+    vm::config::parse(text, "tessera.toml").map_err(|error| error.to_string())
 }

@@ -68,7 +68,9 @@ pub fn init(serial: Serial, screen: Option<Screen>) {
 /// Adds a guest's console; guests are numbered in this order.
 pub fn add_guest(name: &str) -> usize {
     let mut console = CONSOLE.lock();
-    let Some(console) = console.as_mut() else { return 0 };
+    let Some(console) = console.as_mut() else {
+        return 0;
+    };
     console.guests.push(GuestConsole {
         name: name.into(),
         line: Vec::new(),
@@ -106,10 +108,20 @@ pub fn guest_input(guest: usize, take: &mut dyn FnMut(&[u8]) -> usize) {
     });
 }
 
+/// Waits until all output has left the serial port.
+pub fn drain() {
+    with(|console| console.serial.drain());
+}
+
 /// Whether a guest has typed input waiting.
 pub fn has_input(guest: usize) -> bool {
-    with(|console| console.guests.get(guest).is_some_and(|guest| !guest.input.is_empty()))
-        .unwrap_or(false)
+    with(|console| {
+        console
+            .guests
+            .get(guest)
+            .is_some_and(|guest| !guest.input.is_empty())
+    })
+    .unwrap_or(false)
 }
 
 /// Shows what is left of guests' unfinished lines.
@@ -177,7 +189,9 @@ impl Console {
             return;
         }
         for &byte in bytes {
-            let Some(console) = self.guests.get_mut(guest) else { return };
+            let Some(console) = self.guests.get_mut(guest) else {
+                return;
+            };
             match byte {
                 b'\r' => {}
                 b'\n' => self.show_line(guest),
@@ -192,14 +206,20 @@ impl Console {
     }
 
     fn show_line(&mut self, guest: usize) {
-        let Some(console) = self.guests.get_mut(guest) else { return };
+        let Some(console) = self.guests.get_mut(guest) else {
+            return;
+        };
         let line = core::mem::take(&mut console.line);
         let name = console.name.clone();
         self.line(&name, &line);
     }
 
     fn flush_line(&mut self, guest: usize) {
-        if self.guests.get(guest).is_some_and(|guest| !guest.line.is_empty()) {
+        if self
+            .guests
+            .get(guest)
+            .is_some_and(|guest| !guest.line.is_empty())
+        {
             self.show_line(guest);
         }
     }
@@ -309,7 +329,10 @@ pub fn say(text: fmt::Arguments<'_>) {
             Ok(())
         }
     }
-    let mut line = Line { bytes: [0; 1024], used: 0 };
+    let mut line = Line {
+        bytes: [0; 1024],
+        used: 0,
+    };
     let _ = line.write_fmt(text);
     let text = core::str::from_utf8(&line.bytes[..line.used]).unwrap_or("");
     with(|console| console.log(text));

@@ -60,7 +60,10 @@ pub struct NoMemory {
 
 /// What is left of a usable region for the hypervisor to hand out.
 fn usable(region: &MemoryRegion, map: DirectMap) -> Option<(u64, u64)> {
-    let start = region.start.max(LOWEST).checked_next_multiple_of(PAGE_SIZE)?;
+    let start = region
+        .start
+        .max(LOWEST)
+        .checked_next_multiple_of(PAGE_SIZE)?;
     let end = region.end.min(map.limit()) & !(PAGE_SIZE - 1);
     (region.kind == MemoryRegionKind::Usable && start < end).then_some((start, end))
 }
@@ -73,14 +76,21 @@ pub unsafe fn init(regions: &[MemoryRegion], map: DirectMap) -> Result<u64, NoMe
     let all = || regions.iter().filter_map(|region| usable(region, map));
     let total: u64 = all().map(|(start, end)| end - start).sum();
     let needed = (HEAP_BASE + total / PAGE_SIZE_2M * HEAP_PER_BLOCK).next_multiple_of(PAGE_SIZE);
-    let (start, end) = all().max_by_key(|(start, end)| end - start).unwrap_or((0, 0));
-    let failure = NoMemory { needed, largest: end - start };
+    let (start, end) = all()
+        .max_by_key(|(start, end)| end - start)
+        .unwrap_or((0, 0));
+    let failure = NoMemory {
+        needed,
+        largest: end - start,
+    };
     if end - start < needed {
         return Err(failure);
     }
     // The heap takes the top of the largest region, so that large frames below stay whole.
     let heap = end - needed;
-    let pointer = map.pointer(HostPhysAddr::new(heap), needed).ok_or(failure)?;
+    let pointer = map
+        .pointer(HostPhysAddr::new(heap), needed)
+        .ok_or(failure)?;
     // SAFETY: usable RAM that the direct map reaches, and from here on the heap's alone.
     unsafe { HEAP.lock().init(pointer, needed as usize) };
     let ranges: alloc::vec::Vec<FrameRange> = all()

@@ -8,13 +8,10 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use arch::{HostPhysAddr, Nanos, Vcpu};
+use arch::{Nanos, Vcpu};
 use core::sync::atomic::{AtomicBool, Ordering};
-use cpu::virt::VirtUnavailable;
 use hw::{CoreTimer, DirectMap, TIMER_VECTOR};
-use machine::cpuid::Enabled;
 use log::{error, info, warn};
-use memory::Format;
 use sched::{Decision, Scheduler, VcpuId};
 use vm::bundle::Bundle;
 use vm::config::{Config, OnReboot, VmConfig};
@@ -96,7 +93,11 @@ impl Clock {
         Nanos::from_ticks(tsc.saturating_sub(self.origin), self.hz)
     }
     fn tsc_at(&self, when: Nanos) -> u64 {
-        if when == Nanos::NEVER { u64::MAX } else { self.origin + when.to_ticks(self.hz) + 1 }
+        if when == Nanos::NEVER {
+            u64::MAX
+        } else {
+            self.origin + when.to_ticks(self.hz) + 1
+        }
     }
 }
 
@@ -129,7 +130,10 @@ pub fn run<B: Backend>(
         host,
         bundle,
         timer,
-        clock: Clock { hz: host.tsc_hz, origin: hw::rdtsc() },
+        clock: Clock {
+            hz: host.tsc_hz,
+            origin: hw::rdtsc(),
+        },
         scheduler: Scheduler::default(),
         guests: Vec::new(),
         loaded: None,
@@ -145,13 +149,20 @@ pub fn run<B: Backend>(
         }
     }
     let focus = config.host.focus.as_deref();
-    let focus = core.guests.iter().position(|guest| Some(guest.config.name.as_str()) == focus);
+    let focus = core
+        .guests
+        .iter()
+        .position(|guest| Some(guest.config.name.as_str()) == focus);
     console::focus(focus.unwrap_or(0));
-    console::say(format_args!("bench boot-to-guest {} tsc", hw::rdtsc() - started));
+    console::say(format_args!(
+        "bench boot-to-guest {} tsc",
+        hw::rdtsc() - started
+    ));
     if core.serve() {
         return (STATUS_LEFT, "left at the console".to_string());
     }
-    core.failure.unwrap_or_else(|| (0, "every VM ended well".to_string()))
+    core.failure
+        .unwrap_or_else(|| (0, "every VM ended well".to_string()))
 }
 
 impl<B: Backend> Core<'_, B> {
@@ -162,13 +173,19 @@ impl<B: Backend> Core<'_, B> {
     /// Adds a guest and starts it.
     fn add(&mut self, config: &VmConfig) {
         let number = console::add_guest(&config.name);
-        self.guests.push(Guest { config: config.clone(), vm: None, end: None });
+        self.guests.push(Guest {
+            config: config.clone(),
+            vm: None,
+            end: None,
+        });
         self.start(number);
     }
 
     /// Makes a guest's VM and lets it run.
     fn start(&mut self, number: usize) {
-        let Some(config) = self.guests.get(number).map(|guest| guest.config.clone()) else { return };
+        let Some(config) = self.guests.get(number).map(|guest| guest.config.clone()) else {
+            return;
+        };
         match self.create(number, &config) {
             Ok(vm) => {
                 if let Some(guest) = self.guests.get_mut(number) {
@@ -279,7 +296,7 @@ impl<B: Backend> Core<'_, B> {
             {
                 let mut taken = 0;
                 console::guest_input(number, &mut |bytes| {
-                    let used = vm.input(bytes);
+                    let used = vm.input(bytes, hw::rdtsc());
                     taken += used;
                     used
                 });
@@ -292,7 +309,10 @@ impl<B: Backend> Core<'_, B> {
     }
 
     fn unload(&mut self) {
-        if let Some(guest) = self.loaded.take().and_then(|number| self.guests.get_mut(number))
+        if let Some(guest) = self
+            .loaded
+            .take()
+            .and_then(|number| self.guests.get_mut(number))
             && let Some(vm) = &mut guest.vm
         {
             vm.unload();
@@ -304,7 +324,11 @@ impl<B: Backend> Core<'_, B> {
         if self.loaded != Some(number) {
             self.unload();
         }
-        let Some(vm) = self.guests.get_mut(number).and_then(|guest| guest.vm.as_mut()) else {
+        let Some(vm) = self
+            .guests
+            .get_mut(number)
+            .and_then(|guest| guest.vm.as_mut())
+        else {
             self.scheduler.remove(VcpuId(number));
             return;
         };
@@ -314,7 +338,11 @@ impl<B: Backend> Core<'_, B> {
         }
         let slice_end = self.clock.tsc_at(until);
         let mut stop = None;
-        let mut host = CoreHost { guest: number, timer: &mut self.timer, slice_end };
+        let mut host = CoreHost {
+            guest: number,
+            timer: &mut self.timer,
+            slice_end,
+        };
         let result = cpu::guard::run(|| stop = Some(vm.run(&mut host)));
         let vcpu = VcpuId(number);
         match stop {
@@ -339,7 +367,9 @@ impl<B: Backend> Core<'_, B> {
         self.unload();
         self.scheduler.remove(VcpuId(number));
         console::flush(number);
-        let Some(guest) = self.guests.get_mut(number) else { return };
+        let Some(guest) = self.guests.get_mut(number) else {
+            return;
+        };
         let (name, config) = (guest.config.name.clone(), guest.config.clone());
         match &end {
             End::Crashed(cause) => error!("vm {name}: crashed: {cause}"),
@@ -365,7 +395,10 @@ impl<B: Backend> Core<'_, B> {
     fn monitor(&mut self, line: &str) -> bool {
         let mut words = line.split_whitespace();
         let (verb, name) = (words.next().unwrap_or(""), words.next());
-        let mut found = self.guests.iter_mut().position(|guest| Some(guest.config.name.as_str()) == name);
+        let mut found = self
+            .guests
+            .iter_mut()
+            .position(|guest| Some(guest.config.name.as_str()) == name);
         let vm = found.and_then(|number| self.guests.get_mut(number)?.vm.as_mut());
         match (verb, name, vm) {
             ("", ..) => found = None,
@@ -379,7 +412,10 @@ impl<B: Backend> Core<'_, B> {
             )),
         }
         if let Some(number) = found
-            && self.guests.get(number).is_some_and(|guest| guest.vm.is_some())
+            && self
+                .guests
+                .get(number)
+                .is_some_and(|guest| guest.vm.is_some())
         {
             self.scheduler.wake(VcpuId(number));
         }
@@ -397,9 +433,16 @@ impl<B: Backend> Core<'_, B> {
                 (None, Some(end)) => format!("ended: {end}"),
                 (None, None) => "not started".to_string(),
             };
-            console::say(format_args!("{} {}: {state}", number + 1, guest.config.name));
+            console::say(format_args!(
+                "{} {}: {state}",
+                number + 1,
+                guest.config.name
+            ));
         }
-        console::say(format_args!("{} KiB of memory free", frames::free_bytes() >> 10));
+        console::say(format_args!(
+            "{} KiB of memory free",
+            frames::free_bytes() >> 10
+        ));
     }
 }
 

@@ -31,10 +31,16 @@ impl Rate {
         }
     }
 
+    /// `value` times the rate, modulo 2⁶⁴.
     #[inline]
     const fn of(self, value: u64) -> u64 {
         let part = ((value as u128 * self.fraction as u128) >> 64) as u64;
-        value.saturating_mul(self.whole).saturating_add(part)
+        value.wrapping_mul(self.whole).wrapping_add(part)
+    }
+
+    /// The largest value for which [`Rate::of`] does not wrap.
+    const fn limit(self) -> u64 {
+        u64::MAX / (self.whole + 1)
     }
 }
 
@@ -46,6 +52,8 @@ pub struct TscClock {
     base: u64,
     tick: Rate,
     nano: Rate,
+    /// More ticks than these are beyond the end of time.
+    far: u64,
 }
 
 /// What of a [`TscClock`] is state; the rest follows from it.
@@ -77,10 +85,12 @@ impl TscClock {
     #[must_use]
     pub const fn new(khz: u32) -> Self {
         let khz = if khz == 0 { 1 } else { khz };
+        let tick = Rate::new(1_000_000, khz as u64);
         Self {
             khz,
             base: 0,
-            tick: Rate::new(1_000_000, khz as u64),
+            tick,
+            far: tick.limit(),
             nano: Rate::new(khz as u64, 1_000_000),
         }
     }
@@ -121,10 +131,14 @@ impl TscClock {
     #[inline]
     #[must_use]
     pub const fn ticks_to_nanos(&self, ticks: u64) -> u64 {
-        self.tick.of(ticks)
+        if ticks > self.far {
+            u64::MAX
+        } else {
+            self.tick.of(ticks)
+        }
     }
 
-    /// `nanos` nanoseconds in ticks of the TSC, rounded down; saturates.
+    /// `nanos` nanoseconds in ticks of the TSC, rounded down, modulo 2⁶⁴.
     #[inline]
     #[must_use]
     pub const fn nanos_to_ticks(&self, nanos: u64) -> u64 {
@@ -137,7 +151,11 @@ impl TscClock {
     pub const fn deadline(&self, tsc: u64, now: Nanos) -> Nanos {
         match tsc.checked_sub(self.tsc(now)) {
             None | Some(0) => now,
-            Some(ticks) => Nanos(now.0.saturating_add(self.tick.of(ticks)).saturating_add(1)),
+            Some(ticks) => Nanos(
+                now.0
+                    .saturating_add(self.ticks_to_nanos(ticks))
+                    .saturating_add(1),
+            ),
         }
     }
 }

@@ -853,7 +853,7 @@ fn ratio(khz: u32) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{clock::TscClock, fake::FakeVcpu};
+    use crate::{clock::TscClock, mock::MockVcpu};
 
     /// A machine that sets every bit of every feature register.
     fn everything(vendor: &'static [u8; 12], leaf: u32, subleaf: u32) -> Regs {
@@ -886,7 +886,7 @@ mod tests {
 
     struct World {
         policy: CpuidPolicy,
-        vcpu: FakeVcpu,
+        vcpu: MockVcpu,
         apic: LocalApic,
     }
 
@@ -899,7 +899,7 @@ mod tests {
             };
             Self {
                 policy: CpuidPolicy::build(&|l, s| everything(vendor, l, s), &config),
-                vcpu: FakeVcpu::default(),
+                vcpu: MockVcpu::real(),
                 apic: LocalApic::new(vcpus - 1, false, 46, TscClock::new(2_995_201)),
             }
         }
@@ -963,7 +963,7 @@ mod tests {
         };
         let policy = CpuidPolicy::build(&|_, _| [0; 4], &config);
         let apic = LocalApic::new(0, true, 36, TscClock::new(1_000_000));
-        let vcpu = FakeVcpu::default();
+        let vcpu = MockVcpu::real();
         let one = policy.answer(1, 0, &vcpu, &apic);
         assert_eq!(one[ECX], bits(&[21, 24, 31]));
         assert_eq!(one[EDX], bits(&[9, 12, 16]));

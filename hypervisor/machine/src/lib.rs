@@ -8,15 +8,26 @@ extern crate alloc;
 
 pub mod acpi;
 pub mod apic;
+pub mod board;
 pub mod clock;
 pub mod cpuid;
+pub mod debug;
 pub mod emulate;
+pub mod hpet;
+pub mod i8042;
 pub mod map;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
-pub mod paging;
 pub mod msr;
+pub mod paging;
+pub mod pci;
+pub mod pic;
+pub mod pit;
+pub mod pm;
 pub mod pvclock;
+pub mod rtc;
+mod ticks;
+pub mod uart;
 
 #[cfg(test)]
-mod fake;
+mod random;

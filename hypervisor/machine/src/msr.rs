@@ -65,8 +65,8 @@ pub enum MsrEffect {
     Tsc,
     /// The time record was registered or dropped ([`MsrState::system_time`]).
     SystemTime,
-    /// Write the wall clock record here.
-    WallClock(GuestPhysAddr),
+    /// Write the wall clock record ([`MsrState::wall_clock`]).
+    WallClock,
     /// Make an indirect branch prediction barrier (write IA32_PRED_CMD).
     PredictionBarrier,
 }
@@ -361,6 +361,12 @@ impl MsrState {
         self.system_time
     }
 
+    /// Where the wall clock record is wanted.
+    #[must_use]
+    pub const fn wall_clock(&self) -> GuestPhysAddr {
+        GuestPhysAddr::new(self.wall_clock)
+    }
+
     /// RDMSR.
     ///
     /// # Errors
@@ -447,11 +453,13 @@ impl MsrState {
         context: &mut MsrContext<'_, V>,
     ) -> Result<MsrEffect, MsrFault> {
         match msr {
-            index::X2APIC_FIRST..=index::X2APIC_LAST => context
-                .apic
-                .write_msr(msr, value, context.now)
-                .map(MsrEffect::Apic)
-                .map_err(|_| MsrFault::Protection),
+            index::X2APIC_FIRST..=index::X2APIC_LAST => {
+                match context.apic.write_msr(msr, value, context.now) {
+                    Ok(ApicEffect::None) => Ok(MsrEffect::None),
+                    Ok(effect) => Ok(MsrEffect::Apic(effect)),
+                    Err(_) => Err(MsrFault::Protection),
+                }
+            }
             index::IA32_TSC_DEADLINE => Ok(MsrEffect::Apic(
                 context.apic.set_tsc_deadline(value, context.now),
             )),
@@ -564,7 +572,7 @@ impl MsrState {
             }
             pv::WALL_CLOCK | pv::WALL_CLOCK_OLD => {
                 self.wall_clock = value;
-                Ok(MsrEffect::WallClock(GuestPhysAddr::new(value)))
+                Ok(MsrEffect::WallClock)
             }
             MTRR_VARIABLE_FIRST..=MTRR_DEF_TYPE
                 if let Some(register) = self.mtrrs.register(msr) =>
@@ -595,11 +603,11 @@ impl MsrState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{apic::ApicMode, clock::TscClock, fake::FakeVcpu};
+    use crate::{apic::ApicMode, clock::TscClock, mock::MockVcpu};
 
     struct World {
         state: MsrState,
-        vcpu: FakeVcpu,
+        vcpu: MockVcpu,
         apic: LocalApic,
         features: Features,
         now: Nanos,
@@ -620,7 +628,7 @@ mod tests {
             };
             Self {
                 state: MsrState::new(&features),
-                vcpu: FakeVcpu::default(),
+                vcpu: MockVcpu::real(),
                 apic: LocalApic::new(0, true, 40, TscClock::new(2_000_000)),
                 features,
                 now: Nanos(1_000),
@@ -749,10 +757,7 @@ mod tests {
         );
         assert_eq!(world.apic.mode(), ApicMode::X2Apic);
         assert_eq!(world.write(index::IA32_APIC_BASE, 0xfee0_0900), GP);
-        assert_eq!(
-            world.write(0x808, 0x20),
-            Ok(MsrEffect::Apic(ApicEffect::None))
-        );
+        assert_eq!(world.write(0x808, 0x20), Ok(MsrEffect::None));
         assert_eq!(world.read(0x808), Ok(0x20));
         assert_eq!(world.write(0x808, 0x100), GP);
     }
@@ -783,11 +788,11 @@ mod tests {
             assert_eq!(world.write(msr, 0x5001), Ok(MsrEffect::SystemTime));
             assert_eq!(world.read(msr), Ok(0x5001));
         }
-        let at = GuestPhysAddr::new(0x6000);
         assert_eq!(
             world.write(pv::WALL_CLOCK, 0x6000),
-            Ok(MsrEffect::WallClock(at))
+            Ok(MsrEffect::WallClock)
         );
+        assert_eq!(world.state.wall_clock(), GuestPhysAddr::new(0x6000));
         assert_eq!(world.state.system_time(), 0x5001);
     }
 
@@ -803,7 +808,7 @@ mod tests {
 
     #[test]
     fn no_number_and_no_value_does_harm() {
-        let mut random = crate::fake::Random(7);
+        let mut random = crate::random::Random(7);
         for intel in [true, false] {
             let mut world = World::new(intel);
             for _ in 0..200_000 {

@@ -93,33 +93,7 @@ pub fn write_wall_clock<M: GuestMemory + ?Sized>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::{vec, vec::Vec};
-
-    struct Ram(Vec<u8>);
-
-    impl GuestMemory for Ram {
-        fn read(&mut self, addr: GuestPhysAddr, buf: &mut [u8]) -> Result<(), MemoryFault> {
-            let at = addr.as_u64() as usize;
-            let from = self.0.get(at..at.saturating_add(buf.len()));
-            buf.copy_from_slice(from.ok_or(MemoryFault::NotRam(addr))?);
-            Ok(())
-        }
-        fn write(&mut self, addr: GuestPhysAddr, data: &[u8]) -> Result<(), MemoryFault> {
-            let at = addr.as_u64() as usize;
-            let to = self.0.get_mut(at..at.saturating_add(data.len()));
-            to.ok_or(MemoryFault::NotRam(addr))?.copy_from_slice(data);
-            Ok(())
-        }
-        fn compare_exchange(
-            &mut self,
-            addr: GuestPhysAddr,
-            _: u8,
-            _: u64,
-            _: u64,
-        ) -> Result<u64, MemoryFault> {
-            Err(MemoryFault::NotRam(addr))
-        }
-    }
+    use crate::mock::FlatMemory;
 
     /// As a guest reads it.
     fn nanos(ram: &[u8], tsc: u64) -> u64 {
@@ -139,14 +113,14 @@ mod tests {
     fn a_guest_reads_the_vm_time_from_its_tsc() {
         for khz in [100_000, 1_000_000, 2_995_201, 5_000_000] {
             let clock = TscClock::new(khz);
-            let mut ram = Ram(vec![0; 64]);
+            let mut ram = FlatMemory::new(64);
             let start = Nanos(1_000_000_007);
             write_time(&mut ram, GuestPhysAddr::new(0), &clock, start).unwrap();
-            assert_eq!(ram.0[0..4], [2, 0, 0, 0], "even, and not zero");
-            assert_eq!(ram.0[29], 1);
+            assert_eq!(ram.ram[0..4], [2, 0, 0, 0], "even, and not zero");
+            assert_eq!(ram.ram[29], 1);
             for after in [0, 1_000, 1_000_000_000, 3_600_000_000_000] {
                 let now = start + after;
-                let read = nanos(&ram.0, clock.tsc(now));
+                let read = nanos(&ram.ram, clock.tsc(now));
                 let error = read.abs_diff(now.0);
                 assert!(error <= 20 + after / 1_000_000_000, "{khz}: {error} ns off");
             }
@@ -155,18 +129,18 @@ mod tests {
 
     #[test]
     fn each_update_raises_the_version_by_two() {
-        let mut ram = Ram(vec![0; 12]);
+        let mut ram = FlatMemory::new(12);
         let at = GuestPhysAddr::new(0);
         write_wall_clock(&mut ram, at, 1_700_000_000_123_456_789).unwrap();
         write_wall_clock(&mut ram, at, 1_700_000_000_123_456_789).unwrap();
-        assert_eq!(ram.0[0], 4);
-        assert_eq!(ram.0[4..8], 1_700_000_000_u32.to_le_bytes());
-        assert_eq!(ram.0[8..12], 123_456_789_u32.to_le_bytes());
+        assert_eq!(ram.ram[0], 4);
+        assert_eq!(ram.ram[4..8], 1_700_000_000_u32.to_le_bytes());
+        assert_eq!(ram.ram[8..12], 123_456_789_u32.to_le_bytes());
     }
 
     #[test]
     fn a_bad_address_is_an_error_and_no_more() {
-        let mut ram = Ram(vec![0; 16]);
+        let mut ram = FlatMemory::new(16);
         let clock = TscClock::new(1_000_000);
         let at = GuestPhysAddr::new(u64::MAX - 1);
         assert!(write_time(&mut ram, at, &clock, Nanos(0)).is_err());

@@ -5,17 +5,17 @@
 //! else goes through one cold function. Nothing here allocates, takes a lock, or knows what
 //! vendor runs the guest.
 
-use crate::vm::{Crash, End, Host, Stop, Vm};
+use crate::vm::{End, Host, Stop, Vm};
 use alloc::format;
 use arch::{
     Access, ControlRegister, Cr0, Cr4, CrAccess, CrOp, DebugRegister, Event, Exception, Exit,
-    FrameSource, Gpr, GuestMemory, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE, PhysMemory, RFlags,
-    SegmentRegister, Vcpu, msr,
+    FrameSource, Gpr, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE, PhysMemory, RFlags, SegmentRegister,
+    Vcpu, msr,
 };
-use machine::Board;
 use machine::apic::{ApicEffect, ApicMode, Then};
-use machine::map;
+use machine::board::Board;
 use machine::emulate::{self, Done, Expected, LengthError, MmioBus, PortBus};
+use machine::map;
 use machine::msr::{MsrContext, MsrEffect, MsrFault};
 use machine::pvclock;
 use memory::FaultOutcome;
@@ -42,15 +42,18 @@ impl MmioBus for Bus<'_> {
             let value = self.board.apic.read_mmio(0, offset & !3, self.now);
             return u64::from(value) >> (8 * (offset & 3));
         }
-        self.board.mmio_read(addr, size, self.now)
+        self.board.mmio_read(addr.as_u64(), size, self.now)
     }
     fn write(&mut self, addr: GuestPhysAddr, size: u8, value: u64) {
         if let Some(offset) = self.local_apic(addr) {
             // Whatever follows shows in what `prepare` looks at.
-            let _: Then = self.board.apic.write_mmio(0, offset, value as u32, self.now);
+            let _: Then = self
+                .board
+                .apic
+                .write_mmio(0, offset, value as u32, self.now);
             return;
         }
-        self.board.mmio_write(addr, size, value, self.now);
+        self.board.mmio_write(addr.as_u64(), size, value, self.now);
     }
 }
 
@@ -88,8 +91,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     return Stop::Ended(end);
                 }
             };
+            // The hardware's copy has the priority class alone.
             if let Some(tpr) = self.vcpu.virtual_tpr()
-                && tpr != self.shown_tpr.0
+                && tpr >> 4 != self.shown_tpr.0 >> 4
             {
                 self.shown_tpr.0 = tpr;
                 self.board.apic.local[0].set_tpr(tpr);
@@ -141,11 +145,16 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             if tsc >= self.deadline {
                 let now = self.time_at(tsc);
                 self.board.tick(now);
+                self.board.apic.local[0].tick(now);
             }
         }
         let apic = &self.board.apic.local[0];
         let pending = apic.pending();
-        if apic.has_signals() || self.board.has_extint() || self.halted || self.board.has_actions() {
+        if apic.has_signals()
+            || self.board.pic_interrupt()
+            || self.halted
+            || self.board.has_actions()
+        {
             if let Some(stop) = self.attend(host) {
                 return Some(stop);
             }
@@ -169,11 +178,19 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             self.shown_tpr = shown;
             self.vcpu.set_virtual_tpr(shown.0, shown.1);
         }
-        let next = self.board.next_event();
+        let next = self.next_event();
         if self.armed != Some(next) {
             self.arm(next, host);
         }
         None
+    }
+
+    /// When a device or the local APIC's timer next has something to do.
+    #[inline]
+    fn next_event(&self) -> Nanos {
+        self.board
+            .next_event()
+            .min(self.board.apic.local[0].next_event())
     }
 
     #[inline]
@@ -199,8 +216,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         if self.board.has_actions() {
             self.drain(host);
             let actions = self.board.take_actions();
-            if let Some(end) = actions.end() {
-                return Some(Stop::Ended(end));
+            if let Some(code) = actions.exit_code {
+                return Some(Stop::Ended(End::DebugExit(code)));
+            }
+            if actions.power_off {
+                return Some(Stop::Ended(End::PoweredOff));
+            }
+            if actions.reset.is_some() {
+                return Some(Stop::Ended(End::Reset));
             }
         }
         let apic = &mut self.board.apic;
@@ -225,7 +248,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             self.vcpu.request_nmi_window(true);
         }
         let vector = apic.local[0].pending();
-        let extint = self.board.has_extint() && self.board.apic.accepts_extint(0);
+        let extint = self.board.pic_interrupt() && self.board.apic.accepts_extint(0);
         if vector.is_some() || extint {
             if open.interrupts_open {
                 let vector = match vector {
@@ -237,7 +260,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     return Some(Stop::Ended(self.shut_down()));
                 }
                 let more = self.board.apic.local[0].pending().is_some()
-                    || (self.board.has_extint() && self.board.apic.accepts_extint(0));
+                    || (self.board.pic_interrupt() && self.board.apic.accepts_extint(0));
                 self.want_window(more);
             } else if !self.halted {
                 self.want_window(true);
@@ -249,7 +272,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             if !self.vcpu.rflags().contains(RFlags::IF) {
                 return Some(Stop::Ended(End::Halted));
             }
-            let until = self.tsc_at(self.board.next_event());
+            let until = self.tsc_at(self.next_event());
             return Some(Stop::Halted { until });
         }
         None
@@ -263,7 +286,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     /// Where the instruction that exited ends. `Ok(None)`: enter the guest again.
     #[inline]
     fn next_rip(&mut self, expected: Expected) -> Result<Option<u64>, End> {
-        match emulate::next_rip(&self.vcpu, &mut self.memory, expected) {
+        match emulate::next_rip_known(&self.vcpu, &mut self.memory, &mut self.code_page, expected) {
             Ok(next) => Ok(Some(next)),
             Err(error) => self.no_length(error).map(|()| None),
         }
@@ -274,7 +297,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         match error {
             LengthError::Changed => Ok(()),
             LengthError::Fault(fault) => {
-                if fault.deliver(&mut self.vcpu) { Ok(()) } else { Err(self.shut_down()) }
+                if fault.deliver(&mut self.vcpu) {
+                    Ok(())
+                } else {
+                    Err(self.shut_down())
+                }
             }
             LengthError::Failed(error) => Err(self.crash(&format!("{error}"))),
         }
@@ -299,17 +326,34 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         }
     }
 
+    /// An instruction without effect that is one of two.
+    fn skip_either(&mut self, first: Expected, second: Expected) -> Handled {
+        match emulate::next_rip(&self.vcpu, &mut self.memory, first) {
+            Ok(next) => self.retire(next),
+            Err(LengthError::Changed) => self.skip(second),
+            Err(error) => self.no_length(error),
+        }
+    }
+
     #[inline]
     fn inject(&mut self, event: Event) -> Handled {
-        if self.vcpu.inject(event) { Ok(()) } else { Err(self.shut_down()) }
+        if self.vcpu.inject(event) {
+            Ok(())
+        } else {
+            Err(self.shut_down())
+        }
     }
 
     #[inline]
     fn cpuid(&mut self) -> Handled {
-        let Some(next) = self.next_rip(Expected::Cpuid)? else { return Ok(()) };
+        let Some(next) = self.next_rip(Expected::Cpuid)? else {
+            return Ok(());
+        };
         let gprs = self.vcpu.gprs();
         let (leaf, subleaf) = (gprs[Gpr::Rax] as u32, gprs[Gpr::Rcx] as u32);
-        let [eax, ebx, ecx, edx] = self.cpuid.answer(leaf, subleaf, &self.vcpu, &self.board.apic.local[0]);
+        let [eax, ebx, ecx, edx] =
+            self.cpuid
+                .answer(leaf, subleaf, &self.vcpu, &self.board.apic.local[0]);
         let gprs = self.vcpu.gprs_mut();
         gprs[Gpr::Rax] = eax.into();
         gprs[Gpr::Rbx] = ebx.into();
@@ -368,7 +412,15 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             let what = if walk { "page tables" } else { "instructions" };
             return Err(self.crash(&format!("{what} at {addr}, where there is no memory")));
         }
-        let mut bus = Bus { now: self.time_at(host.tsc()), board: &mut self.board };
+        if self.vcpu.pending_event().is_some() {
+            return Err(self.crash(&format!(
+                "a stack or table at {addr}, where there is no memory"
+            )));
+        }
+        let mut bus = Bus {
+            now: self.time_at(host.tsc()),
+            board: &mut self.board,
+        };
         let hint = Some((addr, access));
         match emulate::emulate_at(&mut self.vcpu, &mut self.memory, &mut bus, hint) {
             Ok(Done::Next | Done::Again) => Ok(()),
@@ -380,7 +432,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     #[inline]
     fn rdmsr(&mut self, host: &mut impl Host) -> Handled {
-        let Some(next) = self.next_rip(Expected::Rdmsr)? else { return Ok(()) };
+        let Some(next) = self.next_rip(Expected::Rdmsr)? else {
+            return Ok(());
+        };
         let index = self.vcpu.gprs()[Gpr::Rcx] as u32;
         let now = self.time_at(host.tsc());
         let mut context = MsrContext {
@@ -402,7 +456,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     #[inline]
     fn wrmsr(&mut self, host: &mut impl Host) -> Handled {
-        let Some(next) = self.next_rip(Expected::Wrmsr)? else { return Ok(()) };
+        let Some(next) = self.next_rip(Expected::Wrmsr)? else {
+            return Ok(());
+        };
         let gprs = self.vcpu.gprs();
         let index = gprs[Gpr::Rcx] as u32;
         let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
@@ -436,7 +492,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 self.write_time(now);
             }
             MsrEffect::SystemTime => self.write_time(now),
-            MsrEffect::WallClock(at) => {
+            MsrEffect::WallClock => {
+                let at = self.msrs.wall_clock();
                 // The RTC was read in the middle of its second, on average.
                 let epoch = self.epoch_seconds.saturating_mul(1_000_000_000) + 500_000_000;
                 // A guest that names an address without memory gets no clock.
@@ -476,7 +533,6 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             self.vcpu.flush_nested(self.memory.root());
         }
         self.vcpu.set_apic_mode(mode);
-        self.board.apic.retry();
     }
 
     #[cold]
@@ -496,9 +552,17 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     fn hypercall(&mut self) -> Handled {
-        let Some(next) = self.next_rip(Expected::Hypercall)? else { return Ok(()) };
-        let result = machine::hypercall(self.vcpu.gprs(), self.vcpu.cpl());
-        self.vcpu.gprs_mut()[Gpr::Rax] = result;
+        let Some(next) = self.next_rip(Expected::Hypercall)? else {
+            return Ok(());
+        };
+        let result = if self.vcpu.cpl() != 0 {
+            abi::hypercall::ERROR_PRIVILEGE
+        } else if self.vcpu.gprs()[Gpr::Rax] == abi::hypercall::VERSION {
+            abi::VERSION.into()
+        } else {
+            abi::hypercall::ERROR_UNKNOWN
+        };
+        self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
         self.retire(next)
     }
 
@@ -534,7 +598,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     fn rare(&mut self, exit: Exit, host: &mut impl Host) -> Handled {
         match exit {
             Exit::Io(io) => {
-                let mut bus = Bus { now: self.time_at(host.tsc()), board: &mut self.board };
+                let mut bus = Bus {
+                    now: self.time_at(host.tsc()),
+                    board: &mut self.board,
+                };
                 match emulate::string_io(&mut self.vcpu, &mut self.memory, &mut bus, &io) {
                     Ok(done) if done.deliver(&mut self.vcpu) => Ok(()),
                     Ok(_) => Err(self.shut_down()),
@@ -543,23 +610,33 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             }
             Exit::Cr(access) => self.control_register(access),
             Exit::Dr { .. } => self.debug_register(),
-            Exit::Exception { exception, error_code, info } => {
-                self.reflect(exception, error_code, info)
-            }
-            Exit::Invlpg => match emulate::decode_invlpg(&self.vcpu, &mut self.memory) {
+            Exit::Exception {
+                exception,
+                error_code,
+                info,
+            } => self.reflect(exception, error_code, info),
+            Exit::Invlpg => match emulate::decode_invlpg(&mut self.vcpu, &mut self.memory) {
                 // With nested paging the guest's own INVLPG does the work; it exits only where
                 // a backend asks for that.
                 Ok((_, next)) => self.retire(next),
                 Err(error) => self.no_length(error),
             },
-            Exit::Invd => self.skip(Expected::Invd),
-            Exit::Wbinvd => self.skip(Expected::Wbinvd),
+            // QEMU's emulation reports INVD as WBINVD.
+            Exit::Invd | Exit::Wbinvd => match self.vcpu.next_rip() {
+                Some(next) => self.retire(next),
+                None => self.skip_either(Expected::Wbinvd, Expected::Invd),
+            },
             Exit::Xsetbv => self.xsetbv(),
             Exit::Rdpmc => self.inject(Event::GP0),
             Exit::Rdtsc | Exit::Rdtscp => {
-                let expected =
-                    if exit == Exit::Rdtsc { Expected::Rdtsc } else { Expected::Rdtscp };
-                let Some(next) = self.next_rip(expected)? else { return Ok(()) };
+                let expected = if exit == Exit::Rdtsc {
+                    Expected::Rdtsc
+                } else {
+                    Expected::Rdtscp
+                };
+                let Some(next) = self.next_rip(expected)? else {
+                    return Ok(());
+                };
                 let now = self.time_at(host.tsc());
                 let tsc = self.board.apic.local[0].clock().tsc(now);
                 let aux = self.vcpu.msr(msr::IA32_TSC_AUX).unwrap_or(0);
@@ -605,13 +682,16 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             }
             _ => {}
         }
-        self.inject(Event::Exception { exception, error_code })
+        self.inject(Event::Exception {
+            exception,
+            error_code,
+        })
     }
 
     fn control_register(&mut self, access: CrAccess) -> Handled {
         let (op, next) = match access.op {
-            CrOp::Undecoded { .. } => {
-                match emulate::decode_cr(&self.vcpu, &mut self.memory, access.register) {
+            CrOp::Undecoded { write } => {
+                match emulate::decode_cr(&mut self.vcpu, &mut self.memory, access.register, write) {
                     Ok(decoded) => decoded,
                     Err(error) => return self.no_length(error),
                 }
@@ -643,7 +723,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             }
             CrOp::Undecoded { .. } => false,
         };
-        if fine { self.retire(next) } else { self.inject(Event::GP0) }
+        if fine {
+            self.retire(next)
+        } else {
+            self.inject(Event::GP0)
+        }
     }
 
     /// Writes a control register by the rules of SDM Vol. 3A §2.5; `false` means #GP(0).
@@ -685,14 +769,18 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             self.board.apic.local[0].set_tpr((value as u8) << 4);
         } else {
             // ET is hardwired to one.
-            let et = if register == ControlRegister::Cr0 { Cr0::ET.bits() } else { 0 };
+            let et = if register == ControlRegister::Cr0 {
+                Cr0::ET.bits()
+            } else {
+                0
+            };
             vcpu.set_cr(register, value | et);
         }
         true
     }
 
     fn debug_register(&mut self) -> Handled {
-        let (access, next) = match emulate::decode_dr(&self.vcpu, &mut self.memory) {
+        let (access, next) = match emulate::decode_dr(&mut self.vcpu, &mut self.memory) {
             Ok(decoded) => decoded,
             Err(error) => return self.no_length(error),
         };
@@ -712,7 +800,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     fn xsetbv(&mut self) -> Handled {
-        let Some(next) = self.next_rip(Expected::Xsetbv)? else { return Ok(()) };
+        let Some(next) = self.next_rip(Expected::Xsetbv)? else {
+            return Ok(());
+        };
         let gprs = self.vcpu.gprs();
         let index = gprs[Gpr::Rcx] as u32;
         let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;

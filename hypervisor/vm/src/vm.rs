@@ -9,10 +9,12 @@ use alloc::vec::Vec;
 use arch::{FrameSource, GuestPhysAddr, HostPhysAddr, MemoryFault, Nanos, PhysMemory, Vcpu};
 use core::fmt;
 use machine::acpi::{self, AcpiConfig};
+use machine::board::{Board, BoardConfig};
 use machine::clock::TscClock;
 use machine::cpuid::{CpuidConfig, CpuidPolicy, Enabled};
+use machine::emulate::CodePage;
+use machine::map;
 use machine::msr::MsrState;
-use machine::{Board, BoardConfig, map};
 use memory::{AddressSpace, Format, MapError, Region, RegionError, RegionKind};
 
 /// What a running VM needs of the core it runs on.
@@ -138,11 +140,13 @@ pub struct VmSetup<'a, P, F> {
 
 /// Makes the vCPU, given the root of the nested tables, the local APIC's register page, and the
 /// bits of CR4 that CPUID allows.
-pub type MakeVcpu<'a, V> =
-    &'a mut dyn FnMut(HostPhysAddr, *const u8, u64) -> Result<V, String>;
+pub type MakeVcpu<'a, V> = &'a mut dyn FnMut(HostPhysAddr, *const u8, u64) -> Result<V, String>;
 
 fn image<'a>(bundle: &Bundle<'a>, image: &'a ImageName) -> Result<Image<'a>, BundleError> {
-    Ok(Image { name: &image.name, data: bundle.get(&image.name)? })
+    Ok(Image {
+        name: &image.name,
+        data: bundle.get(&image.name)?,
+    })
 }
 
 /// What a VM costs the host besides its RAM and page tables, with room to spare: devices, vCPU,
@@ -170,6 +174,8 @@ pub struct Vm<V: Vcpu, P: PhysMemory, F: FrameSource> {
     /// The vCPU executed HLT.
     pub(crate) halted: bool,
     pub(crate) stop: bool,
+    /// Where the guest's code was found last.
+    pub(crate) code_page: CodePage,
     pub(crate) board: Board,
     pub(crate) memory: AddressSpace<P, F>,
     /// Accesses to MSRs that do not exist, for the log's rate limit.
@@ -189,7 +195,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let VmSetup { config, bundle, .. } = setup;
         let wanted = config.memory.saturating_add(OVERHEAD);
         if wanted > setup.free_bytes {
-            return Err(VmError::TooMuchMemory { wanted, free: setup.free_bytes });
+            return Err(VmError::TooMuchMemory {
+                wanted,
+                free: setup.free_bytes,
+            });
         }
         let layout = MemoryLayout::new(config.memory);
         let regions: Vec<Region> = layout
@@ -212,7 +221,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             memory.map_device_page(GuestPhysAddr::new(map::LOCAL_APIC), page)?;
         }
         let kernel = image(bundle, &config.kernel)?;
-        let initrd = config.initrd.as_ref().map(|initrd| image(bundle, initrd)).transpose()?;
+        let initrd = config
+            .initrd
+            .as_ref()
+            .map(|initrd| image(bundle, initrd))
+            .transpose()?;
         let modules = config
             .modules
             .iter()
@@ -222,19 +235,32 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let clock = TscClock::new(khz);
         let cpuid = CpuidPolicy::build(
             setup.host_cpuid,
-            &CpuidConfig { vcpus: config.vcpus, tsc_khz: khz, enabled: setup.enabled },
+            &CpuidConfig {
+                vcpus: config.vcpus,
+                tsc_khz: khz,
+                enabled: setup.enabled,
+            },
         );
+        let high_ram = config.memory.saturating_sub(map::LOW_RAM_END);
         let board = Board::new(&BoardConfig {
             vcpus: config.vcpus,
             phys_bits: cpuid.features().phys_bits,
             clock,
-            epoch_seconds: setup.wall_seconds,
-            memory: config.memory,
+            low_ram: config.memory - high_ram,
+            high_ram,
+            hpet: true,
+            wall_clock: setup.wall_seconds.saturating_mul(1_000_000_000),
             debug_exit: config.devices.debug_exit,
             debug_console: config.devices.debug_console,
         });
-        let rsdp = acpi::install(&AcpiConfig { vcpus: config.vcpus, hpet: false }, &mut memory)
-            .map_err(VmError::Memory)?;
+        let rsdp = acpi::install(
+            &AcpiConfig {
+                vcpus: config.vcpus,
+                hpet: true,
+            },
+            &mut memory,
+        )
+        .map_err(VmError::Memory)?;
         let boot = Boot {
             kind: config.kind,
             kernel,
@@ -244,7 +270,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         };
         let entry = load::load(&boot, &layout, &mut memory, rsdp)?;
         let apic_page = board.apic.local[0].page_ptr();
-        let mut vcpu = make_vcpu(memory.root(), apic_page, cpuid.features().cr4).map_err(VmError::Vcpu)?;
+        let mut vcpu =
+            make_vcpu(memory.root(), apic_page, cpuid.features().cr4).map_err(VmError::Vcpu)?;
         entry.apply(&mut vcpu);
         vcpu.set_tsc_offset(0u64.wrapping_sub(setup.tsc));
         let mut this = Self {
@@ -259,6 +286,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             window: false,
             halted: false,
             stop: false,
+            code_page: CodePage::NONE,
             board,
             memory,
             unknown_msrs: 0,
@@ -298,9 +326,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         self.memory.promised_bytes()
     }
 
-    /// Types on the guest's console; gives how many bytes it took.
-    pub fn input(&mut self, bytes: &[u8]) -> usize {
-        self.board.console_input(bytes)
+    /// Types on the guest's console when the machine's TSC reads `tsc`; gives how many bytes it
+    /// took.
+    pub fn input(&mut self, bytes: &[u8], tsc: u64) -> usize {
+        let now = self.time_at(tsc);
+        self.board.console_input(bytes, now)
     }
 
     /// Presses the power button.
@@ -323,6 +353,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         if time == Nanos::NEVER {
             return u64::MAX;
         }
-        self.origin.saturating_add(self.clock.nanos_to_ticks(time.0)).saturating_add(1)
+        self.origin
+            .saturating_add(self.clock.nanos_to_ticks(time.0))
+            .saturating_add(1)
     }
 }

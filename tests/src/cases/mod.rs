@@ -1,1 +1,68 @@
 //! Every emulator test, as data.
+
+mod bad_input;
+mod boot;
+mod guests;
+mod linux;
+
+use crate::dialogue::Case;
+
+/// The groups of emulator tests, with what they show.
+pub const GROUPS: [(&str, &str); 5] = [
+    ("boot", "the disk image boots by UEFI and by BIOS"),
+    ("hello", "a first guest prints and ends"),
+    (
+        "conformance",
+        "the virtual PC seen from inside, and plain QEMU as the reference",
+    ),
+    (
+        "linux",
+        "Debian's kernel to a shell, and a dialogue with it",
+    ),
+    (
+        "bad-input",
+        "one clear error for each wrong input, and the rest goes on",
+    ),
+];
+
+/// All cases, the longest groups first, so that the last to finish is a short one.
+pub fn all() -> Vec<&'static Case> {
+    let groups = [linux::CASES, guests::CASES, boot::CASES, bad_input::CASES];
+    groups.into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use crate::dialogue::{Step, compile};
+
+    #[test]
+    fn every_case_has_a_known_group_a_name_of_its_own_and_patterns_that_compile() {
+        let mut names = HashSet::new();
+        for case in all() {
+            assert!(
+                GROUPS.iter().any(|(g, _)| *g == case.group),
+                "{}",
+                case.full_name()
+            );
+            assert!(
+                names.insert(case.full_name()),
+                "twice: {}",
+                case.full_name()
+            );
+            assert!(!case.on.is_empty(), "{} runs nowhere", case.full_name());
+            for step in case.steps {
+                let patterns: &[&str] = match step {
+                    Step::Expect(pattern) | Step::Told(pattern) => &[pattern],
+                    Step::Refuse(patterns) => patterns,
+                    _ => &[],
+                };
+                for pattern in patterns {
+                    compile(pattern, &Default::default()).expect("a pattern");
+                }
+            }
+        }
+    }
+}

@@ -10,17 +10,20 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Extension, Firmware, Machine, Pace, Session};
+use super::{Boot, Extension, Firmware, Machine, Pace, Session, accept};
 use crate::process::{Process, limited};
 
 /// The program.
 pub const PROGRAM: &str = "bochs";
 /// Instructions per second of emulated time, and so the TSC's frequency.
 pub const IPS: u64 = 100_000_000;
+
+/// Where the clock starts in runs that must repeat exactly: 2024-01-01.
+const COUNTED_START: u64 = 1_704_067_200;
 
 const BIOS: &str = "/usr/share/bochs/BIOS-bochs-latest";
 const OVMF: &str = "/usr/share/ovmf/OVMF.fd";
@@ -95,6 +98,12 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     } else {
         "none"
     };
+    let started = match machine.pace {
+        Pace::Counted => COUNTED_START,
+        _ => SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(COUNTED_START, |d| d.as_secs()),
+    };
     let log = dir.join("bochs.log");
     // Bochs 3.0 knows no dummy sound drivers and needs none.
     let sound = if version.number < (3, 0) {
@@ -110,7 +119,7 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
          vgaromimage: file={vga}\n\
          memory: guest={memory}, host={host}\n\
          cpu: model={model}, count={cpus}, ips={IPS}, quantum=16, reset_on_triple_fault=0\n\
-         clock: sync={sync}, time0=utc\n\
+         clock: sync={sync}, time0={started}\n\
          pci: enabled=1, chipset=i440fx\n\
          ata0-master: type=disk, path={disk}, mode=volatile, journal={journal}, cylinders=0, \
          heads=16, spt=63\n\
@@ -138,33 +147,38 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         command.arg("-rc").arg(&go);
     }
     let screen = File::create(dir.join("bochs.out")).context("creating bochs.out")?;
-    command.env("TERM", "vt100").stdin(Stdio::null());
+    // A start time given as a number is local time to Bochs.
+    command
+        .env("TERM", "vt100")
+        .env("TZ", "UTC")
+        .stdin(Stdio::null());
     command.stderr(screen.try_clone()?).stdout(screen);
     let mut process = Process::spawn(command)?;
 
-    listener.set_nonblocking(true)?;
-    let until = Instant::now() + Duration::from_secs(30);
-    let stream = loop {
-        match listener.accept() {
-            Ok((stream, _)) => break stream,
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e).context("waiting for Bochs's serial line"),
-        }
-        let ended = process.wait(Duration::from_millis(20));
-        if ended.is_some() || Instant::now() > until {
-            let said = fs::read_to_string(&log).unwrap_or_default();
-            let last: Vec<&str> = said.lines().rev().take(8).collect();
-            bail!(
-                "Bochs did not start; {} says (last line first):\n{}",
-                log.display(),
-                last.join("\n")
-            );
-        }
-    };
-    stream.set_nonblocking(false)?;
-    stream.set_nodelay(true)?;
+    let stream = accept(&listener, &mut process, &log)?;
     let writer = stream.try_clone()?;
     Ok(Session::new(process, stream, writer, log))
+}
+
+/// The emulated time in seconds since 1970 at which Bochs wrote the last line of its log: where a
+/// machine was switched off.
+pub fn last_time(dir: &Path) -> Result<f64> {
+    let settings = fs::read_to_string(dir.join("bochsrc")).context("reading bochsrc")?;
+    let start = settings
+        .split_once("time0=")
+        .and_then(|(_, t)| t.lines().next()?.parse::<f64>().ok());
+    let log = fs::read_to_string(dir.join("bochs.log")).context("reading bochs.log")?;
+    // `02412345678i[SIM   ] …`: ticks since power-on, a level, a device.
+    let stamp = |line: &str| {
+        let digits: String = line.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse::<f64>().ok()
+    };
+    let ticks = log
+        .lines()
+        .rev()
+        .find_map(stamp)
+        .context("no time stamp in bochs.log")?;
+    Ok(start.context("no time0 in bochsrc")? + ticks / IPS as f64)
 }
 
 /// A BIOS that locks IA32_FEATURE_CONTROL with VMX off (Intel SDM Vol. 3C §24.7), as firmware

@@ -90,7 +90,7 @@ const fn position(index: u32) -> Option<(usize, usize, u32)> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use alloc::{boxed::Box, vec::Vec};
     use core::ptr::NonNull;
@@ -98,7 +98,7 @@ mod tests {
     /// Five pages in one run, with addresses in place of physical ones.
     fn pages() -> ([HostPage; 3], [HostPage; 2]) {
         #[repr(align(4096))]
-        struct Run([u8; 5 * 4096]);
+        struct Run(#[allow(dead_code)] [u8; 5 * 4096]);
         let base = NonNull::from(Box::leak(Box::new(Run([0; 5 * 4096])))).cast::<u8>();
         let page = |i: usize| {
             // SAFETY: inside the leaked run, page-aligned, each page taken once.
@@ -110,6 +110,12 @@ mod tests {
         ([page(0), page(1), page(2)], [page(3), page(4)])
     }
 
+    /// A set of maps that is never given back.
+    pub fn maps(caps: &SvmCaps) -> SvmBitmaps {
+        let (iopm, msrpm) = pages();
+        SvmBitmaps::new(caps, iopm, msrpm).expect("a run")
+    }
+
     const CAPS: SvmCaps = SvmCaps {
         revision: 1,
         asids: 16,
@@ -118,8 +124,7 @@ mod tests {
 
     #[test]
     fn only_switched_msrs_pass() {
-        let (iopm, msrpm) = pages();
-        let mut maps = SvmBitmaps::new(&CAPS, iopm, msrpm).expect("a run");
+        let mut maps = maps(&CAPS);
         assert!(
             maps.iopm
                 .iter_mut()

@@ -1,7 +1,7 @@
 //! What the processor's SVM can do, and turning it on and off (AMD APM Vol. 2 §15.4, §15.30,
 //! Vol. 3 appendix E, function 8000_000AH).
 
-use super::{SvmError, contiguous};
+use super::contiguous;
 use crate::page::HostPage;
 use crate::virt::{Extension, VirtUnavailable};
 use arch::msr::IA32_EFER;
@@ -19,8 +19,8 @@ const VM_CR_SVMDIS: u64 = 1 << 4;
 pub(super) const VM_HSAVE_PA: u32 = 0xc001_0117;
 
 bitflags! {
-    /// CPUID Fn8000_000A_EDX, and below bit 32 nothing else; the bits from 32 up are other leaves'
-    /// that this backend asks for.
+    /// What there may be beyond the base of SVM: bits 31:0 are CPUID Fn8000_000A_EDX; those above
+    /// gather what this backend asks of other leaves.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct SvmFeatures: u64 {
         /// Nested paging.

@@ -128,6 +128,20 @@ pub unsafe fn save_debug() -> [u64; 4] {
     [a, b, c, d]
 }
 
+/// XCR0 of the core.
+///
+/// # Safety
+/// CR4.OSXSAVE is set.
+pub unsafe fn read_xcr0() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: a read without effect, valid by the contract above.
+    unsafe {
+        asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high,
+             options(nomem, nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
 /// The register offsets above are those of [`arch::Gpr`].
 const _: () = {
     use arch::Gpr;

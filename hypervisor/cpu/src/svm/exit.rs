@@ -1,6 +1,7 @@
 //! From a #VMEXIT's code and information to an [`Exit`] (AMD APM Vol. 2 §15.9 to §15.14 and
 //! appendix C).
 
+use super::caps::SvmFeatures;
 use super::vmcb::Vmcb;
 use arch::{
     Access, ControlRegister, CrAccess, CrOp, DebugRegister, EntryFailure, Exception, Exit, Gpr,
@@ -44,7 +45,6 @@ pub mod code {
     pub const VMLOAD: u32 = 0x82;
     pub const SKINIT: u32 = 0x86;
     pub const RDTSCP: u32 = 0x87;
-    pub const ICEBP: u32 = 0x88;
     pub const WBINVD: u32 = 0x89;
     pub const MONITOR: u32 = 0x8a;
     pub const MWAIT: u32 = 0x8b;
@@ -69,10 +69,10 @@ mod npf {
     pub const WALK: u64 = 1 << 33;
 }
 
-/// What the exit in `vmcb` means; `assists` says whether the CPU fills in operands of MOV CR and
-/// MOV DR (decode assists, §15.10.1 and §15.33).
+/// What the exit in `vmcb` means. Operands of MOV CR and MOV DR are there only with decode assists
+/// (§15.8.1).
 #[inline(always)]
-pub fn decode(vmcb: &Vmcb, assists: bool) -> Exit {
+pub fn decode(vmcb: &Vmcb, features: &SvmFeatures) -> Exit {
     let control = &vmcb.control;
     let (info1, info2) = (control.exit_info_1, control.exit_info_2);
     let code = control.exit_code as u32;
@@ -86,7 +86,7 @@ pub fn decode(vmcb: &Vmcb, assists: bool) -> Exit {
         code::VINTR => Exit::InterruptWindow,
         code::HLT => Exit::Hlt,
         code::VMMCALL => Exit::Hypercall,
-        _ => rare(vmcb, code, assists),
+        _ => rare(vmcb, code, features),
     }
 }
 
@@ -119,7 +119,8 @@ fn nested_fault(info: u64, addr: u64) -> Exit {
 }
 
 #[cold]
-fn rare(vmcb: &Vmcb, code: u32, assists: bool) -> Exit {
+fn rare(vmcb: &Vmcb, code: u32, features: &SvmFeatures) -> Exit {
+    let assists = features.contains(SvmFeatures::DECODE_ASSISTS);
     let control = &vmcb.control;
     let (info1, info2) = (control.exit_info_1, control.exit_info_2);
     let unknown = Exit::Unknown {
@@ -241,6 +242,9 @@ mod tests {
     use super::*;
     use std::boxed::Box;
 
+    const NONE: SvmFeatures = SvmFeatures::empty();
+    const ASSISTS: SvmFeatures = SvmFeatures::DECODE_ASSISTS;
+
     fn vmcb(code: u64, info1: u64, info2: u64) -> Box<Vmcb> {
         // SAFETY: a control block is integers through and through.
         let mut vmcb: Box<Vmcb> = unsafe { Box::new_zeroed().assume_init() };
@@ -291,7 +295,11 @@ mod tests {
                 },
             ),
         ] {
-            assert_eq!(decode(&vmcb(code, info1, 0), true), expected, "{code:#x}");
+            assert_eq!(
+                decode(&vmcb(code, info1, 0), &ASSISTS),
+                expected,
+                "{code:#x}"
+            );
         }
     }
 
@@ -310,7 +318,7 @@ mod tests {
                 string,
                 rep,
             };
-            assert_eq!(decode(&vmcb(0x7b, info1, 0), false), Exit::Io(expected));
+            assert_eq!(decode(&vmcb(0x7b, info1, 0), &NONE), Exit::Io(expected));
         }
     }
 
@@ -325,7 +333,7 @@ mod tests {
             (0x2_0000_0006, fault(Access::WRITE, true)),
             (0x1_0000_000d, Exit::NestedMisconfig { addr }),
         ] {
-            assert_eq!(decode(&vmcb(0x400, info1, addr.as_u64()), false), expected);
+            assert_eq!(decode(&vmcb(0x400, info1, addr.as_u64()), &NONE), expected);
         }
     }
 
@@ -336,17 +344,17 @@ mod tests {
         let (cr0, cr4) = (ControlRegister::Cr0, ControlRegister::Cr4);
         let blind = CrOp::Undecoded { write: true };
         assert_eq!(
-            decode(&vmcb(0x14, info, 0), true),
+            decode(&vmcb(0x14, info, 0), &ASSISTS),
             cr(cr4, CrOp::Write(Gpr::Rbx))
         );
-        assert_eq!(decode(&vmcb(0x14, info, 0), false), cr(cr4, blind));
+        assert_eq!(decode(&vmcb(0x14, info, 0), &NONE), cr(cr4, blind));
         assert_eq!(
-            decode(&vmcb(0x04, info, 0), true),
+            decode(&vmcb(0x04, info, 0), &ASSISTS),
             cr(cr4, CrOp::Read(Gpr::Rbx))
         );
-        assert_eq!(decode(&vmcb(0x65, 0, 0), true), cr(cr0, blind));
+        assert_eq!(decode(&vmcb(0x65, 0, 0), &ASSISTS), cr(cr0, blind));
         assert!(matches!(
-            decode(&vmcb(0x11, info, 0), true),
+            decode(&vmcb(0x11, info, 0), &ASSISTS),
             Exit::Unknown { .. }
         ));
         let dr7 = |gpr| Exit::Dr {
@@ -354,8 +362,8 @@ mod tests {
             write: true,
             gpr,
         };
-        assert_eq!(decode(&vmcb(0x37, 5, 0), true), dr7(Some(Gpr::Rbp)));
-        assert_eq!(decode(&vmcb(0x37, 5, 0), false), dr7(None));
+        assert_eq!(decode(&vmcb(0x37, 5, 0), &ASSISTS), dr7(Some(Gpr::Rbp)));
+        assert_eq!(decode(&vmcb(0x37, 5, 0), &NONE), dr7(None));
     }
 
     #[test]
@@ -365,7 +373,7 @@ mod tests {
             error_code: Some(2),
             info: 0xdead_b000,
         };
-        assert_eq!(decode(&vmcb(0x4e, 2, 0xdead_b000), false), pf);
+        assert_eq!(decode(&vmcb(0x4e, 2, 0xdead_b000), &NONE), pf);
         let mut debug = vmcb(0x41, 99, 99);
         debug.save.dr6 = 0xffff_4ff1;
         let db = Exit::Exception {
@@ -373,14 +381,14 @@ mod tests {
             error_code: None,
             info: 0x4001,
         };
-        assert_eq!(decode(&debug, false), db);
+        assert_eq!(decode(&debug, &NONE), db);
     }
 
     #[test]
     fn refusals_are_told_in_either_width() {
         for code in [u64::MAX, 0xffff_ffff, u64::MAX - 1] {
             assert!(
-                matches!(decode(&vmcb(code, 0, 0), false), Exit::EntryFailed(f) if f.code == code)
+                matches!(decode(&vmcb(code, 0, 0), &NONE), Exit::EntryFailed(f) if f.code == code)
             );
         }
     }

@@ -33,6 +33,8 @@ const DR6_FIXED: u64 = 0xffff_0ff0;
 const DR7_FIXED: u64 = 0x400;
 /// DR6: a single step.
 const DR6_BS: u64 = 1 << 14;
+/// The CR intercepts at 000H: writes of CR8.
+const CR8_WRITE: u32 = 1 << (16 + 8);
 /// Consecutive PAUSEs before an exit, and the longest gap in cycles that still counts as one loop
 /// (§15.14.4): a spinning vCPU gives its core away after some ten microseconds.
 const PAUSE_COUNT: u16 = 3000;
@@ -88,8 +90,6 @@ pub struct SvmVcpu {
     /// Physical address of the core's host VMCB while loaded.
     host: u64,
     attention: u8,
-    /// What the clean field becomes after an exit: all ones, or zero where there are none.
-    all_clean: Clean,
     features: SvmFeatures,
     vmcb: HostPage,
     /// VM_HSAVE_PA of the core this vCPU ran on last, 0 for none.
@@ -100,12 +100,10 @@ pub struct SvmVcpu {
     window: bool,
     /// Asked for by [`Vcpu::set_virtual_tpr`].
     tpr_threshold: u8,
-    /// This processor takes a virtual interrupt whose priority equals the TPR, too (QEMU does;
-    /// §15.21.2 says greater). Learned at the first such exit.
-    inclusive_priority: bool,
     dr: [u64; 4],
     tsc_aux: u64,
     xstate: XState,
+    has_xsave: bool,
 }
 
 impl SvmVcpu {
@@ -127,11 +125,6 @@ impl SvmVcpu {
             gprs: Gprs::default(),
             host: 0,
             attention: attention::UNLOADED,
-            all_clean: if caps.has(SvmFeatures::CLEAN_BITS) {
-                Clean::all()
-            } else {
-                Clean::empty()
-            },
             features: caps.features,
             vmcb,
             core: 0,
@@ -139,10 +132,10 @@ impl SvmVcpu {
             nmi: Nmi::default(),
             window: false,
             tpr_threshold: 0,
-            inclusive_priority: false,
             dr: [0; 4],
             tsc_aux: 0,
             xstate: XState::new(&config.xstate),
+            has_xsave: config.xstate.has_xsave(),
         };
         set_controls(vcpu.control_mut(), caps, &config);
         vcpu.reset();
@@ -238,14 +231,13 @@ impl SvmVcpu {
         self.flush();
     }
 
-    /// Brings V_IRQ and its priority to what is asked for.
+    /// Brings V_IRQ and its priority to what is asked for. Where CR8 writes exit, nothing can
+    /// lower the TPR unseen.
     fn arm_virtual_interrupt(&mut self) {
-        let priority =
-            self.tpr_threshold - u8::from(self.inclusive_priority && self.tpr_threshold > 0);
         let wanted = if self.window {
             IntCtl::V_IRQ | IntCtl::V_IGN_TPR | IntCtl::V_INTR_PRIO
-        } else if priority > 0 {
-            IntCtl::V_IRQ | IntCtl::from_bits_retain(u64::from(priority & 15) << 16)
+        } else if self.tpr_threshold > 0 && self.control().intercept_cr & CR8_WRITE == 0 {
+            IntCtl::V_IRQ | IntCtl::from_bits_retain(u64::from(self.tpr_threshold) << 16)
         } else {
             IntCtl::empty()
         };
@@ -258,23 +250,55 @@ impl SvmVcpu {
         }
     }
 
-    /// Which window a VINTR exit opened.
-    #[cold]
-    fn window_opened(&mut self) -> Exit {
-        if self.window {
-            return Exit::InterruptWindow;
+    /// Into the guest and back, with what every exit needs: RAX, which the hardware keeps, and the
+    /// fields that hold for one entry.
+    #[inline(always)]
+    fn switch(&mut self) {
+        let (guest, host) = (self.vmcb.phys().as_u64(), self.host);
+        self.block_mut().save.rax = self.gprs[Gpr::Rax];
+        // SAFETY: loaded (else `attention` is set, and `before_entry` says no), so that SVM is on
+        // and `host` was saved here; the block is this vCPU's, with the intercepts of
+        // `set_controls`; the caller has interrupts off, by the trait.
+        unsafe { entry::world_switch(&mut self.gprs, guest, host) };
+        let block = self.block_mut();
+        let (rax, info) = (block.save.rax, block.control.exit_int_info);
+        // Processors without clean bits ignore them.
+        block.control.clean = Clean::all();
+        block.control.tlb_control = tlb::KEEP;
+        block.control.event_inj = 0;
+        self.gprs[Gpr::Rax] = rax;
+        if info & event::VALID != 0 {
+            self.requeue();
         }
-        let class = self.control().int_ctl.bits() as u8 & 15;
-        if class < self.tpr_threshold {
-            return Exit::TprBelowThreshold;
-        }
-        self.inclusive_priority = true;
-        self.arm_virtual_interrupt();
-        Exit::Benign
     }
 
-    /// The long way into the guest: `Some` is an exit that needs no entry.
+    #[inline(always)]
+    fn decode(&self) -> Exit {
+        match decode(self.block(), &self.features) {
+            Exit::InterruptWindow if !self.window => Exit::TprBelowThreshold,
+            exit => exit,
+        }
+    }
+
+    /// Queues the event again whose delivery was cut short.
     #[cold]
+    fn requeue(&mut self) {
+        let control = self.control_mut();
+        control.event_inj = requeue(control.exit_int_info);
+    }
+
+    /// [`Vcpu::enter`] while an NMI is being handled or waits, and of a vCPU that is not loaded.
+    #[cold]
+    #[inline(never)]
+    fn enter_attended(&mut self) -> Exit {
+        if let Some(exit) = self.before_entry() {
+            return exit;
+        }
+        self.switch();
+        self.after_exit().unwrap_or_else(|| self.decode())
+    }
+
+    /// What comes before an entry in that case: `Some` is an exit that needs no entry.
     fn before_entry(&mut self) -> Option<Exit> {
         if !self.loaded() {
             return Some(Exit::EntryFailed(EntryFailure {
@@ -286,7 +310,7 @@ impl SvmVcpu {
             return None;
         }
         if !self.nmi.blocked && !self.shadow() {
-            return Some(Exit::NmiWindow);
+            return Some(self.nmi_window());
         }
         let save = self.save();
         let (rip, dr6, rflags) = (save.rip, save.dr6, save.rflags);
@@ -304,8 +328,7 @@ impl SvmVcpu {
         None
     }
 
-    /// The long way out of the guest: `Some` is the exit in place of the hardware's.
-    #[cold]
+    /// What comes after it: `Some` is the exit in place of the hardware's.
     fn after_exit(&mut self) -> Option<Exit> {
         let code = self.control().exit_code as u32;
         let rip = self.save().rip;
@@ -342,10 +365,17 @@ impl SvmVcpu {
             return None;
         }
         Some(if self.nmi.window && !self.nmi.blocked {
-            Exit::NmiWindow
+            self.nmi_window()
         } else {
             Exit::Benign
         })
+    }
+
+    /// The window is told once: who still waits asks again.
+    fn nmi_window(&mut self) -> Exit {
+        self.nmi.window = false;
+        self.update_attention();
+        Exit::NmiWindow
     }
 
     fn update_attention(&mut self) {
@@ -380,7 +410,7 @@ fn set_controls(control: &mut Control, caps: &SvmCaps, config: &SvmConfig) {
         // A task switch's checks are not those of this guest's tables (§15.14.1); FERR_FREEZE
         // would freeze the core (§15.14.2); SHUTDOWN would be the machine's (§15.14.3).
         | Misc1::TASK_SWITCH | Misc1::FERR_FREEZE | Misc1::SHUTDOWN;
-    // VMRUN must be intercepted (§15.5.1); VMMCALL is the hypercall (§15.24).
+    // VMRUN must be intercepted (§15.5.1); VMMCALL is the hypercall (§15.18).
     control.intercept_misc2 = Misc2::VMRUN | Misc2::VMMCALL | Misc2::VMLOAD | Misc2::VMSAVE
         | Misc2::STGI | Misc2::CLGI | Misc2::SKINIT
         // WBINVD stalls every core that shares a cache; MWAIT would stop the core as HLT does;
@@ -396,9 +426,14 @@ fn set_controls(control: &mut Control, caps: &SvmCaps, config: &SvmConfig) {
     .map(|exception| 1 << exception as u32)
     .iter()
     .fold(0, |bits, bit| bits | bit);
-    // CR, DR: none. TPR is V_TPR, CR2 and DR6/DR7 are in the VMCB, DR0–DR3 in the registers; CR0,
+    // CR, DR: none as a rule. TPR is V_TPR, CR2 and DR6/DR7 are in the VMCB, DR0–DR3 in the registers; CR0,
     // CR3 and CR4 do nothing under nested paging that the hardware does not do for the guest
-    // (§15.25.3).
+    // (§15.25). Old processors, and QEMU, which dies of some CR8 writes while a virtual
+    // interrupt waits and takes one of equal priority, are known by their lack of decode assists:
+    // there, CR8 writes exit.
+    if !caps.has(SvmFeatures::DECODE_ASSISTS) {
+        control.intercept_cr = CR8_WRITE;
+    }
     if caps.has(SvmFeatures::RDPRU) {
         control.intercept_misc2 |= Misc2::RDPRU;
     }
@@ -465,7 +500,6 @@ fn decode_event(field: u64) -> Option<Event> {
 ///
 /// QEMU calls the delivery of a virtual interrupt an exception, and an NMI's one of vector 2;
 /// VMRUN refuses both as such.
-#[cold]
 fn requeue(info: u64) -> u64 {
     let kind = match (info & event::TYPE, info as u8) {
         (event::INTERRUPT, _) => event::INTERRUPT,
@@ -526,10 +560,12 @@ impl Vcpu for SvmVcpu {
         if !self.loaded() {
             return;
         }
+        let xcr0 = self.xcr0();
         self.host = 0;
         self.update_attention();
         // SAFETY: the state on the core is this vCPU's since `load`; else as there.
         unsafe {
+            self.xstate.set_xcr0(xcr0, false);
             self.xstate.save();
             self.dr = entry::save_debug();
             if self.features.contains(SvmFeatures::TSC_AUX) {
@@ -538,38 +574,14 @@ impl Vcpu for SvmVcpu {
         }
     }
 
-    #[inline]
+    // Inlined into the run loop, which then saves only the registers it needs across the switch.
+    #[inline(always)]
     fn enter(&mut self) -> Exit {
-        if self.attention != 0
-            && let Some(exit) = self.before_entry()
-        {
-            return exit;
+        if self.attention != 0 {
+            return self.enter_attended();
         }
-        let (guest, host) = (self.vmcb.phys().as_u64(), self.host);
-        self.block_mut().save.rax = self.gprs[Gpr::Rax];
-        // SAFETY: loaded, so that SVM is on and `host` was saved here; the block is this vCPU's,
-        // with the intercepts of `set_controls`; the caller has interrupts off, by the trait.
-        unsafe { entry::world_switch(&mut self.gprs, guest, host) };
-        let all_clean = self.all_clean;
-        let block = self.block_mut();
-        let (rax, info) = (block.save.rax, block.control.exit_int_info);
-        block.control.clean = all_clean;
-        block.control.tlb_control = tlb::KEEP;
-        block.control.event_inj = 0;
-        if info & event::VALID != 0 {
-            block.control.event_inj = requeue(info);
-        }
-        self.gprs[Gpr::Rax] = rax;
-        if self.attention != 0
-            && let Some(exit) = self.after_exit()
-        {
-            return exit;
-        }
-        let assists = self.features.contains(SvmFeatures::DECODE_ASSISTS);
-        match decode(self.block(), assists) {
-            Exit::InterruptWindow => self.window_opened(),
-            exit => exit,
-        }
+        self.switch();
+        self.decode()
     }
 
     #[inline]
@@ -816,8 +828,14 @@ impl Vcpu for SvmVcpu {
         true
     }
 
+    /// Of a loaded vCPU this is the register's: QEMU 7.2 has no XSETBV intercept.
     fn xcr0(&self) -> u64 {
-        self.xstate.xcr0()
+        if self.loaded() && self.has_xsave {
+            // SAFETY: with XSAVE, the core was made ready for it at bring-up.
+            unsafe { entry::read_xcr0() }
+        } else {
+            self.xstate.xcr0()
+        }
     }
 
     fn set_xcr0(&mut self, value: u64) {
@@ -862,8 +880,10 @@ impl Vcpu for SvmVcpu {
             self.control_mut().event_inj = field;
         }
         if event == Event::Nmi {
-            self.nmi.blocked = true;
-            self.nmi.iret = None;
+            self.nmi = Nmi {
+                blocked: true,
+                ..Nmi::default()
+            };
             self.intercept_iret(true);
             self.update_attention();
         }
@@ -915,8 +935,9 @@ impl Vcpu for SvmVcpu {
             control.int_ctl = word;
             control.clean &= !Clean::TPR;
         }
+        let threshold = threshold & 15;
         if threshold != self.tpr_threshold {
-            self.tpr_threshold = threshold & 15;
+            self.tpr_threshold = threshold;
             self.arm_virtual_interrupt();
         }
     }
@@ -958,5 +979,356 @@ impl Vcpu for SvmVcpu {
         self.intercept_iret(false);
         self.update_attention();
         self.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bitmaps;
+    use super::*;
+    use crate::xstate::KNOWN;
+    use alloc::boxed::Box;
+
+    const QEMU: SvmFeatures = SvmFeatures::NESTED_PAGING.union(SvmFeatures::VGIF);
+
+    fn vcpu(features: SvmFeatures) -> SvmVcpu {
+        let caps = SvmCaps {
+            revision: 1,
+            asids: 16,
+            features,
+        };
+        let config = SvmConfig {
+            nested_root: HostPhysAddr::new(0x5000),
+            asid: 15,
+            asid_shared: false,
+            bitmaps: Box::leak(Box::new(bitmaps::tests::maps(&caps))),
+            xstate: XStateCaps::detect(KNOWN),
+        };
+        let mut vcpu = SvmVcpu::new(&caps, HostPage::for_test(), config).expect("a vCPU");
+        vcpu.exits(0, 0xfff0);
+        vcpu
+    }
+
+    impl SvmVcpu {
+        /// What `switch` leaves behind when the guest exits with `code` at `rip`.
+        fn exits(&mut self, code: u32, rip: u64) {
+            let block = self.block_mut();
+            block.save.rip = rip;
+            block.control.exit_code = code.into();
+            block.control.event_inj = 0;
+            block.control.clean = Clean::all();
+            block.control.tlb_control = tlb::KEEP;
+        }
+    }
+
+    #[test]
+    fn asids_are_checked() {
+        let caps = SvmCaps {
+            revision: 1,
+            asids: 16,
+            features: QEMU,
+        };
+        for asid in [0, 16] {
+            let config = SvmConfig {
+                nested_root: HostPhysAddr::new(0),
+                asid,
+                asid_shared: false,
+                bitmaps: Box::leak(Box::new(bitmaps::tests::maps(&caps))),
+                xstate: XStateCaps::detect(KNOWN),
+            };
+            let error = SvmVcpu::new(&caps, HostPage::for_test(), config).err();
+            assert_eq!(
+                error,
+                Some(SvmError::Asid {
+                    asked: asid,
+                    highest: 15
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn a_vcpu_that_is_not_loaded_does_not_run() {
+        assert!(matches!(vcpu(QEMU).enter(), Exit::EntryFailed(_)));
+    }
+
+    #[test]
+    fn reset_is_the_manuals_and_can_be_entered() {
+        let vcpu = vcpu(QEMU);
+        assert_eq!(vcpu.violations(), Violations::empty());
+        assert_eq!(vcpu.cr(ControlRegister::Cr0), 0x6000_0010);
+        assert_eq!((vcpu.efer(), vcpu.rip(), vcpu.cpl()), (0, 0xfff0, 0));
+        assert_eq!(vcpu.rflags().bits(), 2);
+        let cs = vcpu.segment(SegmentRegister::Cs);
+        assert_eq!(
+            (cs.selector, cs.base, cs.limit, cs.rights.0),
+            (0xf000, 0xffff_0000, 0xffff, 0x9b)
+        );
+        assert_eq!(vcpu.segment(SegmentRegister::Tr).rights.0, 0x8b);
+        assert_eq!(vcpu.msr(msr::IA32_PAT), Some(0x0007_0406_0007_0406));
+    }
+
+    #[test]
+    fn writing_a_group_clears_its_clean_bit() {
+        use ControlRegister::{Cr0, Cr2, Cr3, Cr4, Cr8};
+        type Write = fn(&mut SvmVcpu);
+        let cases: [(Clean, Write); 15] = [
+            (Clean::CRX, |v| v.set_cr(Cr0, 0x31)),
+            (Clean::CR2, |v| v.set_cr(Cr2, 1)),
+            (Clean::CRX, |v| v.set_cr(Cr3, 1)),
+            (Clean::CRX, |v| v.set_cr(Cr4, 0x20)),
+            (Clean::TPR, |v| v.set_cr(Cr8, 3)),
+            (Clean::CRX, |v| v.set_efer(1)),
+            (Clean::DRX, |v| v.set_dr(DebugRegister::Dr7, 0x401)),
+            (Clean::TABLES, |v| v.set_gdtr(DescriptorTable::default())),
+            (Clean::SEGMENTS, |v| {
+                v.set_segment(SegmentRegister::Ds, Segment::default())
+            }),
+            (Clean::NESTED, |v| assert!(v.set_msr(msr::IA32_PAT, 6))),
+            (Clean::LBR, |v| assert!(v.set_msr(msr::IA32_DEBUGCTL, 1))),
+            (Clean::INTERCEPTS, |v| v.set_tsc_offset(5)),
+            (Clean::TPR, |v| v.request_interrupt_window(true)),
+            (Clean::NESTED, |v| v.flush_nested(HostPhysAddr::new(0x9000))),
+            (Clean::empty(), |v| {
+                v.set_rip(5);
+                v.set_rsp(5);
+                v.set_rflags(RFlags::IF);
+                v.set_virtual_tpr(0, 0);
+                v.request_interrupt_window(false);
+                assert!(v.set_msr(msr::IA32_LSTAR, 5));
+                assert!(v.inject(Event::UD));
+            }),
+        ];
+        for (number, (group, write)) in cases.into_iter().enumerate() {
+            let mut vcpu = vcpu(QEMU);
+            write(&mut vcpu);
+            assert_eq!(vcpu.control().clean, Clean::all() & !group, "case {number}");
+        }
+    }
+
+    #[test]
+    fn flushes_are_as_narrow_as_the_processor_can() {
+        for (more, expected) in [
+            (SvmFeatures::empty(), tlb::FLUSH_ALL),
+            (SvmFeatures::FLUSH_BY_ASID, tlb::FLUSH_GUEST),
+        ] {
+            let mut vcpu = vcpu(QEMU | more);
+            vcpu.set_cr(ControlRegister::Cr3, 0x1000);
+            assert_eq!(vcpu.control().tlb_control, expected);
+        }
+    }
+
+    #[test]
+    fn long_mode_follows_paging() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.set_cr(ControlRegister::Cr4, 0x20);
+        vcpu.set_efer(0x100);
+        assert_eq!(vcpu.efer(), 0x100);
+        vcpu.set_cr(ControlRegister::Cr0, 0x8000_0001);
+        assert_eq!(
+            (vcpu.efer(), vcpu.cr(ControlRegister::Cr0)),
+            (0x500, 0x8000_0011)
+        );
+        vcpu.set_cr(ControlRegister::Cr0, 1);
+        assert_eq!(vcpu.efer(), 0x100);
+        assert_eq!(
+            vcpu.save().efer,
+            0x1100,
+            "SVME, which the guest does not see"
+        );
+    }
+
+    #[test]
+    fn broken_state_is_named() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.set_efer(0x100);
+        vcpu.set_cr(ControlRegister::Cr0, 0x8000_0001);
+        assert_eq!(vcpu.violations(), Violations::LONG_MODE);
+        vcpu.set_cr(ControlRegister::Cr0, 0x2000_0000);
+        assert_eq!(vcpu.violations(), Violations::CACHE);
+    }
+
+    #[test]
+    fn cpl_is_that_of_ss() {
+        let mut vcpu = vcpu(QEMU);
+        let user = Segment {
+            selector: 0x2b,
+            rights: arch::AccessRights(0xc0f3),
+            limit: !0,
+            base: 0,
+        };
+        vcpu.set_segment(SegmentRegister::Ss, user);
+        assert_eq!((vcpu.cpl(), vcpu.segment(SegmentRegister::Ss)), (3, user));
+        // SYSRET leaves CPL 3 with whatever DPL was there.
+        vcpu.block_mut().save.segments[SegmentRegister::Ss as usize].attributes = 0xc93;
+        assert_eq!(vcpu.segment(SegmentRegister::Ss).rights.dpl(), 3);
+    }
+
+    #[test]
+    fn next_rip_only_where_it_is_told() {
+        let next = |features, code: u32, nrip, info2| {
+            let mut vcpu = vcpu(features);
+            vcpu.exits(code, 0x1000);
+            vcpu.control_mut().next_rip = nrip;
+            vcpu.control_mut().exit_info_2 = info2;
+            vcpu.next_rip()
+        };
+        let nrips = QEMU | SvmFeatures::NEXT_RIP;
+        assert_eq!(next(QEMU, code::CPUID, 0x1002, 0), None);
+        assert_eq!(next(nrips, code::CPUID, 0x1002, 0), Some(0x1002));
+        assert_eq!(next(nrips, code::NPF, 0, 0xfee0_0000), None);
+        assert_eq!(next(QEMU, code::IOIO, 0, 0x1001), Some(0x1001));
+    }
+
+    #[test]
+    fn events_keep_their_shape() {
+        for (event, field) in [
+            (Event::Interrupt(Vector(0x30)), 0x8000_0030),
+            (Event::Nmi, 0x8000_0202),
+            (Event::UD, 0x8000_0306),
+            (Event::page_fault(7), 0x7_8000_0b0e),
+        ] {
+            assert_eq!(encode(event, true), Some(field));
+            assert_eq!(decode_event(field), Some(event));
+        }
+        assert_eq!(
+            encode(Event::GP0, false),
+            Some(0x8000_030d),
+            "none in real mode"
+        );
+        assert_eq!(decode_event(0x30), None);
+    }
+
+    #[test]
+    fn cut_deliveries_come_again() {
+        for (info, again) in [
+            (0x8000_0030, 0x8000_0030),     // interrupt
+            (0x8000_0202, 0x8000_0202),     // NMI
+            (0x5_8000_0b0d, 0x5_8000_0b0d), // #GP(5)
+            (0x5_8000_0306, 0x8000_0306),   // stray error code
+            (0x8000_0330, 0x8000_0030),     // QEMU: a virtual interrupt
+            (0x8000_0302, 0x8000_0202),     // QEMU: an NMI
+            (0x8000_0303, 0),               // INT3 executes again
+            (0x8000_0480, 0),               // so does INT 80h
+        ] {
+            assert_eq!(requeue(info), again, "{info:#x}");
+        }
+    }
+
+    #[test]
+    fn an_exception_joins_what_was_cut_short() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.set_cr(ControlRegister::Cr0, 1);
+        vcpu.control_mut().event_inj = requeue(0x8000_0b0e);
+        assert!(vcpu.inject(Event::GP0));
+        let double = Event::Exception {
+            exception: Exception::DoubleFault,
+            error_code: Some(0),
+        };
+        assert_eq!(vcpu.pending_event(), Some(double));
+        assert!(!vcpu.inject(Event::GP0), "triple fault");
+    }
+
+    #[test]
+    fn windows_are_virtual_interrupts() {
+        let mask = IntCtl::V_IRQ | IntCtl::V_IGN_TPR | IntCtl::V_INTR_PRIO;
+        let armed = |vcpu: &SvmVcpu| vcpu.control().int_ctl & mask;
+        let mut modern = vcpu(QEMU | SvmFeatures::DECODE_ASSISTS);
+        modern.set_virtual_tpr(0x60, 5);
+        assert_eq!(armed(&modern).bits(), 0x5_0100);
+        assert_eq!(modern.virtual_tpr(), Some(0x60));
+        modern.exits(code::VINTR, 0);
+        assert_eq!(modern.decode(), Exit::TprBelowThreshold);
+        modern.request_interrupt_window(true);
+        assert_eq!(armed(&modern), mask);
+        assert_eq!(modern.decode(), Exit::InterruptWindow);
+        modern.request_interrupt_window(false);
+        modern.set_virtual_tpr(0x60, 0);
+        assert_eq!(armed(&modern), IntCtl::empty());
+        // Where CR8 writes exit, there is no threshold to watch.
+        let mut old = vcpu(QEMU);
+        old.set_virtual_tpr(0x60, 5);
+        assert_eq!(armed(&old), IntCtl::empty());
+    }
+
+    #[test]
+    fn shadows_hold_events_back_until_the_next_instruction() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.set_rflags(RFlags::IF);
+        vcpu.control_mut().interrupt_shadow = 1;
+        assert_eq!(vcpu.interruptibility(), Interruptibility::default());
+        vcpu.set_rip(1);
+        let open = Interruptibility {
+            interrupts_open: true,
+            nmi_open: true,
+        };
+        assert_eq!(vcpu.interruptibility(), open);
+        assert!(vcpu.inject(Event::Nmi));
+        assert_eq!(vcpu.interruptibility(), Interruptibility::default());
+    }
+
+    #[test]
+    fn an_nmi_blocks_until_its_iret_completed() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.host = 0x1000; // as if loaded
+        assert!(vcpu.inject(Event::Nmi));
+        assert!(vcpu.control().intercept_misc1.contains(Misc1::IRET));
+        // The handler runs; a second NMI waits.
+        vcpu.exits(code::CPUID, 0x100);
+        assert_eq!(vcpu.after_exit(), None);
+        vcpu.request_nmi_window(true);
+        assert_eq!(vcpu.before_entry(), None);
+        assert!(
+            !vcpu.rflags().contains(RFlags::TF),
+            "no step before the IRET"
+        );
+        // It reaches its IRET, which is then stepped over.
+        vcpu.exits(code::IRET, 0x110);
+        assert_eq!(vcpu.after_exit(), None);
+        assert!(!vcpu.interruptibility().nmi_open);
+        assert!(!vcpu.control().intercept_misc1.contains(Misc1::IRET));
+        assert_eq!(vcpu.before_entry(), None);
+        assert!(vcpu.rflags().contains(RFlags::TF));
+        // A nested fault on the way hides the step again.
+        vcpu.exits(code::NPF, 0x110);
+        assert_eq!(vcpu.after_exit(), None);
+        assert!(!vcpu.rflags().contains(RFlags::TF) && !vcpu.interruptibility().nmi_open);
+        assert_eq!(vcpu.before_entry(), None);
+        // Done: flags are those that IRET brought, DR6 is as it was.
+        vcpu.exits(code::EXCEPTION_DB, 0x2000);
+        vcpu.block_mut().save.rflags = 0x302;
+        vcpu.block_mut().save.dr6 |= DR6_BS;
+        assert_eq!(vcpu.after_exit(), Some(Exit::NmiWindow));
+        assert_eq!(
+            (vcpu.rflags().bits(), vcpu.dr(DebugRegister::Dr6)),
+            (0x302, DR6_FIXED)
+        );
+        assert!(vcpu.interruptibility().nmi_open);
+        assert_eq!(vcpu.attention, 0);
+        vcpu.host = 0;
+    }
+
+    #[test]
+    fn an_open_nmi_window_is_told_at_once_and_once() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.host = 0x1000; // as if loaded
+        vcpu.request_nmi_window(true);
+        assert_eq!(vcpu.before_entry(), Some(Exit::NmiWindow));
+        assert_eq!(vcpu.before_entry(), None);
+        vcpu.host = 0;
+    }
+
+    #[test]
+    fn with_virtual_nmis_the_hardware_keeps_the_blocking() {
+        let mut vcpu = vcpu(QEMU | SvmFeatures::VNMI);
+        assert!(vcpu.inject(Event::Nmi));
+        assert!(
+            vcpu.control()
+                .int_ctl
+                .contains(IntCtl::V_NMI | IntCtl::V_NMI_ENABLE)
+        );
+        assert_eq!(vcpu.pending_event(), None);
+        assert!(vcpu.interruptibility().nmi_open);
+        assert!(!vcpu.control().intercept_misc1.contains(Misc1::IRET));
     }
 }

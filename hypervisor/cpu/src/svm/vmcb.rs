@@ -4,6 +4,9 @@
 //! Every offset is asserted at compile time. The save area is a [`Save`] of its own, so that the
 //! page the host's hidden state goes to (VMSAVE) has the same type.
 
+// The members of the flag sets are named as in the manual.
+#![allow(missing_docs)]
+
 use arch::{AccessRights, Cr0, Cr4, DescriptorTable, Efer, RFlags, Segment};
 use bitflags::bitflags;
 use core::mem::{offset_of, size_of};
@@ -12,7 +15,6 @@ use zerocopy::FromZeros;
 bitflags! {
     /// Intercept vector at 00CH (appendix B, table B-1).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    #[allow(missing_docs)]
     pub struct Misc1: u32 {
         const INTR = 1 << 0;
         const NMI = 1 << 1;
@@ -35,7 +37,6 @@ bitflags! {
 
     /// Intercept vector at 010H.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    #[allow(missing_docs)]
     pub struct Misc2: u32 {
         const VMRUN = 1 << 0;
         const VMMCALL = 1 << 1;
@@ -53,7 +54,6 @@ bitflags! {
 
     /// Intercept vector at 014H.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    #[allow(missing_docs)]
     pub struct Misc3: u32 {
         const INVLPGB = 1 << 0;
         const INVLPGB_ILLEGAL = 1 << 1;
@@ -63,7 +63,6 @@ bitflags! {
 
     /// Virtual-interrupt control at 060H (§15.21.1, §15.21.10, §15.33).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    #[allow(missing_docs)]
     pub struct IntCtl: u64 {
         const V_TPR = 0xff;
         const V_IRQ = 1 << 8;
@@ -200,7 +199,6 @@ impl From<DescriptorTable> for VmcbSegment {
 /// The control area, 000H to 3FFH (table B-1).
 #[derive(Debug)]
 #[repr(C)]
-#[allow(missing_docs)]
 pub struct Control {
     pub intercept_cr: u32,
     pub intercept_dr: u32,
@@ -246,7 +244,6 @@ pub struct Control {
 /// The state-save area, from 400H (table B-2).
 #[derive(Debug, FromZeros)]
 #[repr(C)]
-#[allow(missing_docs)]
 pub struct Save {
     /// ES, CS, SS, DS, FS, GS in the order of their encodings.
     pub segments: [VmcbSegment; 6],

@@ -90,8 +90,11 @@ unsafe extern "C" fn switch() {
         "jbe 4f",
         "vmresume",
         "jmp 5f",
-        // The stack is at another depth than last time.
+        // The stack is at another depth than last time. While the VMCS is on no core, HOST_RSP
+        // must stay, or another vCPU's would be written; the entry fails below.
         "3:",
+        "cmp byte ptr [rdi + {state}], {loaded}",
+        "jb 2b",
         "mov [rdi + {host_rsp}], rsp",
         "mov eax, {host_rsp_field}",
         "vmwrite rax, rsp",

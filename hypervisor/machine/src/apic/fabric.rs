@@ -196,6 +196,12 @@ impl ApicFabric {
         }
     }
 
+    /// Tries level-triggered pins again that nobody would take: after a local APIC was enabled
+    /// or moved to another mode.
+    pub fn retry(&mut self) {
+        self.service_all((1 << PINS) - 1);
+    }
+
     /// Reads in the I/O APIC's MMIO window.
     #[must_use]
     pub fn read_io(&self, offset: u16) -> u32 {
@@ -266,9 +272,12 @@ impl ApicFabric {
                 let pins = self.io.eoi(vector);
                 self.service_all(pins);
             }
-            ApicEffect::Ipi(ipi) => self.send(vcpu, &ipi),
-            // Level-triggered pins that nobody would take are tried again.
-            ApicEffect::Reachable => self.service_all((1 << PINS) - 1),
+            ApicEffect::Ipi => {
+                if let Some(ipi) = self.local.get(vcpu).map(LocalApic::outgoing) {
+                    self.send(vcpu, &ipi);
+                }
+            }
+            ApicEffect::Reachable => self.retry(),
             ApicEffect::None | ApicEffect::Timer => {}
         }
     }

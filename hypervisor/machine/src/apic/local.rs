@@ -280,8 +280,8 @@ pub enum ApicEffect {
     None,
     /// A level-triggered interrupt ended: tell the I/O APIC.
     Eoi(Vector),
-    /// Send this.
-    Ipi(Ipi),
+    /// Send what [`LocalApic::outgoing`] gives.
+    Ipi,
     /// [`LocalApic::next_event`] has changed.
     Timer,
     /// The APIC may take interrupts now that it refused before.
@@ -400,6 +400,8 @@ pub struct LocalApic {
     id: u32,
     /// Errors since the last write to ESR.
     errors: u32,
+    /// The last IPI that [`ApicEffect::Ipi`] told of.
+    outgoing: Ipi,
     base: u64,
     /// Bits of IA32_APIC_BASE that must be zero.
     base_reserved: u64,
@@ -429,6 +431,16 @@ impl LocalApic {
             clock,
             id,
             errors: 0,
+            outgoing: Ipi {
+                message: Message {
+                    vector: Vector(0),
+                    mode: DeliveryMode::Fixed,
+                    logical: false,
+                    dest: 0,
+                    level: false,
+                },
+                shorthand: Shorthand::None,
+            },
             base: if bsp { BASE_BSP } else { 0 },
             base_reserved: !(address | BASE_BSP | BASE_X2 | BASE_ENABLE),
         };
@@ -530,6 +542,12 @@ impl LocalApic {
         core::ptr::from_ref::<ApicPage>(&self.page).cast()
     }
 
+    /// Stores into the page as hardware does.
+    #[cfg(test)]
+    pub(super) fn poke(&self, word: usize, value: u32) {
+        self.page.0[word].store(value, Relaxed);
+    }
+
     // The run loop's questions.
 
     /// The interrupt to deliver next, if its priority is above PPR.
@@ -537,6 +555,9 @@ impl LocalApic {
     #[must_use]
     pub fn pending(&self) -> Option<Vector> {
         let top = self.requested.top;
+        if top == 0 {
+            return None;
+        }
         let bound = self.tpr().max(self.in_service.top);
         (top & 0xf0 > bound & 0xf0).then_some(Vector(top))
     }
@@ -1062,7 +1083,7 @@ impl LocalApic {
             (DeliveryMode::Fixed, _) | (_, Shorthand::None | Shorthand::Others) => {}
             _ => return ApicEffect::None,
         }
-        ApicEffect::Ipi(Ipi {
+        self.outgoing = Ipi {
             message: Message {
                 vector,
                 mode,
@@ -1071,7 +1092,14 @@ impl LocalApic {
                 level: false,
             },
             shorthand,
-        })
+        };
+        ApicEffect::Ipi
+    }
+
+    /// The IPI that a write has just made.
+    #[must_use]
+    pub const fn outgoing(&self) -> Ipi {
+        self.outgoing
     }
 
     /// Reads in the MMIO page; `offset` is in bytes. Registers are 32 bits wide on 16-byte
@@ -1142,6 +1170,19 @@ impl LocalApic {
     #[inline]
     pub fn write_msr(&mut self, index: u32, value: u64, now: Nanos) -> Result<ApicEffect, Gp> {
         let register = self.x2_register(index)?;
+        // The two hot ones first.
+        if register == EOI && value == 0 {
+            return Ok(self.eoi());
+        }
+        if register == TPR && value <= 0xff {
+            self.page.set(TPR, value as u32);
+            return Ok(ApicEffect::None);
+        }
+        self.write_x2(register, value, now)
+    }
+
+    #[inline(never)]
+    fn write_x2(&mut self, register: u8, value: u64, now: Nanos) -> Result<ApicEffect, Gp> {
         let low = value as u32;
         if register == ICR {
             if low & !0x000c_cfff != 0 {

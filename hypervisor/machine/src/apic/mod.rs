@@ -5,6 +5,8 @@
 mod fabric;
 mod io;
 mod local;
+#[cfg(test)]
+mod tests;
 
 pub use fabric::{ApicFabric, ApicFabricState, MAX_VCPUS, Then};
 pub use io::IoApic;

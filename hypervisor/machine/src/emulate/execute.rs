@@ -15,6 +15,7 @@ use super::{Done, EmulateError, Fault, MmioBus, Stop, finish, retire};
 ///
 /// # Errors
 /// The VM cannot go on: see [`EmulateError`].
+#[inline(never)]
 pub fn emulate(
     vcpu: &mut dyn Vcpu,
     mem: &mut dyn GuestMemory,
@@ -70,7 +71,7 @@ impl Core<'_> {
     fn step(&mut self, i: &Instruction, next: u64) -> Result<Flow, Stop> {
         use Mnemonic as M;
         match i.mnemonic() {
-            M::Mov | M::Movzx | M::Movnti => {
+            M::Mov | M::Movzx | M::Movnti | M::Movdiri => {
                 let source = self.place(i, 1, Access::READ)?;
                 let to = self.place(i, 0, Access::WRITE)?;
                 // A selector stored to memory has two bytes, whatever the operand size.
@@ -154,7 +155,8 @@ impl Core<'_> {
             | M::Prefetcht2
             | M::Clflush
             | M::Clflushopt
-            | M::Clwb => {}
+            | M::Clwb
+            | M::Cldemote => {}
             _ => return self.conditional(i),
         }
         Ok(Flow::Next)

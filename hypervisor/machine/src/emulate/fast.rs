@@ -4,12 +4,12 @@
 //! The exit tells the guest-physical address, so the operand needs no walk, and the encoding is
 //! simple enough to need no decoder. Every condition that does not hold leads to the general way.
 
-use arch::{Access, Gpr, GuestMemory, GuestPhysAddr, PAGE_SIZE, Vcpu};
+use arch::{Access, ControlRegister, Cr0, Gpr, GuestMemory, GuestPhysAddr, PAGE_SIZE, Vcpu};
 
 use super::execute::emulate;
-use super::length::fetch_state;
+use super::fetch::CodeMode;
 use super::{Done, EmulateError, MmioBus, retire};
-use crate::paging::translate;
+use crate::paging::{PagingState, quick};
 
 /// [`emulate`] with what the exit told of the access (guest-physical address and direction).
 ///
@@ -60,14 +60,36 @@ pub fn fast_mov<V: Vcpu + ?Sized, M: GuestMemory + ?Sized, B: MmioBus + ?Sized>(
     access: Access,
 ) -> Option<Done> {
     let rip = vcpu.rip();
-    // Only 64-bit mode has addresses beyond 4 GiB. The longest form has 12 bytes; 16 are read.
-    if rip >> 32 == 0 || rip % PAGE_SIZE > PAGE_SIZE - 16 {
+    // Only 64-bit mode has addresses beyond 4 GiB: there CS need not be looked at. What is read
+    // below stays in the page.
+    let long = rip >> 32 != 0 || CodeMode::of(vcpu).long();
+    if !long || rip % PAGE_SIZE > PAGE_SIZE - 24 {
         return None;
     }
-    let code = translate(&fetch_state(vcpu, rip), mem, rip, Access::EXECUTE).ok()?;
-    let mut bytes = [0; 16];
-    mem.read(code, &mut bytes).ok()?;
-    let mov = take_apart(vcpu, rip, u128::from_le_bytes(bytes))?;
+    // What the walk for a fetch in 64-bit mode needs, and no more: each may cost a VMREAD.
+    let paging = PagingState {
+        cr0: Cr0::PG.union(Cr0::PE).bits(),
+        cr3: vcpu.cr(ControlRegister::Cr3),
+        cr4: vcpu.cr(ControlRegister::Cr4),
+        efer: vcpu.efer(),
+        ac: false,
+        cpl: vcpu.cpl(),
+        pkru: 0,
+        phys_bits: 52,
+    };
+    let code = quick(&paging, mem, rip, Access::EXECUTE)?;
+    // Two aligned words hold nine bytes or more: all but an immediate operand.
+    let (word, skip) = (code.align_down(8), code.offset_in(8));
+    let low = mem.read_u64(word).ok()?;
+    let high = mem.read_u64(word.wrapping_add(8)).ok()?;
+    let join = |low: u64, high: u64| low >> (8 * skip) | high << 8 << (56 - 8 * skip);
+    let mut mov = take_apart(vcpu, rip, join(low, high))?;
+    if let Operand::Immediate(value) = &mut mov.operand {
+        let next = mem.read_u64(word.wrapping_add(16)).ok()?;
+        let bytes = u128::from(join(low, high)) | u128::from(join(high, next)) << 64;
+        // It ends the instruction.
+        *value = (bytes >> (8 * (mov.length - 4))) as i32 as u64;
+    }
     // The address that faulted may be in the operand's second page, and the code may have changed
     // since: only equal offsets in the page make `addr` the operand's first byte.
     let offset = addr.offset_in(PAGE_SIZE);
@@ -101,44 +123,39 @@ const fn truncate(value: u64, size: u8) -> u64 {
     }
 }
 
-/// Decodes `[REX] 89|8B|C7 ModRM [SIB] [disp] [imm32]` (Intel SDM Vol. 2A §2.1.5, §2.2.1).
+/// Decodes `[REX] 89|8B|C7 ModRM [SIB] [disp]`, at most eight bytes (Intel SDM Vol. 2A §2.1.5,
+/// §2.2.1). An immediate operand is left to the caller, but counted.
 #[inline]
-fn take_apart<V: Vcpu + ?Sized>(vcpu: &V, rip: u64, code: u128) -> Option<Mov> {
-    let mut rest = code;
-    let mut length = 0;
-    let mut take = |bytes: u32| {
-        let value = rest as u64 & u64::MAX >> (64 - 8 * bytes);
-        rest >>= 8 * bytes;
-        length += u64::from(bytes);
-        value
+fn take_apart<V: Vcpu + ?Sized>(vcpu: &V, rip: u64, code: u64) -> Option<Mov> {
+    let (rex, code, mut length) = if code & 0xf0 == 0x40 {
+        (code as u8, code >> 8, 3)
+    } else {
+        (0, code, 2)
     };
-    let mut opcode = take(1) as u8;
-    let mut rex = 0;
-    if opcode & 0xf0 == 0x40 {
-        rex = opcode;
-        opcode = take(1) as u8;
-    }
-    if !matches!(opcode, 0x89 | 0x8b | 0xc7) {
-        return None;
-    }
-    let modrm = take(1) as u8;
-    let mode = modrm >> 6;
-    let reg = modrm >> 3 & 7 | rex << 1 & 8;
-    let rm = modrm & 7;
+    let (opcode, modrm) = (code as u8, (code >> 8) as u8);
+    let mut rest = code >> 16;
+    let (mode, reg, rm) = (modrm >> 6, modrm >> 3 & 7, modrm & 7);
+    let operand = match opcode {
+        0x89 => Operand::Store(Gpr::from_number(reg | rex << 1 & 8)),
+        0x8b => Operand::Load(Gpr::from_number(reg | rex << 1 & 8)),
+        0xc7 if reg == 0 => Operand::Immediate(0),
+        _ => return None,
+    };
     if mode == 3 {
         return None;
     }
-    let (b, x) = (rex << 3 & 8, rex << 2 & 8);
     let mut address = 0u64;
     let mut relative = false;
     let mut wide = mode == 2;
     if rm == 4 {
-        let sib = take(1) as u8;
-        let (base, index) = (sib & 7, sib >> 3 & 7 | x);
+        let sib = rest as u8;
+        rest >>= 8;
+        length += 1;
+        let (base, index) = (sib & 7, sib >> 3 & 7 | rex << 2 & 8);
         if base == 5 && mode == 0 {
             wide = true;
         } else {
-            address = vcpu.gpr(Gpr::from_number(base | b));
+            address = vcpu.gpr(Gpr::from_number(base | rex << 3 & 8));
         }
         if index != 4 {
             let index = vcpu.gpr(Gpr::from_number(index));
@@ -148,19 +165,18 @@ fn take_apart<V: Vcpu + ?Sized>(vcpu: &V, rip: u64, code: u128) -> Option<Mov> {
         relative = true;
         wide = true;
     } else {
-        address = vcpu.gpr(Gpr::from_number(rm | b));
+        address = vcpu.gpr(Gpr::from_number(rm | rex << 3 & 8));
     }
     if wide {
-        address = address.wrapping_add(take(4) as i32 as u64);
+        address = address.wrapping_add(rest as i32 as u64);
+        length += 4;
     } else if mode == 1 {
-        address = address.wrapping_add(take(1) as i8 as u64);
+        address = address.wrapping_add(rest as i8 as u64);
+        length += 1;
     }
-    let operand = match opcode {
-        0x89 => Operand::Store(Gpr::from_number(reg)),
-        0x8b => Operand::Load(Gpr::from_number(reg)),
-        _ if reg & 7 == 0 => Operand::Immediate(take(4) as i32 as u64),
-        _ => return None,
-    };
+    if opcode == 0xc7 {
+        length += 4;
+    }
     if relative {
         address = address.wrapping_add(rip).wrapping_add(length);
     }

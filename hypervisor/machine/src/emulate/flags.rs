@@ -81,7 +81,7 @@ const fn flag(condition: bool, flag: u64) -> u64 {
 const fn sign_zero_parity(value: u64, size: u8) -> u64 {
     flag(sign(value, size), SF)
         | flag(value & mask(size) == 0, ZF)
-        | flag((value as u8).count_ones() % 2 == 0, PF)
+        | flag((value as u8).count_ones() & 1 == 0, PF)
 }
 
 /// `a + b + carry`

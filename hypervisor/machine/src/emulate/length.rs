@@ -6,7 +6,9 @@
 //! finds another instruction, the guest rewrote its code after the exit: nothing is guessed, the
 //! caller enters the guest again and the hardware executes what stands there now.
 
-use arch::{Access, ControlRegister, Cr0, CrOp, DebugRegister, Gpr, GuestMemory, PAGE_SIZE, Vcpu};
+use arch::{
+    Access, ControlRegister, CrOp, DebugRegister, Gpr, GuestMemory, GuestPhysAddr, PAGE_SIZE, Vcpu,
+};
 use iced_x86::{DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 use super::fetch::{Code, CodeMode, Fetched};
@@ -110,6 +112,34 @@ pub enum LengthError {
     Failed(EmulateError),
 }
 
+/// The page that a vCPU's last intercepted instruction stood in, so that the next one there needs
+/// no walk.
+///
+/// Nothing tells when the guest remaps the page. That is harmless: the bytes found are compared
+/// with the one encoding that the exit reason implies, and lead to a decode through a new walk if
+/// they differ. All that a stale page could hide is a redundant prefix.
+#[derive(Clone, Copy, Debug)]
+pub struct CodePage {
+    linear: u64,
+    cr3: u64,
+    frame: GuestPhysAddr,
+}
+
+impl CodePage {
+    /// No page yet.
+    pub const NONE: Self = Self {
+        linear: u64::MAX,
+        cr3: 0,
+        frame: GuestPhysAddr::new(0),
+    };
+}
+
+impl Default for CodePage {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
 /// The address after the instruction at RIP, which the exit says to be `expected`: from the
 /// hardware if it tells, else from the code.
 ///
@@ -121,66 +151,69 @@ pub fn next_rip<V: Vcpu, M: GuestMemory>(
     mem: &mut M,
     expected: Expected,
 ) -> Result<u64, LengthError> {
+    next_rip_known(vcpu, mem, &mut CodePage::default(), expected)
+}
+
+/// [`next_rip`] with a page kept from exit to exit, one for each vCPU.
+///
+/// # Errors
+/// See [`LengthError`].
+#[inline]
+pub fn next_rip_known<V: Vcpu, M: GuestMemory>(
+    vcpu: &V,
+    mem: &mut M,
+    page: &mut CodePage,
+    expected: Expected,
+) -> Result<u64, LengthError> {
     if let Some(next) = vcpu.next_rip() {
         return Ok(next);
     }
-    match plain_next_rip(vcpu, mem, expected) {
+    match plain_next_rip(vcpu, mem, page, expected) {
         Some(next) => Ok(next),
         None => decode_next_rip(vcpu, mem, expected),
     }
 }
 
-/// [`next_rip`] for the plain encoding in one page; `None` says to decode.
+/// [`next_rip`] for the plain encoding, in one page, where CS has no base; `None` says to decode.
 #[inline]
 pub fn plain_next_rip<V: Vcpu + ?Sized, M: GuestMemory + ?Sized>(
     vcpu: &V,
     mem: &mut M,
+    page: &mut CodePage,
     expected: Expected,
 ) -> Option<u64> {
     let (bytes, mask, length) = expected.plain()?;
     let length = u64::from(length);
     let rip = vcpu.rip();
-    // Only 64-bit mode has addresses beyond 4 GiB: no need to look at CS.
-    let mode = if rip >> 32 != 0 {
-        CodeMode::LONG
-    } else {
-        CodeMode::of(vcpu)
-    };
-    let linear = mode.linear(rip);
-    if rip.checked_add(length - 1)? > mode.limit || linear % PAGE_SIZE > PAGE_SIZE - length {
+    let at = rip % PAGE_SIZE;
+    if at > PAGE_SIZE - length {
         return None;
     }
-    let addr = translate(&fetch_state(vcpu, rip), mem, linear, Access::EXECUTE).ok()?;
-    let word = addr.align_down(8);
-    let offset = addr.offset_in(8);
-    let mut value = mem.read_u64(word).ok()? >> (8 * offset);
-    if offset + length > 8 {
-        value |= mem.read_u64(word.wrapping_add(8)).ok()? << (64 - 8 * offset);
+    let cr3 = vcpu.cr(ControlRegister::Cr3);
+    let linear = rip - at;
+    let addr = if page.linear == linear && page.cr3 == cr3 {
+        page.frame.wrapping_add(at)
+    } else {
+        let mode = CodeMode::of(vcpu);
+        if mode.linear(rip) != rip || rip.checked_add(length - 1)? > mode.limit {
+            return None;
+        }
+        let addr = translate(&PagingState::of(vcpu), mem, rip, Access::EXECUTE).ok()?;
+        *page = CodePage {
+            linear,
+            cr3,
+            frame: addr.align_down(PAGE_SIZE),
+        };
+        addr
+    };
+    let (word, skip) = (addr.align_down(8), addr.offset_in(8));
+    let mut value = mem.read_u64(word).ok()? >> (8 * skip);
+    if skip + length > 8 {
+        value |= mem.read_u64(word.wrapping_add(8)).ok()? << (64 - 8 * skip);
     }
     let value = value as u32 & mask;
     let vmcall = expected == Expected::Hypercall && value == 0xc1_01_0f;
-    (value == bytes || vmcall).then(|| mode.advance(rip, length))
-}
-
-/// What an instruction fetch at `rip` needs to know for its walk, and no more: each field may
-/// cost a VMREAD.
-#[inline]
-pub(super) fn fetch_state<V: Vcpu + ?Sized>(vcpu: &V, rip: u64) -> PagingState {
-    let long = rip >> 32 != 0;
-    PagingState {
-        cr0: if long {
-            Cr0::PG.union(Cr0::PE).bits()
-        } else {
-            vcpu.cr(ControlRegister::Cr0)
-        },
-        cr3: vcpu.cr(ControlRegister::Cr3),
-        cr4: vcpu.cr(ControlRegister::Cr4),
-        efer: vcpu.efer(),
-        ac: false,
-        cpl: vcpu.cpl(),
-        pkru: 0,
-        phys_bits: 52,
-    }
+    (value == bytes || vmcall).then(|| rip.wrapping_add(length))
 }
 
 /// [`next_rip`] by decoding the instruction.
@@ -188,6 +221,7 @@ pub(super) fn fetch_state<V: Vcpu + ?Sized>(vcpu: &V, rip: u64) -> PagingState {
 /// # Errors
 /// See [`LengthError`].
 #[cold]
+#[inline(never)]
 pub fn decode_next_rip(
     vcpu: &dyn Vcpu,
     mem: &mut dyn GuestMemory,

@@ -35,7 +35,10 @@ use crate::paging::TranslateFault;
 pub use execute::emulate;
 pub use fast::{emulate_at, fast_mov};
 pub use fetch::{Code, CodeMode};
-pub use length::{DrAccess, Expected, LengthError, decode_cr, decode_dr, decode_invlpg, next_rip};
+pub use length::{
+    CodePage, DrAccess, Expected, LengthError, decode_cr, decode_dr, decode_invlpg,
+    decode_next_rip, next_rip, next_rip_known, plain_next_rip,
+};
 pub use string_io::string_io;
 
 /// Guest-physical addresses that are not RAM.
@@ -223,7 +226,7 @@ fn finish(rip: u64, code: &Code, outcome: Result<Done, Stop>) -> Result<Done, Em
 /// Ends an instruction: RIP moves to `next`, RF falls, and with TF set a trap follows
 /// (Intel SDM Vol. 3B §17.3.1).
 #[inline]
-fn retire<V: Vcpu + ?Sized>(vcpu: &mut V, next: u64) -> Done {
+pub fn retire<V: Vcpu + ?Sized>(vcpu: &mut V, next: u64) -> Done {
     vcpu.set_rip(next);
     let rflags = vcpu.rflags();
     if rflags.intersects(RFlags::TF.union(RFlags::RF)) {
@@ -249,7 +252,7 @@ fn single_step<V: Vcpu + ?Sized>(vcpu: &mut V, rflags: RFlags) -> Option<Fault> 
     Some(Fault::exception(Exception::Debug, None))
 }
 
-/// Builds the decoder's tables (about a quarter megabyte of heap), so that no exit has to.
+/// Builds the decoder's tables (some 80 KiB of heap), so that no exit has to.
 pub fn prepare() {
     let mut decoder = iced_x86::Decoder::new(64, &[0x90], 0);
     let _ = decoder.decode();

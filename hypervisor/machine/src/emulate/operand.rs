@@ -127,13 +127,8 @@ fn memory_size(instruction: &Instruction) -> Option<u8> {
     })
 }
 
-/// The effective address and the mask of the address size; `bytes` are added before masking.
-pub(super) fn effective_address(
-    vcpu: &dyn Vcpu,
-    mode: &CodeMode,
-    i: &Instruction,
-    bytes: u64,
-) -> (u64, u64) {
+/// The effective address, `bytes` further on than the operand says.
+fn effective_address(vcpu: &dyn Vcpu, mode: &CodeMode, i: &Instruction, bytes: u64) -> u64 {
     let (base, index) = (i.memory_base(), i.memory_index());
     // RIP-relative displacements come as the absolute target.
     let part = |register| Reg::from_iced(register);
@@ -153,7 +148,7 @@ pub(super) fn effective_address(
         .wrapping_add(value(index).wrapping_mul(u64::from(i.memory_index_scale())))
         .wrapping_add(i.memory_displacement64())
         .wrapping_add(bytes);
-    (address & mask(size), mask(size))
+    address & mask(size)
 }
 
 impl Core<'_> {
@@ -416,7 +411,7 @@ impl Core<'_> {
         size: u8,
         access: Access,
     ) -> Result<Span, Stop> {
-        let (offset, _) = effective_address(self.vcpu, &self.mode, i, bytes);
+        let offset = effective_address(self.vcpu, &self.mode, i, bytes);
         let segment = segment_register(i.memory_segment()).unwrap_or(SegmentRegister::Ds);
         self.locate(segment, offset, size, access)
     }
@@ -466,7 +461,7 @@ fn pieces(size: u8) -> impl Iterator<Item = (u64, u8)> {
 
 /// The linear address of the memory operand without any check.
 pub(super) fn unchecked_linear(vcpu: &dyn Vcpu, mode: &CodeMode, i: &Instruction) -> u64 {
-    let (offset, _) = effective_address(vcpu, mode, i, 0);
+    let offset = effective_address(vcpu, mode, i, 0);
     match segment_register(i.memory_segment()) {
         Some(segment @ (SegmentRegister::Fs | SegmentRegister::Gs)) if mode.long() => {
             vcpu.segment(segment).base.wrapping_add(offset)

@@ -1,0 +1,98 @@
+//! Ports that test kernels and firmware talk to: a debug exit (0xf4), a debug console (0xe9) and
+//! the POST code latch (0x80). The first two exist only where the VM's configuration asks for them.
+
+use heapless::Deque;
+use serde::{Deserialize, Serialize};
+
+/// Bytes that can wait for the owner to print them.
+const OUTPUT: usize = 1024;
+
+/// The three ports' state.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Debug {
+    exit_enabled: bool,
+    console_enabled: bool,
+    post: u8,
+    output: Deque<u8, OUTPUT>,
+    /// Bytes written while the buffer was full.
+    lost: u64,
+}
+
+impl Debug {
+    /// What a read of the console port gives where there is one.
+    const PRESENT: u8 = 0xe9;
+
+    /// The ports that are there.
+    #[must_use]
+    pub fn new(exit_enabled: bool, console_enabled: bool) -> Self {
+        Self {
+            exit_enabled,
+            console_enabled,
+            ..Self::default()
+        }
+    }
+
+    /// The last POST code.
+    #[must_use]
+    pub const fn post(&self) -> u8 {
+        self.post
+    }
+
+    /// Latches a POST code.
+    pub const fn set_post(&mut self, code: u8) {
+        self.post = code;
+    }
+
+    /// Whether port 0xf4 is there.
+    #[must_use]
+    pub const fn exit_enabled(&self) -> bool {
+        self.exit_enabled
+    }
+
+    /// The code with which writing `value` to port 0xf4 ends the VM.
+    #[must_use]
+    pub const fn exit_code(value: u32) -> u32 {
+        value << 1 | 1
+    }
+
+    /// Reads port 0xe9; `None` where there is none.
+    #[must_use]
+    pub fn read_console(&self) -> Option<u8> {
+        self.console_enabled.then_some(Self::PRESENT)
+    }
+
+    /// Writes bytes to port 0xe9; `false` where there is none.
+    pub fn write_console(&mut self, bytes: &[u8]) -> bool {
+        if self.console_enabled {
+            for &byte in bytes {
+                if self.output.push_back(byte).is_err() {
+                    self.lost = self.lost.saturating_add(1);
+                }
+            }
+        }
+        self.console_enabled
+    }
+
+    /// Bytes that can be written before any is lost.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        OUTPUT - self.output.len()
+    }
+
+    /// Bytes that were lost because nobody took the output.
+    #[must_use]
+    pub const fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// Hands what was written to `print`, in up to two pieces.
+    pub fn take_output(&mut self, print: &mut impl FnMut(&[u8])) {
+        let (first, second) = self.output.as_slices();
+        for piece in [first, second] {
+            if !piece.is_empty() {
+                print(piece);
+            }
+        }
+        self.output.clear();
+    }
+}

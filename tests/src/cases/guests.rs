@@ -1,0 +1,107 @@
+//! The Rust guests: hello, and conformance with its reference.
+
+use crate::dialogue::{Case, Ending, Load, QEMU_BIOS, Source, Step};
+
+/// `guest-hello` alone.
+pub(super) const HELLO: Case = Case {
+    group: "hello",
+    name: "prints-and-ends",
+    load: Load::Bundle {
+        config: &[r#"
+[[vm]]
+name = "hello"
+kind = "pvh"
+kernel = "guest-hello"
+memory = "16MiB"
+[vm.devices]
+debug_exit = true
+"#],
+        files: &[("guest-hello", Source::Made("guest-hello"))],
+        spoil: None,
+    },
+    steps: &[
+        Step::Expect("(?i)hello"),
+        Step::Expect(r"^tessera\| vm hello: ended: debug exit, code 1$"),
+    ],
+    deadline: 30,
+    ..Case::BASE
+};
+
+const CONFORMANCE: Case = Case {
+    group: "conformance",
+    load: Load::Bundle {
+        config: &[r#"
+[[vm]]
+name = "conformance"
+kind = "pvh"
+kernel = "guest-conformance"
+memory = "64MiB"
+[vm.devices]
+debug_exit = true
+debug_console = true
+"#],
+        files: &[("guest-conformance", Source::Made("guest-conformance"))],
+        spoil: None,
+    },
+    steps: &[Step::Expect(
+        r"^tessera\| vm conformance: ended: debug exit, code 1$",
+    )],
+    deadline: 120,
+    ..Case::BASE
+};
+
+pub(super) const CASES: &[Case] = &[
+    HELLO,
+    Case {
+        name: "virtual-pc",
+        ..CONFORMANCE
+    },
+    Case {
+        name: "reference",
+        on: &[QEMU_BIOS],
+        load: Load::Reference {
+            guest: "guest-conformance",
+            append: "",
+        },
+        steps: &[],
+        // Value 0 at the debug-exit port: (0 << 1) | 1.
+        end: Ending::Exit(1),
+        ..CONFORMANCE
+    },
+    Case {
+        group: "hello",
+        name: "two-side-by-side",
+        load: Load::Bundle {
+            config: &[r#"
+[[vm]]
+name = "one"
+kind = "pvh"
+kernel = "guest-hello"
+memory = "16MiB"
+[vm.devices]
+debug_exit = true
+
+[[vm]]
+name = "two"
+kind = "pvh"
+kernel = "guest-hello"
+memory = "16MiB"
+[vm.devices]
+debug_exit = true
+"#],
+            files: &[("guest-hello", Source::Made("guest-hello"))],
+            spoil: None,
+        },
+        steps: &[Step::Expect(r"^tessera\| end: status=0")],
+        end: Ending::Judged(0, |heard| {
+            for name in ["one", "two"] {
+                let line = format!("tessera| vm {name}: ended: debug exit, code 1");
+                if !heard.all.contains(&line) {
+                    return Err(format!("no line `{line}`"));
+                }
+            }
+            Ok(())
+        }),
+        ..HELLO
+    },
+];

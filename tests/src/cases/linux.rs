@@ -1,0 +1,237 @@
+//! An unmodified Debian kernel: to a shell, and a dialogue with it.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::Emulator;
+use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, QEMU_UEFI, Source, Step};
+use crate::emulator::bochs;
+
+use Step::{Check, Expect, Refuse, Send};
+
+const FILES: &[(&str, Source)] = &[
+    ("vmlinuz", Source::Made("vmlinuz")),
+    ("initrd.cpio", Source::Made("initrd.cpio")),
+];
+
+const LINUX: Case = Case {
+    group: "linux",
+    load: Load::Bundle {
+        config: &[r#"
+[[vm]]
+name = "linux"
+kind = "linux"
+kernel = "vmlinuz"
+initrd = "initrd.cpio"
+cmdline = "console=ttyS0"
+memory = "256MiB"
+"#],
+        files: FILES,
+        spoil: None,
+    },
+    deadline: 120,
+    ..Case::BASE
+};
+
+/// The line that our init prints, and the shell's prompt after it.
+const UP: Step = Expect(r"^Linux {release} is up after");
+const PROMPT: Step = Expect("linux# ");
+
+/// What Linux says only of a machine that is wrong. (What it says of an emulated processor's
+/// errata is not our fault and is not here.)
+const FAULTS: &[&str] = &[
+    r"\[Firmware (Bug|Warn)\]",
+    r"ACPI (BIOS )?(Error|Warning|Exception)",
+    r"ACPI.*(?i:invalid|checksum|failed|unable|truncated)",
+    r"\] (WARNING|BUG):",
+    r"Call Trace|Oops|general protection|Kernel panic",
+    r"unchecked MSR access error",
+    r"MP-BIOS bug|\.\.TIMER|IO-APIC.*(?i:fail|bug)",
+    r"(?i)spurious|nobody cared|Disabling IRQ|No irq handler",
+    r"APIC.*(?i:error|fail|mismatch|bogus)",
+    r"soft lockup|hard LOCKUP|rcu.*stall|hung_task|blocked for more than",
+    r"Marking clocksource|clocksource.*(?i:unstable|skew)|TSC.*(?i:unstable|warp|fail)",
+    r"(?i)fast TSC calibration failed|unable to calibrate|could not calculate TSC",
+    r"hpet.*(?i:bug|fail|lost)",
+    r"i8042.*(?i:no controller|can't|fail|timeout|error)",
+    r"serial8250: too much work|ttyS0: LSR safety",
+    r"rtc_cmos.*(?i:fail|error|alarm rollover)|hctosys: unable",
+    r"pci.*(?i:can't claim|failed to assign|no compatible bridge|invalid BAR|conflicts with)",
+    r"PCI: (Fatal|MMCONFIG.*not reserved|.*using legacy)",
+    r"x86/fpu:.*(?i:mismatch|inconsistent|error)|XSAVE.*(?i:inconsist|bogus)",
+    r"mce: .*(?i:hardware error|failed)",
+    r"(?i)timed out|lost interrupt|irq .*: nobody",
+];
+
+/// The local timer and the serial line must have interrupted, the latter by the I/O APIC.
+fn interrupts(heard: &Heard) -> Result<(), String> {
+    let count = |name: &str| -> Option<u64> {
+        let line = heard.since.lines().find(|l| l.contains(name))?;
+        line.split_whitespace()
+            .skip(1)
+            .map_while(|w| w.parse::<u64>().ok())
+            .reduce(|a, b| a + b)
+    };
+    for name in ["ttyS0", "Local timer interrupts"] {
+        match count(name) {
+            None => return Err(format!("/proc/interrupts has no line with {name}")),
+            Some(0) => return Err(format!("no interrupt was counted for {name}")),
+            Some(_) => {}
+        }
+    }
+    let serial = heard
+        .since
+        .lines()
+        .find(|l| l.contains("ttyS0"))
+        .unwrap_or_default();
+    if !serial.contains("IO-APIC") {
+        return Err(format!("the serial line is not on the I/O APIC: {serial}"));
+    }
+    Ok(())
+}
+
+/// The number after `mark` at the beginning of a line.
+fn number(text: &str, mark: &str) -> Result<f64, String> {
+    let line = text
+        .lines()
+        .find_map(|l| l.strip_prefix(mark)?.trim().parse().ok());
+    line.ok_or_else(|| format!("no line `{mark}<number>`"))
+}
+
+/// QEMU's clock is ours: right now it must be the guest's.
+fn date_is_ours(heard: &Heard) -> Result<(), String> {
+    if heard.emulator == Emulator::Bochs {
+        return Ok(());
+    }
+    let guest = number(heard.since, "now=")?;
+    let ours = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_err(|e| e.to_string())?;
+    // `date` cuts the fraction off.
+    let ahead = guest + 0.5 - ours.as_secs_f64();
+    if ahead.abs() > 1.5 {
+        return Err(format!("the guest's clock is {ahead:+.1} s off ours"));
+    }
+    Ok(())
+}
+
+/// Bochs's clock is its own, and its log tells it at the end, which follows the guest's last
+/// `date` closely.
+fn date_is_bochs(heard: &Heard) -> Result<(), String> {
+    if heard.emulator != Emulator::Bochs {
+        return Ok(());
+    }
+    let guest = number(heard.all, "off=")?;
+    let machine = bochs::last_time(heard.dir).map_err(|e| format!("{e:#}"))?;
+    let behind = machine - guest;
+    if !(-1.0..=3.0).contains(&behind) {
+        return Err(format!(
+            "the guest said {guest} s and was switched off at {machine:.1} s"
+        ));
+    }
+    Ok(())
+}
+
+pub(super) const CASES: &[Case] = &[
+    Case {
+        name: "dialogue",
+        on: &[QEMU_UEFI, QEMU_BIOS, BOCHS_BIOS],
+        steps: &[
+            UP,
+            PROMPT,
+            Send("uname -r\n"),
+            Expect("^{release}$"),
+            PROMPT,
+            Send("cat /proc/cmdline; echo is-$?\n"),
+            Expect("^console=ttyS0$"),
+            Expect("^is-0$"),
+            PROMPT,
+            Send("cat /proc/interrupts; echo is-$?\n"),
+            Expect("^is-0$"),
+            Check(interrupts),
+            PROMPT,
+            Send("dmesg; echo is-$?\n"),
+            Expect("^is-0$"),
+            Refuse(FAULTS),
+            PROMPT,
+            Send("date +now=%s\n"),
+            Expect(r"^now=\d+$"),
+            Check(date_is_ours),
+            PROMPT,
+            Send("date +off=%s; poweroff\n"),
+            Expect(r"^tessera\| vm linux: ended: powered off$"),
+        ],
+        end: Ending::Judged(0, date_is_bochs),
+        ..LINUX
+    },
+    Case {
+        name: "beside-hello",
+        load: Load::Bundle {
+            config: &[include_str!("../../../xtask/default.toml")],
+            files: &[
+                ("vmlinuz", Source::Made("vmlinuz")),
+                ("initrd.cpio", Source::Made("initrd.cpio")),
+                ("guest-hello", Source::Made("guest-hello")),
+            ],
+            spoil: None,
+        },
+        steps: &[
+            UP,
+            PROMPT,
+            Send("poweroff\n"),
+            Expect(r"^tessera\| vm linux: ended: powered off$"),
+        ],
+        end: Ending::Judged(0, |heard| {
+            let line = "tessera| vm hello: ended: debug exit, code 1";
+            if heard.all.contains(line) {
+                Ok(())
+            } else {
+                Err(format!("no line `{line}`"))
+            }
+        }),
+        ..LINUX
+    },
+    Case {
+        name: "reboot",
+        steps: &[
+            UP,
+            PROMPT,
+            Send("reboot\n"),
+            Expect(r"^tessera\| vm linux: ended: reset"),
+            UP,
+            PROMPT,
+            Send("poweroff\n"),
+            Expect(r"^tessera\| vm linux: ended: powered off$"),
+        ],
+        ..LINUX
+    },
+    // A panic with a time-out reboots the VM, as on a PC.
+    Case {
+        name: "panic-and-reboot",
+        steps: &[
+            UP,
+            PROMPT,
+            Send("echo 1 >/proc/sys/kernel/panic; echo c >/proc/sysrq-trigger\n"),
+            Expect("Kernel panic - not syncing: sysrq triggered crash"),
+            Expect(r"^tessera\| vm linux: ended: reset"),
+            UP,
+            PROMPT,
+            Send("poweroff\n"),
+            Expect(r"^tessera\| vm linux: ended: powered off$"),
+        ],
+        ..LINUX
+    },
+    // Without one it stands still, and the keys still leave.
+    Case {
+        name: "panic-and-leave",
+        steps: &[
+            UP,
+            PROMPT,
+            Send("echo c >/proc/sysrq-trigger\n"),
+            Expect(r"end Kernel panic - not syncing: sysrq triggered crash"),
+            Send("\x14x"),
+            Expect(r"^tessera\| end: status="),
+        ],
+        end: Ending::Dialogue,
+        ..LINUX
+    },
+];

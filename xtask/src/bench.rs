@@ -1,0 +1,366 @@
+//! `cargo xtask bench`: what Tessera costs, in instructions and bytes that repeat.
+//!
+//! In Bochs with one processor, and in QEMU with `-icount shift=0`, RDTSC counts retired
+//! instructions, so a guest measures what an exit costs: in, handling, and back. Beside each
+//! figure stand the mark (what KVM 6.1 takes on the same emulator with mitigations off) and the
+//! ratio; no figure may be above a third of the mark, and a sixth is the goal.
+//!
+//! The guest prints `bench <case> <value> <unit>`, the hypervisor `tessera| bench <name> <value>
+//! <unit>`.
+
+use std::fmt::Write;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use harness::emulator::Pace;
+use harness::{Console, Emulator, Firmware, Machine, Received};
+
+use crate::config::memory_for;
+use crate::factory::{Factory, Kernel, bundle_of};
+use crate::progress::{note, step};
+use crate::select::{On, need_emulator};
+
+/// The benches, with what they measure.
+pub const NAMES: [(&str, &str); 1] = [(
+    "exits",
+    "instructions per exit, by kind; bytes and instructions of the hypervisor itself",
+)];
+
+/// What a run may take; Bochs needs most of it under load.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// One guest that measures, alone on the machine.
+const CONFIG: &str = r#"
+[host]
+log = "info"
+
+[[vm]]
+name = "bench"
+kind = "pvh"
+kernel = "guest-bench"
+memory = "64MiB"
+[vm.devices]
+debug_exit = true
+debug_console = true
+"#;
+
+/// What an operation costs elsewhere, and the goal where it is not a sixth of that.
+struct Mark {
+    case: &'static str,
+    /// KVM's VT-x on Bochs, then its AMD-V on QEMU.
+    kvm: [Option<u64>; 2],
+    /// The goal on VT-x.
+    goal: Option<u64>,
+}
+
+const fn mark(case: &'static str, vtx: u64, svm: u64, goal: Option<u64>) -> Mark {
+    Mark {
+        case,
+        kvm: [Some(vtx), Some(svm)],
+        goal,
+    }
+}
+
+/// The lower end of each range that was measured. `lapic-mmio` is KVM's for a write;
+/// `device-…` are answered in user space there.
+const MARKS: [Mark; 11] = [
+    mark("cpuid", 980, 2_380, Some(120)),
+    mark("hypercall", 970, 2_510, Some(120)),
+    mark("rdmsr", 1_095, 2_450, Some(150)),
+    mark("wrmsr", 1_045, 2_470, Some(150)),
+    mark("port-in", 1_263, 1_455, Some(180)),
+    mark("port-out", 1_273, 1_462, Some(180)),
+    mark("lapic-mmio", 3_900, 3_260, Some(500)),
+    mark("device-port", 3_010, 2_940, None),
+    mark("device-mmio", 5_750, 5_320, None),
+    Mark {
+        case: "hlt-wake",
+        kvm: [None, None],
+        goal: None,
+    },
+    mark("nested-fault", 6_660, 10_090, Some(1_500)),
+];
+
+/// One figure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Figure {
+    case: String,
+    value: u64,
+    unit: String,
+}
+
+/// The figures among the lines of a console: the guest's and the hypervisor's.
+fn figures(console: &str) -> Vec<Figure> {
+    let mut found = Vec::new();
+    for line in console.lines() {
+        let line = line
+            .trim_start_matches("tessera| ")
+            .trim_start_matches("bench| ");
+        let Some(rest) = line.strip_prefix("bench ") else {
+            continue;
+        };
+        let mut words = rest.split_whitespace();
+        let (Some(case), Some(value), unit) = (words.next(), words.next(), words.next()) else {
+            continue;
+        };
+        let Ok(value) = value.parse() else { continue };
+        let unit = unit.unwrap_or("instructions").to_owned();
+        found.push(Figure {
+            case: case.to_owned(),
+            value,
+            unit,
+        });
+    }
+    found
+}
+
+/// What is asked for.
+pub struct Request<'a> {
+    /// A bench of [`NAMES`]; all when `None`.
+    pub name: Option<&'a str>,
+    /// The emulators; by default those that count instructions.
+    pub on: Option<On>,
+    /// One JSON object a line in place of tables.
+    pub json: bool,
+}
+
+/// Measures and prints. True when no figure is above a third of its mark.
+pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
+    if let Some(name) = request.name
+        && !NAMES.iter().any(|(n, _)| *n == name)
+    {
+        let known: Vec<String> = NAMES
+            .iter()
+            .map(|(n, what)| format!("{n} ({what})"))
+            .collect();
+        bail!("no bench is called `{name}`; known: {}", known.join(", "));
+    }
+    let emulators = match request.on {
+        None => vec![Emulator::Bochs, Emulator::QemuTcg],
+        Some(On::Bochs) => vec![Emulator::Bochs],
+        Some(On::QemuTcg | On::Auto) => vec![Emulator::QemuTcg],
+        Some(On::QemuKvm) => {
+            bail!("instructions are counted in Bochs and in QEMU's own emulation, not under KVM")
+        }
+    };
+    let guest = factory
+        .file("guest-bench")?
+        .context("nothing makes guest-bench")?;
+    let bundle = bundle_of(CONFIG, &[("guest-bench".to_owned(), guest)]);
+    let dir = factory.workspace().dir("bench")?;
+    let disk = dir.join("disk.img");
+    factory.image_of(Kernel::Tessera, &bundle, &disk)?;
+    let kernel = u64::try_from(factory.tessera()?.len())?;
+
+    let mut good = true;
+    for emulator in emulators {
+        need_emulator(emulator, Firmware::Bios)?;
+        let console = step(&format!("bench exits on {emulator}"), |_| {
+            measure(emulator, &disk, &dir)
+        })?;
+        let mut all = figures(&console);
+        if all.is_empty() {
+            bail!(
+                "no figures on {emulator}; the console's last lines:\n{}",
+                tail(&console)
+            );
+        }
+        all.push(Figure {
+            case: "image-size".to_owned(),
+            value: kernel,
+            unit: "bytes".to_owned(),
+        });
+        good &= all.iter().all(|f| within(emulator, f) != Some(false));
+        let text = if request.json {
+            json(emulator, &all)
+        } else {
+            table(emulator, &all)
+        };
+        print!("{text}");
+        for missing in MARKS
+            .iter()
+            .filter(|m| !all.iter().any(|f| f.case == m.case))
+        {
+            note(&format!(
+                "the guest measured no {} on {emulator}",
+                missing.case
+            ));
+            good = false;
+        }
+    }
+    Ok(good)
+}
+
+fn tail(console: &str) -> String {
+    let lines: Vec<&str> = console.lines().collect();
+    lines
+        .get(lines.len().saturating_sub(20)..)
+        .unwrap_or_default()
+        .join("\n")
+}
+
+/// Runs the measuring guest to its end.
+fn measure(emulator: Emulator, disk: &std::path::Path, dir: &std::path::Path) -> Result<String> {
+    let mut machine = Machine::new(emulator, Firmware::Bios, disk, memory_for(CONFIG));
+    machine.pace = Pace::Counted;
+    let dir = dir.join(emulator.name());
+    let mut session = machine.start(&dir, LIMIT + Duration::from_secs(30))?;
+    let deadline = Instant::now() + LIMIT;
+    let mut console = Console::default();
+    let end = loop {
+        match session.receive(deadline) {
+            Received::Bytes(bytes) => console.feed(&bytes),
+            Received::Input(_) => {}
+            Received::Closed | Received::Nothing => break None,
+        }
+        if let Some(end) = console.end() {
+            break Some(end);
+        }
+    };
+    let _ = fs::write(dir.join("console"), console.text());
+    match end {
+        Some(end) if end.status == 0 => Ok(console.text().to_owned()),
+        Some(end) => bail!(
+            "ended with status {}: {}\n{}",
+            end.status,
+            end.reason,
+            console.tail(20)
+        ),
+        None => bail!(
+            "did not end within {} s:\n{}",
+            LIMIT.as_secs(),
+            console.tail(20)
+        ),
+    }
+}
+
+/// The mark of a figure on an emulator, and the goal.
+fn limits(emulator: Emulator, figure: &Figure) -> (Option<u64>, Option<u64>) {
+    let mark = MARKS
+        .iter()
+        .find(|m| m.case == figure.case && figure.unit == "instructions");
+    let Some(mark) = mark else {
+        return (None, None);
+    };
+    let [vtx, svm] = mark.kvm;
+    let kvm = if emulator == Emulator::Bochs {
+        vtx
+    } else {
+        svm
+    };
+    let sixth = kvm.map(|k| k / 6);
+    (
+        kvm,
+        if emulator == Emulator::Bochs {
+            mark.goal.or(sixth)
+        } else {
+            sixth
+        },
+    )
+}
+
+/// Whether a figure is at most a third of its mark.
+fn within(emulator: Emulator, figure: &Figure) -> Option<bool> {
+    let (kvm, _) = limits(emulator, figure);
+    kvm.map(|k| figure.value * 3 <= k)
+}
+
+fn settings(emulator: Emulator) -> &'static str {
+    match emulator {
+        Emulator::Bochs => "Bochs, corei7_skylake_x, one processor, sync=none",
+        _ => "QEMU TCG, max, one processor, -icount shift=0,sleep=off",
+    }
+}
+
+fn table(emulator: Emulator, figures: &[Figure]) -> String {
+    let mut out = format!(
+        "\nexits on {emulator} with {}: {}\n",
+        emulator.extension(),
+        settings(emulator)
+    );
+    let _ = writeln!(
+        out,
+        "{:24} {:>10} {:14} {:>8} {:>7} {:>8}",
+        "case", "value", "unit", "KVM", "ratio", "goal"
+    );
+    for figure in figures {
+        let (kvm, goal) = limits(emulator, figure);
+        let dash = |n: Option<u64>| n.map_or("-".to_owned(), |n| n.to_string());
+        let ratio = kvm.map_or("-".to_owned(), |k| {
+            format!("1/{:.1}", k as f64 / figure.value.max(1) as f64)
+        });
+        let verdict = match (within(emulator, figure), goal) {
+            (Some(false), _) => "ABOVE A THIRD",
+            (_, Some(goal)) if figure.value <= goal => "goal",
+            _ => "",
+        };
+        let _ = writeln!(
+            out,
+            "{:24} {:>10} {:14} {:>8} {:>7} {:>8}  {verdict}",
+            figure.case,
+            figure.value,
+            figure.unit,
+            dash(kvm),
+            ratio,
+            dash(goal)
+        );
+    }
+    out
+}
+
+fn json(emulator: Emulator, figures: &[Figure]) -> String {
+    let mut out = String::new();
+    for Figure { case, value, unit } in figures {
+        // Names come from programs of ours, but a quote must not break the line.
+        let plain = |s: &str| s.replace(['"', '\\'], "_");
+        let _ = writeln!(
+            out,
+            r#"{{"bench":"exits","case":"{}","on":"{emulator}","value":{value},"unit":"{}"}}"#,
+            plain(case),
+            plain(unit)
+        );
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    const SAID: &str = "tessera| bench memory 1048576 bytes\nbench cpuid 120 instructions\nbench x y\n\
+                        bench device-mmio 2000 instructions\nbenchmark\nbench cpuid-vmreads 5 vmreads\n";
+
+    #[test]
+    fn figures_come_from_the_guest_and_the_hypervisor() {
+        let found: Vec<(String, u64)> = figures(SAID)
+            .into_iter()
+            .map(|f| (f.case, f.value))
+            .collect();
+        let name = str::to_owned;
+        let right = [
+            ("memory", 1_048_576),
+            ("cpuid", 120),
+            ("device-mmio", 2000),
+            ("cpuid-vmreads", 5),
+        ];
+        assert_eq!(found, right.map(|(n, v)| (name(n), v)));
+    }
+
+    #[test]
+    fn a_figure_is_held_against_its_mark() {
+        let all = figures(SAID);
+        let verdicts: BTreeMap<&str, Option<bool>> = all
+            .iter()
+            .map(|f| (f.case.as_str(), within(Emulator::Bochs, f)))
+            .collect();
+        assert_eq!(verdicts.get("cpuid"), Some(&Some(true)));
+        assert_eq!(verdicts.get("device-mmio"), Some(&Some(false)));
+        assert_eq!(verdicts.get("memory"), Some(&None));
+        let line =
+            r#"{"bench":"exits","case":"cpuid","on":"bochs","value":120,"unit":"instructions"}"#;
+        assert!(json(Emulator::Bochs, &all).lines().any(|l| l == line));
+    }
+}
