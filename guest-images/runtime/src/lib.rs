@@ -20,7 +20,7 @@ pub use interrupts::{
     Fault, Frame, Handler, count, expect_fault, load_idt, on_interrupt, reset_interrupts, set_gate,
     with_interrupts,
 };
-pub use paging::{PAGE, Page, WINDOW, set_window, window};
+pub use paging::{PAGE, Page, WINDOW, set_window, set_window_unflushed, window, window_entry};
 pub use serial::_print;
 pub use start::{StartInfo, cmdline, start_info};
 pub use tests::{Case, run_tests, skip};
