@@ -150,7 +150,7 @@ fn acpi_fadt_names_dsdt_and_facs() {
     let facs = fadt.field(36, 4).max(fadt.field(132, 8));
     if facs != 0 {
         assert_eq!(number(facs, 4) as u32, u32::from_le_bytes(*b"FACS"));
-        assert!(facs % 64 == 0 && number(facs + 4, 4) >= 64);
+        assert!(facs.is_multiple_of(64) && number(facs + 4, 4) >= 64);
     }
 }
 

@@ -61,7 +61,7 @@ fn memory_map_is_sorted_and_aligned() {
     assert!(
         ranges()
             .next()
-            .is_some_and(|(from, to)| from == 0 && to <= 0xa_0000 && to >= 0x8_0000)
+            .is_some_and(|(from, to)| from == 0 && (0x8_0000..=0xa_0000).contains(&to))
     );
 }
 

@@ -279,10 +279,8 @@ fn probe(how: u32, cr4: u32, cr3: u64, efer: u32, paging: bool) {
     assert_eq!(found[6] & 0xd00, efer, "EFER");
     assert_eq!((found[7] & 1, found[7] >> 31 != 0), (1, paging), "CR0");
     // SAFETY: EFER exists.
-    assert_eq!(
-        unsafe { guest_runtime::cpu::rdmsr(crate::util::EFER) } & 0xd00,
-        0xd00
-    );
+    let efer = unsafe { guest_runtime::cpu::rdmsr(crate::util::EFER) };
+    assert_eq!(efer & 0xd00, 0xd00);
 }
 
 #[guest_test]

@@ -142,7 +142,7 @@ fn rtc_update_ends_with_its_flag() {
 
 #[guest_test]
 fn rtc_update_in_progress_is_seen() {
-    assert!(wait_until(2 * SECOND, || read(A) & 0x80 != 0));
+    assert!(wait_until(6 * SECOND, || read(A) & 0x80 != 0));
     assert!(wait_until(SECOND / 10, || read(A) & 0x80 == 0));
 }
 

@@ -21,7 +21,7 @@ pub use interrupts::{
     with_interrupts,
 };
 pub use paging::{PAGE, Page, WINDOW, set_window, set_window_unflushed, window, window_entry};
-pub use serial::_print;
+pub use serial::{_print, init as init_serial};
 pub use start::{StartInfo, cmdline, start_info};
 pub use tests::{Case, run_tests, skip};
 
