@@ -370,6 +370,11 @@ impl Board {
                     self.nobody();
                 }
             }
+            map::DEBUG_SHUTDOWN => match devices.debug.write_shutdown(value) {
+                Some(true) => self.act(|actions| actions.power_off = true),
+                Some(false) => {}
+                None => _ = self.nobody(),
+            },
             map::COM1..=COM1_END => {
                 devices.uart.write(port - map::COM1, value, now);
                 self.carry_uart();
@@ -1035,6 +1040,24 @@ mod tests {
         assert!(!without.has_actions());
         assert_eq!(without.port_read(0xe9, 1, T), 0xff);
         assert_eq!(without.unclaimed().ports, 3);
+        without.port_write(0x8900, 1, 0x53, T);
+        assert_eq!(without.unclaimed().ports, 4);
+
+        for (text, off) in [
+            (&b"Shutdown"[..], true),
+            (b"ShutShutdown", true),
+            (b"SShutdown", true),
+            (b"Shutdow", false),
+            (b"Shutdoxn", false),
+            (b"shutdown", false),
+        ] {
+            let mut board = board();
+            for &byte in text {
+                assert!(!board.has_actions());
+                board.port_write(0x8900, 1, byte.into(), T);
+            }
+            assert_eq!(board.take_actions().power_off, off, "{text:?}");
+        }
     }
 
     #[test]

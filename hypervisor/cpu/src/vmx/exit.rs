@@ -80,6 +80,7 @@ use self::reason as r;
 
 /// Whether the instruction-length field means something: exits caused by an instruction
 /// (§28.2.5).
+#[inline(always)]
 pub(super) const fn has_length(reason: u32) -> bool {
     const fn span(from: u32, to: u32) -> u128 {
         (u128::MAX >> (127 - to)) & (u128::MAX << from)
@@ -96,7 +97,12 @@ pub(super) const fn has_length(reason: u32) -> bool {
         | span(r::UMWAIT, r::ENCLV)
         | span(r::ENQCMD, r::ENQCMDS)
         | span(r::SEAMCALL, r::TDCALL);
-    reason < 128 && WITH & 1 << reason != 0
+    // In two halves: a bit test each, where 128 bits would take a shift in software.
+    match reason {
+        0..64 => WITH as u64 & 1 << reason != 0,
+        64..128 => (WITH >> 64) as u64 & 1 << (reason - 64) != 0,
+        _ => false,
+    }
 }
 
 /// Bits of the interruption-information fields (§25.8.3, §25.9.2).
