@@ -422,7 +422,7 @@ impl<B: Backend> Core<'_, B> {
         };
         let (name, config) = (guest.config.name.clone(), guest.config.clone());
         match &end {
-            End::Crashed(cause) => error!("vm {name}: crashed: {cause}"),
+            End::Crashed(cause) => console::say(format_args!("vm {name}: crashed: {cause}")),
             _ => console::say(format_args!("vm {name}: ended: {end}")),
         }
         let now = self.clock.now();
