@@ -337,7 +337,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     #[inline]
     fn inject(&mut self, event: Event) -> Handled {
-        if self.vcpu.inject(event) {
+        if emulate::raise(&mut self.vcpu, event) {
             Ok(())
         } else {
             Err(self.shut_down())
@@ -390,8 +390,16 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     fn halt(&mut self) -> Handled {
-        self.halted = true;
-        self.skip(Expected::Hlt)
+        let Some(next) = self.next_rip(Expected::Hlt)? else {
+            return Ok(());
+        };
+        match emulate::retire(&mut self.vcpu, next) {
+            Done::Next => self.halted = true,
+            // A debug exception ends the wait at once (Intel SDM Vol. 2A, HLT).
+            trap if trap.deliver(&mut self.vcpu) => {}
+            _ => return Err(self.shut_down()),
+        }
+        Ok(())
     }
 
     fn fault(
