@@ -158,6 +158,8 @@ impl Backend for VmxBackend {
         let features = self.caps.features();
         Enabled {
             rdtscp: features.contains(cpu::vmx::Features::RDTSCP),
+            invpcid: features.contains(cpu::vmx::Features::INVPCID),
+            xsaves: features.contains(cpu::vmx::Features::XSAVES),
             ..enabled(&self.xstate)
         }
     }
@@ -232,6 +234,9 @@ impl Backend for SvmBackend {
     fn enabled(&self) -> Enabled {
         Enabled {
             rdtscp: self.caps.features.contains(SvmFeatures::TSC_AUX),
+            // They run natively where the machine has them.
+            invpcid: true,
+            xsaves: true,
             ..enabled(&self.xstate)
         }
     }
