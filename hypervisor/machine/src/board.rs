@@ -146,6 +146,10 @@ pub struct Board {
     next: Nanos,
 }
 
+/// The least time between two ticks, in nanoseconds: a guest can program a timer to be due again
+/// (HPET: each 100 ns) before it has run an instruction.
+const MIN_TICK: u64 = 10_000;
+
 const PM_END: u16 = map::PM_BLOCK.end - 1;
 const COM1_END: u16 = map::COM1 + 7;
 const IO_APIC_END: u64 = map::IO_APIC + 0xfff;
@@ -573,6 +577,7 @@ impl Board {
         }
         self.pci.tick(now);
         self.carry_lines();
+        self.next = self.next.max(now + MIN_TICK);
     }
 
     fn carry_lines(&mut self) {
@@ -906,6 +911,21 @@ mod tests {
         let mut all = Vec::new();
         board.console_output(&mut |bytes| all.extend_from_slice(bytes));
         String::from_utf8(all).unwrap()
+    }
+
+    #[test]
+    fn the_fastest_timer_leaves_the_guest_time_to_run() {
+        let mut board = board();
+        let mut now = T;
+        // HPET timer 0 periodic at one clock.
+        for (offset, value) in [(0x100, 0x4c), (0x108, 1), (0x10, 1)] {
+            board.mmio_write(map::HPET + offset, 8, value, now);
+        }
+        for _ in 0..100 {
+            now = now.max(board.next_event());
+            board.tick(now);
+            assert!(board.next_event() >= now + MIN_TICK);
+        }
     }
 
     #[test]
