@@ -84,6 +84,9 @@ pub struct EntryFailure {
 /// read by the handler through [`crate::Vcpu`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
+    /// One that [`crate::Vcpu::rare_exit`] tells. [`crate::Vcpu::enter`] itself gives only those
+    /// that guests make all day, so that they come in registers.
+    Rare,
     /// `CPUID`
     Cpuid,
     /// `RDMSR`; the index is in ECX.

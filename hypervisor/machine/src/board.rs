@@ -272,6 +272,7 @@ impl Board {
         }
     }
 
+    #[inline(always)]
     fn read8(&mut self, port: u16, now: Nanos) -> u8 {
         let devices = &mut self.devices;
         match port {
@@ -330,6 +331,7 @@ impl Board {
         }
     }
 
+    #[inline(always)]
     fn write8(&mut self, port: u16, value: u8, now: Nanos) {
         let devices = &mut self.devices;
         match port {
@@ -397,6 +399,7 @@ impl Board {
         }
     }
 
+    #[inline(never)]
     fn read_wide(&mut self, port: u16, size: u8, now: Nanos) -> u32 {
         let whole = port & 3 <= 4 - u16::from(size.min(4));
         match port {
@@ -429,6 +432,7 @@ impl Board {
         })
     }
 
+    #[inline(never)]
     fn write_wide(&mut self, port: u16, size: u8, value: u32, now: Nanos) {
         let whole = port & 3 <= 4 - u16::from(size.min(4));
         match port {
@@ -772,6 +776,13 @@ impl Board {
 
     fn ask_reset(&mut self, cause: ResetCause) {
         self.act(|actions| actions.reset = Some(cause));
+    }
+
+    /// Whether there is something in [`Board::pic_interrupt`] or [`Board::take_actions`].
+    #[inline]
+    #[must_use]
+    pub const fn wants_attention(&self) -> bool {
+        self.extint | self.acting
     }
 
     /// Whether [`Board::take_actions`] has something.

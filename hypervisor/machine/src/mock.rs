@@ -139,6 +139,9 @@ impl Vcpu for MockVcpu {
         self.pending = None;
         Exit::Benign
     }
+    fn rare_exit(&self) -> Exit {
+        Exit::Benign
+    }
     fn gprs(&self) -> &Gprs {
         &self.gprs
     }

@@ -279,6 +279,7 @@ impl PicPair {
     /// Reads 0x20, 0x21, 0xa0, 0xa1, 0x4d0 or 0x4d1. A read of a chip in poll mode acknowledges.
     pub fn read(&mut self, port: u16) -> u8 {
         let cascades = self.cascades();
+        let acknowledges = self.master.poll || self.slave.poll;
         let value = match port {
             0x20 | 0x21 => self.master.read(port & 1 != 0, cascades),
             0xa0 | 0xa1 => self.slave.read(port & 1 != 0, 0),
@@ -286,7 +287,9 @@ impl PicPair {
             0x4d1 => self.slave.elcr,
             _ => 0xff,
         };
-        self.update();
+        if acknowledges {
+            self.update();
+        }
         value
     }
 

@@ -78,27 +78,6 @@ pub(super) mod reason {
 
 use self::reason as r;
 
-/// Whether the instruction-length field means something: exits caused by an instruction
-/// (§28.2.5).
-pub(super) const fn has_length(reason: u32) -> bool {
-    const fn span(from: u32, to: u32) -> u128 {
-        (u128::MAX >> (127 - to)) & (u128::MAX << from)
-    }
-    const WITH: u128 = span(r::CPUID, r::VMXON) & !span(r::RSM, r::RSM)
-        | span(r::CR_ACCESS, r::WRMSR)
-        | span(r::MWAIT, r::MWAIT)
-        | span(r::MONITOR, r::PAUSE)
-        | span(r::GDTR_IDTR, r::LDTR_TR)
-        | span(r::INVEPT, r::RDTSCP)
-        | span(r::INVVPID, r::XSETBV)
-        | span(r::RDRAND, r::RDSEED)
-        | span(r::XSAVES, r::PCONFIG)
-        | span(r::UMWAIT, r::ENCLV)
-        | span(r::ENQCMD, r::ENQCMDS)
-        | span(r::SEAMCALL, r::TDCALL);
-    reason < 128 && WITH & 1 << reason != 0
-}
-
 /// Bits of the interruption-information fields (§25.8.3, §25.9.2).
 const KIND_SHIFT: u32 = 8;
 const HAS_ERROR_CODE: u32 = 1 << 11;
@@ -334,32 +313,5 @@ mod tests {
         assert_eq!(decode_ept(0x184), (Access::EXECUTE, false));
         assert_eq!(decode_apic_access(0x10b0), (0xb0, Access::WRITE, false));
         assert_eq!(decode_apic_access(0xa300), (0x300, Access::READ, true));
-    }
-
-    #[test]
-    fn only_instructions_have_a_length() {
-        use reason::*;
-        for with in [
-            CPUID, HLT, VMCALL, VMXON, IO, WRMSR, PAUSE, RDTSCP, WBINVD, XSETBV, XRSTORS,
-        ] {
-            assert!(has_length(with), "{with}");
-        }
-        for without in [
-            EXCEPTION_OR_NMI,
-            EXTERNAL_INTERRUPT,
-            TASK_SWITCH,
-            RSM,
-            TPR_BELOW_THRESHOLD,
-            APIC_ACCESS,
-            EPT_VIOLATION,
-            EPT_MISCONFIGURATION,
-            PREEMPTION_TIMER,
-            APIC_WRITE,
-            PML_FULL,
-            NOTIFY,
-            200,
-        ] {
-            assert!(!has_length(without), "{without}");
-        }
     }
 }
