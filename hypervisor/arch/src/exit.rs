@@ -95,7 +95,7 @@ pub enum Exit {
     Wrmsr,
     /// `VMCALL` or `VMMCALL`: both are accepted on both vendors.
     Hypercall,
-    /// A port access.
+    /// A port access; one of a string instruction comes as [`Exit::Rare`].
     Io(IoExit),
     /// The nested page tables do not allow this access: never-touched RAM, a device, or nothing.
     NestedFault {

@@ -1,8 +1,8 @@
 //! One virtual CPU, without its vendor.
 
 use crate::{
-    ControlRegister, DebugRegister, DescriptorTable, Event, Exit, Gpr, Gprs, HostPhysAddr, RFlags,
-    Segment, SegmentRegister,
+    AccessRights, ControlRegister, DebugRegister, DescriptorTable, Event, Exit, Gpr, Gprs,
+    HostPhysAddr, RFlags, Segment, SegmentRegister,
 };
 
 /// How the guest reaches its local APIC's registers (Intel SDM Vol. 3A §11.12.1).
@@ -111,7 +111,11 @@ pub trait Vcpu {
 
     /// Current privilege level, 0 to 3.
     fn cpl(&self) -> u8 {
-        self.segment(SegmentRegister::Ss).rights.dpl()
+        self.rights(SegmentRegister::Ss).dpl()
+    }
+    /// The attributes alone of a segment register, for where its other parts cost.
+    fn rights(&self, register: SegmentRegister) -> AccessRights {
+        self.segment(register).rights
     }
 
     /// Whether interrupts and NMIs can be injected now.

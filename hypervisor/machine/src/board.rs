@@ -488,6 +488,7 @@ impl Board {
     // ---- memory ----
 
     /// Reads `size` (1, 2, 4, 8) bytes of device memory at `address`.
+    #[inline(never)]
     pub fn mmio_read(&mut self, address: u64, size: u8, now: Nanos) -> u64 {
         let ones = u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)));
         match address {
@@ -516,6 +517,7 @@ impl Board {
     }
 
     /// Writes the low `size` (1, 2, 4, 8) bytes of `value` to device memory at `address`.
+    #[inline(never)]
     pub fn mmio_write(&mut self, address: u64, size: u8, value: u64, now: Nanos) {
         match address {
             map::IO_APIC..=IO_APIC_END => {

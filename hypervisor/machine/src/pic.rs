@@ -277,7 +277,19 @@ impl PicPair {
     }
 
     /// Reads 0x20, 0x21, 0xa0, 0xa1, 0x4d0 or 0x4d1. A read of a chip in poll mode acknowledges.
+    #[inline]
     pub fn read(&mut self, port: u16) -> u8 {
+        if !(self.master.poll | self.slave.poll) {
+            match port {
+                0x21 => return self.master.imr,
+                0xa1 => return self.slave.imr,
+                _ => {}
+            }
+        }
+        self.read_other(port)
+    }
+
+    fn read_other(&mut self, port: u16) -> u8 {
         let cascades = self.cascades();
         let acknowledges = self.master.poll || self.slave.poll;
         let value = match port {

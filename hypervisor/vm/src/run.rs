@@ -39,6 +39,7 @@ impl Bus<'_> {
 }
 
 impl MmioBus for Bus<'_> {
+    #[inline(always)]
     fn read(&mut self, addr: GuestPhysAddr, size: u8) -> u64 {
         if let Some(offset) = self.local_apic(addr) {
             // Registers are 32 bits wide on 16-byte boundaries; narrower reads see their bytes.
@@ -47,6 +48,7 @@ impl MmioBus for Bus<'_> {
         }
         self.board.mmio_read(addr.as_u64(), size, self.now)
     }
+    #[inline(always)]
     fn write(&mut self, addr: GuestPhysAddr, size: u8, value: u64) {
         if let Some(offset) = self.local_apic(addr) {
             // Whatever follows shows in what `prepare` looks at.
@@ -117,7 +119,6 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     Exit::Hypercall => self.hypercall(),
                     Exit::Rdmsr => self.rdmsr(host),
                     Exit::Wrmsr => self.wrmsr(host),
-                    Exit::Io(io) if io.string => self.string_port(io, host),
                     Exit::Io(io) => self.port(io, host),
                     Exit::ApicWrite { offset } => self.apic_write(offset, host),
                     Exit::NestedFault { addr, access, walk } => {
@@ -431,15 +432,22 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         };
         let gprs = self.vcpu.gprs();
         let (leaf, subleaf) = (gprs[Gpr::Rax] as u32, gprs[Gpr::Rcx] as u32);
-        let made;
-        let [eax, ebx, ecx, edx] = *match self.cpuid.constant(leaf, subleaf) {
-            Some(regs) => regs,
-            None => {
-                let apic = &self.board.apic.local[0];
-                made = self.cpuid.answer(leaf, subleaf, &self.vcpu, apic);
-                &made
-            }
+        let Some(&[eax, ebx, ecx, edx]) = self.cpuid.constant(leaf, subleaf) else {
+            return self.cpuid_of_vcpu(leaf, subleaf, next);
         };
+        let gprs = self.vcpu.gprs_mut();
+        gprs[Gpr::Rax] = eax.into();
+        gprs[Gpr::Rbx] = ebx.into();
+        gprs[Gpr::Rcx] = ecx.into();
+        gprs[Gpr::Rdx] = edx.into();
+        self.retire(next)
+    }
+
+    /// CPUID where the answer depends on the vCPU's state, or has to be looked for.
+    #[inline(never)]
+    fn cpuid_of_vcpu(&mut self, leaf: u32, subleaf: u32, next: u64) -> Handled {
+        let apic = &self.board.apic.local[0];
+        let [eax, ebx, ecx, edx] = self.cpuid.answer(leaf, subleaf, &self.vcpu, apic);
         let gprs = self.vcpu.gprs_mut();
         gprs[Gpr::Rax] = eax.into();
         gprs[Gpr::Rbx] = ebx.into();
@@ -483,7 +491,6 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         self.retire_and_prepare(next)
     }
 
-    #[inline(never)]
     fn string_port(&mut self, io: IoExit, host: &mut impl Host) -> Handled {
         let mut bus = Bus {
             now: self.time_at(host.tsc()),
@@ -508,7 +515,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         host: &mut impl Host,
     ) -> Handled {
         self.take_tpr();
-        match self.memory.fault(addr, access) {
+        // Nothing is RAM at the local APIC's usual place, which is where guests go all the time.
+        let apic = addr.align_down(PAGE_SIZE).as_u64() == map::LOCAL_APIC;
+        let outcome = if apic {
+            FaultOutcome::NotRam
+        } else {
+            self.memory.fault(addr, access)
+        };
+        match outcome {
             FaultOutcome::Backed => return Ok(Next::Enter),
             FaultOutcome::OutOfMemory => {
                 return Err(self.crash(&format!("no host memory is left for its page {addr}")));
@@ -528,8 +542,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             now: self.time_at(host.tsc()),
             board: &mut self.board,
         };
-        let hint = Some((addr, access));
-        match emulate::emulate_at(&mut self.vcpu, &mut self.memory, &mut bus, hint) {
+        let (vcpu, memory) = (&mut self.vcpu, &mut self.memory);
+        match emulate::fast_mov(vcpu, memory, &mut bus, addr, access) {
+            Some(Done::Next) => return Ok(Next::Prepare),
+            Some(done) => return self.done(done),
+            None => {}
+        }
+        match emulate::emulate(vcpu, memory, &mut bus) {
             Ok(Done::Next | Done::Again) => Ok(Next::Prepare),
             Ok(done) => self.done(done),
             Err(error) => Err(self.crash(&format!("access to {addr}: {error}"))),
@@ -738,6 +757,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let exit = self.vcpu.rare_exit();
         self.take_tpr();
         match exit {
+            Exit::Io(io) => self.string_port(io, host),
             Exit::Pause => self.skip(Expected::Pause).map(|_| Next::Yield),
             Exit::InterruptWindow
             | Exit::NmiWindow

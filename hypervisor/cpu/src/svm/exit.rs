@@ -80,7 +80,7 @@ pub fn decode(vmcb: &Vmcb) -> Exit {
         code::CPUID => Exit::Cpuid,
         code::MSR if info1 & 1 == 0 => Exit::Rdmsr,
         code::MSR => Exit::Wrmsr,
-        code::IOIO => Exit::Io(io(info1)),
+        code::IOIO if info1 & IO_STRING == 0 => Exit::Io(io(info1)),
         code::NPF if info1 & npf::RESERVED == 0 => nested_fault(info1, info2),
         code::INTR => Exit::ExternalInterrupt(None),
         code::VINTR => Exit::InterruptWindow,
@@ -90,6 +90,8 @@ pub fn decode(vmcb: &Vmcb) -> Exit {
     }
 }
 
+const IO_STRING: u64 = 1 << 2;
+
 /// EXITINFO1 of an IOIO exit (§15.10.2).
 #[inline(always)]
 fn io(info: u64) -> IoExit {
@@ -97,7 +99,7 @@ fn io(info: u64) -> IoExit {
         port: (info >> 16) as u16,
         size: (info >> 4 & 7) as u8,
         input: info & 1 != 0,
-        string: info & 1 << 2 != 0,
+        string: info & IO_STRING != 0,
         rep: info & 1 << 3 != 0,
     }
 }
@@ -126,6 +128,7 @@ pub fn rare(vmcb: &Vmcb, features: &SvmFeatures) -> Exit {
         detail: info1,
     };
     match code {
+        code::IOIO => Exit::Io(io(info1)),
         code::NPF => Exit::NestedMisconfig {
             addr: GuestPhysAddr::new(info2),
         },

@@ -559,10 +559,10 @@ impl VmxVcpu {
         let now = unsafe { _rdtsc() };
         let ticks = self.deadline.saturating_sub(now) >> self.caps.timer_shift;
         let ticks = ticks.min(u32::MAX.into());
-        if self.loaded() {
-            // SAFETY: the VMCS is current, and the timer is there: there is a deadline.
-            unsafe { vmcs::vmwrite(guest::VMX_PREEMPTION_TIMER_VALUE, ticks) };
-        }
+        // SAFETY: in VMX operation (the contract of `new`), with the timer, since there is a
+        // deadline. Were this VMCS not current, the entry that follows would fail, and the owner of
+        // the one that is writes the field before each entry of its own.
+        unsafe { vmcs::vmwrite(guest::VMX_PREEMPTION_TIMER_VALUE, ticks) };
     }
 
     /// What an exit means; `None` to enter again at once.
@@ -573,7 +573,13 @@ impl VmxVcpu {
             r::VMCALL => Exit::Hypercall,
             r::RDMSR => Exit::Rdmsr,
             r::WRMSR => Exit::Wrmsr,
-            r::IO => Exit::Io(exit::decode_io(self.read(ro::EXIT_QUALIFICATION))),
+            r::IO => match exit::decode_io(self.read(ro::EXIT_QUALIFICATION)) {
+                io if io.string => {
+                    self.rare = Exit::Io(io);
+                    Exit::Rare
+                }
+                io => Exit::Io(io),
+            },
             r::EPT_VIOLATION => {
                 let qualification = self.read(ro::EXIT_QUALIFICATION);
                 let addr = GuestPhysAddr::new(self.read(ro::GUEST_PHYSICAL_ADDR_FULL));
@@ -1331,10 +1337,10 @@ impl Vcpu for VmxVcpu {
         self.write(guest::ES_LIMIT + step, value.limit.into());
         self.write(guest::ES_BASE + step, value.base);
     }
-    /// The DPL of SS (§25.4.1).
-    #[inline]
-    fn cpl(&self) -> u8 {
-        arch::AccessRights(self.read(guest::SS_ACCESS_RIGHTS) as u32).dpl()
+    #[inline(always)]
+    fn rights(&self, register: SegmentRegister) -> arch::AccessRights {
+        let field = guest::ES_ACCESS_RIGHTS + 2 * register as u32;
+        arch::AccessRights(self.read(field) as u32)
     }
     fn gdtr(&self) -> DescriptorTable {
         DescriptorTable {
