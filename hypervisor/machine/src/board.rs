@@ -252,6 +252,25 @@ impl Board {
 
     // ---- ports ----
 
+    /// Reads a byte of the 8259A pair, which needs to know no time; `None` for other ports.
+    #[inline]
+    pub fn pic_read(&mut self, port: u16) -> Option<u8> {
+        let value = map::is_pic(port).then(|| self.devices.pic.read(port))?;
+        self.carry_pic();
+        Some(value)
+    }
+
+    /// Writes a byte to the 8259A pair, which needs to know no time; `false` for other ports.
+    #[inline]
+    pub fn pic_write(&mut self, port: u16, value: u8) -> bool {
+        let own = map::is_pic(port);
+        if own {
+            self.devices.pic.write(port, value);
+            self.carry_pic();
+        }
+        own
+    }
+
     /// Reads `size` (1, 2, 4) bytes at `port`.
     #[inline]
     pub fn port_read(&mut self, port: u16, size: u8, now: Nanos) -> u32 {

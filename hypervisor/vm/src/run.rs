@@ -466,14 +466,25 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     #[inline(always)]
     fn port(&mut self, io: IoExit, host: &mut impl Host) -> Handled {
-        let now = self.time_at(host.tsc());
         let rax = self.vcpu.gprs()[Gpr::Rax];
+        let byte = io.size == 1;
         // Both vendors tell where a port access ends; only a broken one would not.
         let Some(next) = self.vcpu.next_rip() else {
             return Err(self.crash("the hardware gave no length for a port access"));
         };
         if io.input {
-            let value = u64::from(self.board.port_read(io.port, io.size, now));
+            let pic = if byte {
+                self.board.pic_read(io.port)
+            } else {
+                None
+            };
+            let value = match pic {
+                Some(value) => value.into(),
+                None => {
+                    let now = self.time_at(host.tsc());
+                    u64::from(self.board.port_read(io.port, io.size, now))
+                }
+            };
             let merged = match io.size {
                 1 => rax & !0xff | value & 0xff,
                 2 => rax & !0xffff | value & 0xffff,
@@ -486,7 +497,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 2 => rax as u32 & 0xffff,
                 _ => rax as u32,
             };
-            self.board.port_write(io.port, io.size, value, now);
+            if !(byte && self.board.pic_write(io.port, value as u8)) {
+                let now = self.time_at(host.tsc());
+                self.board.port_write(io.port, io.size, value, now);
+            }
         }
         self.retire_and_prepare(next)
     }
@@ -597,6 +611,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let gprs = self.vcpu.gprs();
         let index = gprs[Gpr::Rcx] as u32;
         let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
+        if index == msr::IA32_TSC_DEADLINE {
+            let now = self.time_at(host.tsc());
+            let _: ApicEffect = self.board.apic.local[0].set_tsc_deadline(value, now);
+            return self.retire_and_prepare(next);
+        }
         if index == msr::IA32_PAT && machine::msr::is_pat(value) {
             self.vcpu.set_msr(index, value);
             return self.retire(next);
@@ -611,8 +630,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             let _: Then = self.board.apic.apply(0, effect);
             return self.retire_and_prepare(next);
         }
-        self.take_tpr();
         let now = self.time_at(host.tsc());
+        self.take_tpr();
         let mut context = MsrContext {
             vcpu: &mut self.vcpu,
             apic: &mut self.board.apic.local[0],
