@@ -12,6 +12,9 @@ use crate::{Console, Session};
 /// How long a machine may take to switch off after its last line.
 const OFF_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long the screen may lag behind the serial line.
+const SCREEN_LIMIT: Duration = Duration::from_secs(3);
+
 /// Which emulator plays a case: QEMU stands for its own emulation or KVM, as the host allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Player {
@@ -120,6 +123,8 @@ pub enum Source {
     Made(&'static str),
     /// The first bytes of such a file.
     Cut(&'static str, usize),
+    /// Such a file without its last bytes.
+    Short(&'static str, usize),
     /// These bytes.
     Bytes(&'static [u8]),
 }
@@ -130,6 +135,8 @@ pub enum Source {
 pub enum Step {
     /// Waits for a match in what came after the last match or sending.
     Expect(&'static str),
+    /// The same, and the match must be on the screen as well, where that can be read.
+    Told(&'static str),
     /// Types this.
     Send(&'static str),
     /// None of these may match in what came since the last sending.
@@ -210,6 +217,7 @@ pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result
             limit,
             matched: 0,
             sent: 0,
+            closed: false,
         };
         for (number, step) in case.steps.iter().enumerate() {
             talk.step(step)
@@ -220,7 +228,12 @@ pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result
             Ending::Closing(status) => talk.closing(status),
             Ending::Judged(status, judge) => {
                 talk.closing(status)?;
-                talk.session.finish(OFF_LIMIT);
+                // A watched machine stays, for its screen to be read.
+                talk.session.finish(if machine.watched {
+                    Duration::ZERO
+                } else {
+                    OFF_LIMIT
+                });
                 judge(&talk.heard()).map_err(anyhow::Error::msg)
             }
             Ending::Exit(code) => {
@@ -253,6 +266,7 @@ struct Talk<'a> {
     limit: Duration,
     matched: usize,
     sent: usize,
+    closed: bool,
 }
 
 impl Talk<'_> {
@@ -293,6 +307,10 @@ impl Talk<'_> {
                     more.with_context(|| format!("waiting for `{}`", regex.as_str()))?;
                 }
             }
+            Step::Told(pattern) => {
+                self.step(&Step::Expect(pattern))?;
+                self.on_screen(pattern)
+            }
             Step::Refuse(patterns) => {
                 for pattern in *patterns {
                     let regex = compile(pattern, self.facts)?;
@@ -311,15 +329,53 @@ impl Talk<'_> {
         }
     }
 
+    /// Looks for a pattern on the screen, where a row's end is no line's end and the log, which
+    /// has it for itself, carries no mark.
+    fn on_screen(&mut self, pattern: &str) -> Result<()> {
+        let plain = pattern
+            .trim_start_matches('^')
+            .trim_start_matches(r"tessera\| ");
+        let regex = compile(plain, self.facts)?;
+        // What the serial line has, the screen may be about to get.
+        let until = Instant::now() + SCREEN_LIMIT;
+        loop {
+            let Some(screen) = self.session.screen() else {
+                return Ok(());
+            };
+            let screen = screen?;
+            if regex.is_match(&screen) {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                bail!(
+                    "`{}` is not on the screen: {}",
+                    regex.as_str(),
+                    screen.trim()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
     /// Takes what the machine says next, or fails when there is no more.
     fn more(&mut self) -> Result<()> {
-        match self.session.receive(self.deadline) {
+        let received = match self.closed {
+            true => Received::Closed,
+            false => self.session.receive(self.deadline),
+        };
+        match received {
             Received::Bytes(bytes) => {
                 self.console.feed(&bytes);
                 Ok(())
             }
             Received::Input(_) => Ok(()),
-            Received::Closed => bail!("the machine ended"),
+            Received::Closed if self.closed => bail!("the machine ended"),
+            Received::Closed => {
+                // The end of the line ends its last line too, which may be what is waited for.
+                self.closed = true;
+                self.console.feed(b"\n");
+                Ok(())
+            }
             Received::Nothing => bail!("nothing more within {} s", self.limit.as_secs()),
         }
     }

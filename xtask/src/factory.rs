@@ -24,7 +24,12 @@ const MULTIBOOT2_STUB: &str = "boot-multiboot2";
 /// Stands in for the hypervisor in the tests of the loaders.
 const PROBE: &str = "boot-probe";
 /// The Rust guests: package and program have the same name.
-const GUESTS: [&str; 2] = ["guest-hello", "guest-bench"];
+const GUESTS: [&str; 4] = [
+    "guest-hello",
+    "guest-conformance",
+    "guest-bench",
+    "guest-hostile",
+];
 
 /// What an image boots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

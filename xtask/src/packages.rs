@@ -234,11 +234,11 @@ pub fn refresh() -> Result<()> {
 /// Runs a command, keeping what it says for the case that it fails.
 pub fn run(mut command: Command) -> Result<()> {
     let output = command.output();
-    let shown = format!(
-        "{:?} {:?}",
-        command.get_program(),
-        command.get_args().collect::<Vec<_>>()
-    );
+    let words = [command.get_program()]
+        .into_iter()
+        .chain(command.get_args());
+    let words: Vec<_> = words.map(|w| w.to_string_lossy()).collect();
+    let shown = words.join(" ");
     match output {
         Err(error) => bail!("{shown}: {error}"),
         Ok(output) if !output.status.success() => bail!(

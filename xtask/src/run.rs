@@ -124,7 +124,11 @@ pub fn attend(session: &mut Session, limits: &Limits, guest_only: bool) -> (Outc
                 keys.see(&bytes);
                 session.send(&bytes);
             }
-            Received::Closed => break console.end().map_or(Outcome::Died, Outcome::Ended),
+            Received::Closed => {
+                // The end of the line ends its last line too.
+                console.feed(b"\n");
+                break console.end().map_or(Outcome::Died, Outcome::Ended);
+            }
             Received::Nothing => {
                 let now = Instant::now();
                 if keys.leave_by.is_some_and(|by| now >= by) {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use harness::cases;
-use harness::dialogue::{Case, Facts, Load, Place, Player, QEMU_BIOS, Source, play};
+use harness::dialogue::{Case, Facts, Load, Place, Player, QEMU_BIOS, Source, Step, play};
 use harness::emulator::Boot;
 use harness::{Emulator, Firmware, Machine};
 
@@ -52,15 +52,19 @@ struct Task {
     firmware: Firmware,
 }
 
-/// Whether a filter, or no filter at all, picks `name` of `group`.
+/// Whether a filter, or no filter at all, picks `name` of `group`: by the group's name, or by a part
+/// of `group/name` when it is no group's.
 fn picked(filters: &[String], group: &str, name: &str) -> bool {
     let full = format!("{group}/{name}");
-    filters.is_empty()
-        || filters.iter().any(|f| {
+    let is_group = |f: &str| GROUPS.iter().chain(&cases::GROUPS).any(|(g, _)| *g == f);
+    let picks = |f: &String| {
+        if is_group(f) {
             f == group
-                || (f.contains('/') && full.contains(f.as_str()))
-                || name.contains(f.as_str())
-        })
+        } else {
+            full.contains(f.as_str())
+        }
+    };
+    filters.is_empty() || filters.iter().any(picks)
 }
 
 /// Prints the groups and what is in them.
@@ -90,7 +94,7 @@ pub fn test(workspace: Workspace, on: Option<On>, filters: &[String]) -> Result<
     let begin = Instant::now();
     let players = players(on)?;
     let tasks = tasks(filters, &players);
-    let other = |group: &str| picked(filters, group, group);
+    let other = |group: &str| filters.is_empty() || filters.iter().any(|f| f == group);
     if tasks.is_empty() && !GROUPS.iter().any(|(g, _)| other(g)) {
         bail!(
             "nothing is called {}; `cargo xtask test --list` says what there is",
@@ -188,6 +192,12 @@ fn single(name: &str, place: &str, work: impl FnOnce() -> Result<String>) -> Out
     }
 }
 
+/// The line of an error that says most: a compiler's first error, else the first line.
+fn headline(error: &str) -> String {
+    let told = error.lines().find(|l| l.starts_with("error"));
+    told.or(error.lines().next()).unwrap_or_default().to_owned()
+}
+
 fn say(passed: bool, name: &str, place: &str, took: Duration) {
     let word = if passed { "ok    " } else { "FAILED" };
     println!("{word} {name:32} {place:14} {:>8}", seconds(took));
@@ -242,6 +252,10 @@ fn files_of(factory: &Factory, files: &[(&str, Source)]) -> Result<Vec<(String, 
     };
     let contents = |source: &Source| match *source {
         Source::Made(name) => made(name),
+        Source::Short(name, missing) => made(name).map(|mut file| {
+            file.truncate(file.len().saturating_sub(missing));
+            file
+        }),
         Source::Bytes(bytes) => Ok(bytes.to_vec()),
         Source::Cut(name, length) => made(name).map(|mut file| {
             file.truncate(length);
@@ -254,28 +268,27 @@ fn files_of(factory: &Factory, files: &[(&str, Source)]) -> Result<Vec<(String, 
         .collect()
 }
 
-/// Builds what the tasks share, so that they only differ in their images.
+/// Builds what the tasks share, so that they only differ in their images. A guest that does not
+/// build fails the cases that want it, not all.
 fn prepare(factory: &Factory, tasks: &[Task]) -> Result<Facts> {
-    let mut release = String::new();
-    for task in tasks {
-        match task.case.load {
-            Load::Reference { guest, .. } => drop(factory.file(guest)?),
-            Load::Probe => {}
-            Load::Bundle { files, .. } => {
-                if files.iter().any(|(name, _)| *name == "vmlinuz") {
-                    release = factory.linux()?.release;
-                }
-                drop(files_of(factory, files)?);
-            }
-        }
-    }
-    let tessera = tasks
+    if tasks
         .iter()
-        .any(|t| !matches!(t.case.load, Load::Reference { .. } | Load::Probe));
-    if tessera {
+        .any(|t| matches!(t.case.load, Load::Bundle { .. }))
+    {
         factory.tessera()?;
     }
-    Ok(Facts { release })
+    let files = tasks.iter().flat_map(|t| match t.case.load {
+        Load::Bundle { files, .. } => files,
+        _ => &[],
+    });
+    let mut facts = Facts::default();
+    if files
+        .into_iter()
+        .any(|(_, source)| matches!(source, Source::Made("vmlinuz")))
+    {
+        facts.release = factory.linux()?.release;
+    }
+    Ok(facts)
 }
 
 /// Plays the tasks, a few at a time.
@@ -343,7 +356,7 @@ fn play_one(factory: &Factory, facts: &Facts, task: Task) -> Outcome {
     let remark = result.err().map_or(String::new(), |error| {
         let error = format!("{error:#}");
         println!("--- {name} on {place}: {error}");
-        error.lines().next().unwrap_or_default().to_owned()
+        headline(&error)
     });
     say(passed, &name, &place, took);
     Outcome {
@@ -365,6 +378,7 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     let disk = dir.join("disk.img");
     let mut machine = Machine::new(emulator, firmware, &disk, 512);
     machine.extension = case.extension;
+    machine.watched = case.steps.iter().any(|s| matches!(s, Step::Told(_)));
     match case.load {
         Load::Bundle {
             config,

@@ -10,11 +10,11 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Extension, Firmware, Machine, Pace, Session};
+use super::{Boot, Extension, Firmware, Machine, Pace, Session, accept};
 use crate::process::{Process, limited};
 
 /// The program.
@@ -155,28 +155,7 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     command.stderr(screen.try_clone()?).stdout(screen);
     let mut process = Process::spawn(command)?;
 
-    listener.set_nonblocking(true)?;
-    // A machine with several GiB takes a while before it connects.
-    let until = Instant::now() + Duration::from_secs(120);
-    let stream = loop {
-        match listener.accept() {
-            Ok((stream, _)) => break stream,
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e).context("waiting for Bochs's serial line"),
-        }
-        let ended = process.wait(Duration::from_millis(20));
-        if ended.is_some() || Instant::now() > until {
-            let said = fs::read_to_string(&log).unwrap_or_default();
-            let last: Vec<&str> = said.lines().rev().take(8).collect();
-            bail!(
-                "Bochs did not start; {} says (last line first):\n{}",
-                log.display(),
-                last.join("\n")
-            );
-        }
-    };
-    stream.set_nonblocking(false)?;
-    stream.set_nodelay(true)?;
+    let stream = accept(&listener, &mut process, &log)?;
     let writer = stream.try_clone()?;
     Ok(Session::new(process, stream, writer, log))
 }

@@ -10,11 +10,12 @@ pub mod qemu;
 
 use std::fmt;
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::process::Process;
 
@@ -128,6 +129,8 @@ pub struct Machine {
     pub pace: Pace,
     /// Its virtualization extension.
     pub extension: Extension,
+    /// Keep the screen readable by [`Session::screen`], also after power-off.
+    pub watched: bool,
 }
 
 impl Machine {
@@ -141,6 +144,7 @@ impl Machine {
             cpus: 1,
             pace: Pace::Free,
             extension: Extension::On,
+            watched: false,
         }
     }
 
@@ -175,6 +179,34 @@ pub struct Session {
     sender: Sender<Received>,
     line: Line,
     log: PathBuf,
+    monitor: Option<qemu::Monitor>,
+}
+
+/// Waits for an emulator that was just started to connect to us.
+fn accept(listener: &TcpListener, process: &mut Process, log: &Path) -> Result<TcpStream> {
+    // A machine with several GiB takes a while before it connects.
+    let until = Instant::now() + Duration::from_secs(120);
+    listener.set_nonblocking(true)?;
+    let stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e).context("waiting for the emulator to connect"),
+        }
+        let ended = process.wait(Duration::from_millis(20));
+        if ended.is_some() || Instant::now() > until {
+            let said = std::fs::read_to_string(log).unwrap_or_default();
+            let last: Vec<&str> = said.lines().rev().take(8).collect();
+            let log = log.display();
+            bail!(
+                "the emulator did not start; {log} says (last line first):\n{}",
+                last.join("\n")
+            );
+        }
+    };
+    stream.set_nonblocking(false)?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 /// The writing half of the serial line.
@@ -215,6 +247,7 @@ impl Session {
             sender,
             line: Line(Box::new(writer)),
             log,
+            monitor: None,
         }
     }
 
@@ -243,6 +276,12 @@ impl Session {
             .0
             .write_all(bytes)
             .and_then(|()| self.line.0.flush());
+    }
+
+    /// The text on the screen, its rows joined; `None` where it cannot be read: outside QEMU's
+    /// BIOS machines, and in those that are not [`Machine::watched`].
+    pub fn screen(&mut self) -> Option<Result<String>> {
+        self.monitor.as_mut().map(qemu::Monitor::screen)
     }
 
     /// The emulator's own log.

@@ -1,13 +1,15 @@
 //! QEMU: its own emulation with AMD-V, or KVM where that nests.
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Emulator, Extension, Firmware, Machine, Pace, Session};
+use super::{Boot, Emulator, Extension, Firmware, Machine, Pace, Session, accept};
 use crate::process::{Process, limited};
 
 /// The program.
@@ -93,9 +95,24 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         }
         Boot::Kernel { file, append } => {
             arg("-kernel", &file.to_string_lossy());
-            arg("-append", append);
+            if !append.is_empty() {
+                arg("-append", append);
+            }
             arg("-device", "isa-debug-exit,iobase=0xf4,iosize=4");
         }
+    }
+    let monitor = match machine.watched && machine.firmware == Firmware::Bios {
+        true => Some(TcpListener::bind("127.0.0.1:0").context("a port for QEMU's monitor")?),
+        false => None,
+    };
+    if let Some(monitor) = &monitor {
+        let port = monitor.local_addr()?.port();
+        arg(
+            "-chardev",
+            &format!("socket,id=monitor,host=127.0.0.1,port={port}"),
+        );
+        arg("-mon", "chardev=monitor,mode=readline");
+        arg("-no-shutdown", "");
     }
     let log = dir.join("qemu.log");
     let errors = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
@@ -104,8 +121,51 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         .stdout(Stdio::piped())
         .stderr(errors);
     let mut process = Process::spawn(command)?;
+    let monitor = match monitor {
+        None => None,
+        Some(m) => {
+            let line = accept(&m, &mut process, &log)?;
+            Some(Monitor {
+                line,
+                file: dir.join("screen"),
+            })
+        }
+    };
     let child = process.child();
     let reader = child.stdout.take().context("QEMU's output")?;
     let writer = child.stdin.take().context("QEMU's input")?;
-    Ok(Session::new(process, reader, writer, log))
+    let mut session = Session::new(process, reader, writer, log);
+    session.monitor = monitor;
+    Ok(session)
+}
+
+/// QEMU's monitor, to look at the screen.
+#[derive(Debug)]
+pub(super) struct Monitor {
+    line: TcpStream,
+    file: PathBuf,
+}
+
+impl Monitor {
+    /// The characters of the VGA text page: 80 columns, 25 rows, each with an attribute byte.
+    pub(super) fn screen(&mut self) -> Result<String> {
+        const PAGE: usize = 80 * 25 * 2;
+        let _ = fs::remove_file(&self.file);
+        writeln!(
+            self.line,
+            "pmemsave 0xb8000 {PAGE} \"{}\"",
+            self.file.display()
+        )?;
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            let page = fs::read(&self.file).unwrap_or_default();
+            if page.len() == PAGE {
+                return Ok(page.iter().step_by(2).map(|&c| char::from(c)).collect());
+            }
+            if Instant::now() > until {
+                bail!("QEMU's monitor saved no screen to {}", self.file.display());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
 }

@@ -310,7 +310,7 @@ impl SvmVcpu {
             self.switch();
             self.after_exit().unwrap_or_else(|| self.decode())
         };
-        if let Exit::EntryFailed(_) = exit {
+        if let Exit::EntryFailed(_) | Exit::NmiWindow | Exit::Benign = exit {
             self.rare = core::mem::replace(exit, Exit::Rare);
         }
     }
@@ -1073,7 +1073,9 @@ mod tests {
 
     #[test]
     fn a_vcpu_that_is_not_loaded_does_not_run() {
-        assert!(matches!(vcpu(QEMU).enter(), Exit::EntryFailed(_)));
+        let mut vcpu = vcpu(QEMU);
+        assert_eq!(vcpu.enter(), Exit::Rare);
+        assert!(matches!(vcpu.rare_exit(), Exit::EntryFailed(_)));
     }
 
     #[test]

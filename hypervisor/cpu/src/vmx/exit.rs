@@ -41,8 +41,6 @@ pub(super) mod reason {
     pub const TPR_BELOW_THRESHOLD: u32 = 43;
     pub const APIC_ACCESS: u32 = 44;
     pub const VIRTUALIZED_EOI: u32 = 45;
-    pub const GDTR_IDTR: u32 = 46;
-    pub const LDTR_TR: u32 = 47;
     pub const EPT_VIOLATION: u32 = 48;
     pub const EPT_MISCONFIGURATION: u32 = 49;
     pub const INVEPT: u32 = 50;
@@ -52,11 +50,9 @@ pub(super) mod reason {
     pub const WBINVD: u32 = 54;
     pub const XSETBV: u32 = 55;
     pub const APIC_WRITE: u32 = 56;
-    pub const RDRAND: u32 = 57;
     pub const INVPCID: u32 = 58;
     pub const VMFUNC: u32 = 59;
     pub const ENCLS: u32 = 60;
-    pub const RDSEED: u32 = 61;
     pub const PML_FULL: u32 = 62;
     pub const XSAVES: u32 = 63;
     pub const XRSTORS: u32 = 64;
@@ -75,8 +71,6 @@ pub(super) mod reason {
     /// The entry failed (bit 31), for one of reasons 33, 34 and 41.
     pub const ENTRY_FAILED: u32 = 1 << 31;
 }
-
-use self::reason as r;
 
 /// Bits of the interruption-information fields (§25.8.3, §25.9.2).
 const KIND_SHIFT: u32 = 8;

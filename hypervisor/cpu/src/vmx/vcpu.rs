@@ -14,6 +14,7 @@ use arch::{
 };
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, _rdtsc};
+use core::hint::assert_unchecked;
 use x86::msr::{rdmsr, wrmsr};
 use x86::vmx::vmcs::{control, guest, host, ro};
 
@@ -176,6 +177,8 @@ pub struct VmxVcpu {
     pending: Option<Event>,
     /// TSC value at which guest mode ends, `u64::MAX` for never.
     deadline: u64,
+    /// The same while the vCPU is loaded, else `u64::MAX`: what an entry looks at.
+    timer: u64,
     /// What the VMCS holds, so that it is written only on change.
     pin: u32,
     primary: u32,
@@ -230,6 +233,7 @@ impl VmxVcpu {
             pending: None,
             rare: Exit::Benign,
             deadline: u64::MAX,
+            timer: u64::MAX,
             pin: caps.pin,
             primary: caps.primary,
             threshold: 0,
@@ -557,11 +561,10 @@ impl VmxVcpu {
     fn start_timer(&mut self) {
         // SAFETY: RDTSC is harmless.
         let now = unsafe { _rdtsc() };
-        let ticks = self.deadline.saturating_sub(now) >> self.caps.timer_shift;
-        let ticks = ticks.min(u32::MAX.into());
-        // SAFETY: in VMX operation (the contract of `new`), with the timer, since there is a
-        // deadline. Were this VMCS not current, the entry that follows would fail, and the owner of
-        // the one that is writes the field before each entry of its own.
+        // The field takes the low 32 bits. A deadline farther than they reach exits once too
+        // early, finds nothing due, and is set again.
+        let ticks = self.timer.saturating_sub(now) >> self.caps.timer_shift;
+        // SAFETY: there is a timer to set, so the VMCS is current and the processor has the field.
         unsafe { vmcs::vmwrite(guest::VMX_PREEMPTION_TIMER_VALUE, ticks) };
     }
 
@@ -569,7 +572,6 @@ impl VmxVcpu {
     #[inline(always)]
     fn decode(&mut self, reason: u32) -> Option<Exit> {
         Some(match reason {
-            r::CPUID => Exit::Cpuid,
             r::VMCALL => Exit::Hypercall,
             r::RDMSR => Exit::Rdmsr,
             r::WRMSR => Exit::Wrmsr,
@@ -714,14 +716,9 @@ impl VmxVcpu {
         let info = self.read(ro::VMEXIT_INTERRUPTION_INFO) as u32;
         let error_code = self.read(ro::VMEXIT_INTERRUPTION_ERR_CODE) as u32;
         let event = exit::decode_event(info, error_code, 0);
-        let double = matches!(
-            event,
-            Some(Event::Exception {
-                exception: Exception::DoubleFault,
-                ..
-            })
-        );
-        self.requeue(info & exit::IRET_UNBLOCKED_NMI != 0 && !double);
+        // Bit 12 means something for faults that do not go into a double fault (§28.2.3).
+        let fault = matches!(event, Some(Event::Exception { exception, .. }) if exception != Exception::DoubleFault);
+        self.requeue(fault && info & exit::IRET_UNBLOCKED_NMI != 0);
         Some(match event {
             Some(Event::Nmi) => {
                 // The exit took the NMI and left NMIs blocked: the host's handler runs as if it
@@ -876,6 +873,7 @@ impl VmxVcpu {
     fn reset_vmcs(&mut self) {
         self.request_interrupt_window(false);
         self.request_nmi_window(false);
+        self.set_threshold(0);
         let data = Segment {
             selector: 0,
             rights: arch::AccessRights(0x93),
@@ -1133,11 +1131,13 @@ impl Vcpu for VmxVcpu {
             self.flush_linear();
             self.flush_nested(self.config.ept_root);
         }
+        self.timer = self.deadline;
         self.load_switched();
     }
 
     fn unload(&mut self) {
         if self.loaded() {
+            self.timer = u64::MAX;
             self.unload_switched();
             // SAFETY: the VMCS is ours; VMCLEAR writes it to memory so that any core can load it.
             let _ = unsafe { vmcs::vmclear(self.pages.vmcs.phys()) };
@@ -1152,7 +1152,7 @@ impl Vcpu for VmxVcpu {
             if self.pending.is_some() {
                 self.deliver();
             }
-            if self.deadline != u64::MAX {
+            if self.timer != u64::MAX {
                 self.start_timer();
             }
             // SAFETY: loaded on this core with its host state, or else the entry fails.
@@ -1161,10 +1161,18 @@ impl Vcpu for VmxVcpu {
                 self.entry_failed(outcome);
                 return Exit::Rare;
             }
-            // SAFETY: `entry::run` says `Launched` at an exit. That saves the asking below.
-            unsafe { core::hint::assert_unchecked(self.loaded()) };
-            // SAFETY: the exit came from the current VMCS.
-            let reason = unsafe { vmcs::vmread(ro::EXIT_REASON) } as u32;
+            // SAFETY: the exit came from the current VMCS, and the assembly noted that it is
+            // launched; told of it, the compiler leaves out what asks whether it is loaded.
+            let raw = unsafe {
+                assert_unchecked(self.loaded());
+                vmcs::vmread(ro::EXIT_REASON)
+            };
+            let reason = raw as u32;
+            // Compared in full width, which keeps the compiler from drawing it into the table
+            // below: the path of the most common instruction is a straight line.
+            if raw == u64::from(r::CPUID) {
+                return Exit::Cpuid;
+            }
             if let Some(exit) = self.decode(reason) {
                 return exit;
             }
@@ -1211,17 +1219,10 @@ impl Vcpu for VmxVcpu {
     }
     #[inline(always)]
     fn next_rip(&self) -> Option<u64> {
-        if !self.loaded() {
-            return None;
-        }
-        // SAFETY: the VMCS is current.
-        let (rip, length) = unsafe {
-            (
-                vmcs::vmread(guest::RIP),
-                vmcs::vmread(ro::VMEXIT_INSTRUCTION_LEN),
-            )
-        };
-        Some(rip.wrapping_add(length))
+        self.loaded().then(|| {
+            let length = self.read(ro::VMEXIT_INSTRUCTION_LEN);
+            self.read(guest::RIP).wrapping_add(length)
+        })
     }
     #[inline(always)]
     fn rflags(&self) -> RFlags {
@@ -1467,6 +1468,9 @@ impl Vcpu for VmxVcpu {
             return false;
         }
         self.deadline = tsc;
+        if self.loaded() {
+            self.timer = tsc;
+        }
         let mut value = self.pin & !pin::PREEMPTION_TIMER;
         if tsc != u64::MAX {
             value |= pin::PREEMPTION_TIMER;
@@ -1516,5 +1520,79 @@ impl Vcpu for VmxVcpu {
         } else {
             self.core = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether reads and writes of an MSR exit, by the layout of §25.6.9.
+    fn exits(bitmap: &[u8; HostPage::SIZE], index: u32) -> (bool, bool) {
+        let base = if index >= 0xc000_0000 { 1024 } else { 0 };
+        let bit = (index & 0x1fff) as usize;
+        let at = |from: usize| bitmap[from + bit / 8] & 1 << (bit % 8) != 0;
+        (at(base), at(base + 2048))
+    }
+
+    #[test]
+    fn the_msr_bitmap_has_four_quarters() {
+        let mut bitmap = [0xff; HostPage::SIZE];
+        set_bitmap(&mut bitmap, msr::IA32_SYSENTER_EIP, false, false);
+        set_bitmap(&mut bitmap, msr::IA32_LSTAR, false, true);
+        set_bitmap(&mut bitmap, 0x4000_0000, false, false);
+        assert_eq!(exits(&bitmap, msr::IA32_SYSENTER_EIP), (false, false));
+        assert_eq!(exits(&bitmap, msr::IA32_LSTAR), (false, true));
+        assert_eq!(bitmap.iter().map(|byte| byte.count_zeros()).sum::<u32>(), 3);
+        set_bitmap(&mut bitmap, msr::IA32_LSTAR, true, true);
+        assert_eq!(exits(&bitmap, msr::IA32_LSTAR), (true, true));
+    }
+
+    #[test]
+    fn cr0_writes_that_fault_are_left_to_software() {
+        const PG: u64 = Cr0::PG.bits();
+        const PE: u64 = Cr0::PE.bits();
+        const CD: u64 = Cr0::CD.bits();
+        const NW: u64 = Cr0::NW.bits();
+        let (real, paged) = (Cr0::ET, Cr0::PE | Cr0::PG);
+        let (none, pae, lme) = (Cr4::empty(), Cr4::PAE, Efer::LME);
+        let (off, long) = (Efer::empty(), Efer::LME | Efer::LMA);
+        for (was, value, cr4, efer, cs_long, legal) in [
+            (real, CD | NW, none, off, false, true),
+            (real, NW, none, off, false, false),
+            (real, PG, none, off, false, false),
+            (real, 1 << 32, none, off, false, false),
+            (real, PE | PG, none, off, false, true),
+            (real, PE | PG, none, lme, false, false),
+            (real, PE | PG, pae, lme, false, true),
+            (real, PE | PG, pae, lme, true, false),
+            (paged, PE, pae, long, true, false),
+            (paged, PE, pae, long, false, true),
+            (paged, PE, pae | Cr4::PCIDE, long, false, false),
+            (paged, PE | PG, pae | Cr4::CET, long, true, false),
+        ] {
+            assert_eq!(
+                cr0_legal(was, value, cr4, efer, cs_long),
+                legal,
+                "{was:?} to {value:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn descriptors_and_registers_are_found() {
+        assert_eq!(
+            tss_base(0x1200_8934_5678_0067, 0xffff_8000),
+            0xffff_8000_1234_5678
+        );
+        assert!(x2apic_readable(0x802) && x2apic_readable(0x83e));
+        // PPR, EOI, current count, self-IPI, and the high half of ICR, which x2APIC has not.
+        for index in [0x80a, 0x80b, 0x831, 0x839, 0x83f] {
+            assert!(!x2apic_readable(index), "{index:#x}");
+        }
+        assert_eq!(
+            debug_index(DebugRegister::Dr4),
+            debug_index(DebugRegister::Dr6)
+        );
     }
 }
