@@ -172,8 +172,6 @@ pub struct Vm<V: Vcpu, P: PhysMemory, F: FrameSource> {
     pub(crate) origin: u64,
     /// The next deadline that was armed, in the VM's time; `None`: arm again.
     pub(crate) armed: Option<Nanos>,
-    /// The same in the machine's TSC.
-    pub(crate) deadline: u64,
     /// The TPR and threshold that the hardware knows.
     pub(crate) shown_tpr: (u8, u8),
     /// An interrupt or NMI window was asked for.
@@ -181,6 +179,8 @@ pub struct Vm<V: Vcpu, P: PhysMemory, F: FrameSource> {
     /// The vCPU executed HLT.
     pub(crate) halted: bool,
     pub(crate) stop: bool,
+    /// How the VM ended, on the way out of the run loop.
+    pub(crate) end: Option<End>,
     /// Where the guest's code was found last.
     pub(crate) code_page: CodePage,
     pub(crate) board: Board,
@@ -289,11 +289,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             clock,
             origin: setup.tsc,
             armed: None,
-            deadline: u64::MAX,
             shown_tpr: (0, 0),
             window: false,
             halted: false,
             stop: false,
+            end: None,
             code_page: CodePage::NONE,
             board,
             memory,
@@ -360,11 +360,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     /// The VM's time when the machine's TSC reads `tsc`.
+    #[inline(always)]
     pub(crate) fn time_at(&self, tsc: u64) -> Nanos {
         Nanos(self.clock.ticks_to_nanos(tsc.wrapping_sub(self.origin)))
     }
 
     /// The machine's TSC at or just after a time of the VM.
+    #[inline]
     pub(crate) fn tsc_at(&self, time: Nanos) -> u64 {
         if time == Nanos::NEVER {
             return u64::MAX;

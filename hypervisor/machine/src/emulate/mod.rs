@@ -242,7 +242,7 @@ fn finish(rip: u64, code: &Code, outcome: Result<Done, Stop>) -> Result<Done, Em
 
 /// Ends an instruction: RIP moves to `next`, RF falls, and with TF set a trap follows
 /// (Intel SDM Vol. 3B §17.3.1).
-#[inline]
+#[inline(always)]
 pub fn retire<V: Vcpu + ?Sized>(vcpu: &mut V, next: u64) -> Done {
     vcpu.set_rip(next);
     let rflags = vcpu.rflags();
@@ -253,6 +253,7 @@ pub fn retire<V: Vcpu + ?Sized>(vcpu: &mut V, next: u64) -> Done {
 }
 
 #[cold]
+#[inline(never)]
 fn retire_traced<V: Vcpu + ?Sized>(vcpu: &mut V, rflags: RFlags) -> Done {
     vcpu.set_rflags(rflags.difference(RFlags::RF));
     single_step(vcpu, rflags).map_or(Done::Next, Done::Trap)
