@@ -1,6 +1,6 @@
 //! The run loop of a core: pick a VM, run it until something wants the core, repeat.
 
-use crate::backend::Backend;
+use crate::backend::{self, Backend, Setup};
 use crate::bring_up::{Host, STATUS_BOOT};
 use crate::console::{self, Request};
 use crate::frames::{self, Frames};
@@ -8,14 +8,14 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use arch::{Nanos, Vcpu};
+use arch::Nanos;
 use core::sync::atomic::{AtomicBool, Ordering};
-use hw::{CoreTimer, DirectMap, TIMER_VECTOR};
+use hw::{CoreTimer, TIMER_VECTOR};
 use log::{error, info, warn};
 use sched::{Decision, Scheduler, VcpuId};
 use vm::bundle::Bundle;
 use vm::config::{Config, OnReboot, VmConfig};
-use vm::{End, Stop, Vm, VmError, VmSetup};
+use vm::{End, Stop, VmError};
 
 /// Exit status for a VM that crashed.
 const STATUS_CRASH: u32 = 101;
@@ -42,15 +42,14 @@ pub fn host_interrupt(vector: u8) {
     }
 }
 
-struct Guest<V: Vcpu> {
+struct Guest {
     config: VmConfig,
-    /// Boxed: a VM is large, and is never moved.
-    vm: Option<Box<Vm<V, DirectMap, Frames>>>,
+    vm: Option<Box<dyn backend::Guest>>,
     end: Option<End>,
 }
 
 /// What the guests' rooms need of the machine while one runs.
-struct CoreHost<'a> {
+pub struct CoreHost<'a> {
     guest: usize,
     timer: &'a mut CoreTimer,
     /// TSC at which the core is wanted for something else.
@@ -102,14 +101,14 @@ impl Clock {
 }
 
 /// The guests of one machine and the core that runs them.
-struct Core<'a, B: Backend> {
-    backend: B,
+struct Core<'a> {
+    backend: &'a dyn Backend,
     host: &'a Host,
     bundle: &'a Bundle<'a>,
     timer: CoreTimer,
     clock: Clock,
     scheduler: Scheduler,
-    guests: Vec<Guest<B::Vcpu>>,
+    guests: Vec<Guest>,
     /// Whose vCPU is on the core.
     loaded: Option<usize>,
     /// The first bad end: exit status and reason.
@@ -117,8 +116,8 @@ struct Core<'a, B: Backend> {
 }
 
 /// Makes the guests of the configuration, runs them until all have ended, and says how it went.
-pub fn run<B: Backend>(
-    backend: B,
+pub fn run(
+    backend: &dyn Backend,
     host: &Host,
     timer: CoreTimer,
     bundle: &Bundle<'_>,
@@ -165,7 +164,7 @@ pub fn run<B: Backend>(
         .unwrap_or_else(|| (0, "every VM ended well".to_string()))
 }
 
-impl<B: Backend> Core<'_, B> {
+impl Core<'_> {
     fn fail(&mut self, status: u32, reason: String) {
         self.failure.get_or_insert((status, reason));
     }
@@ -204,20 +203,20 @@ impl<B: Backend> Core<'_, B> {
         &mut self,
         number: usize,
         config: &VmConfig,
-    ) -> Result<Box<Vm<B::Vcpu, DirectMap, Frames>>, VmError> {
+    ) -> Result<Box<dyn backend::Guest>, VmError> {
         let (before_heap, before_frames) = (frames::heap_used(), frames::free_bytes());
         let promised: u64 = self
             .guests
             .iter()
             .filter_map(|guest| guest.vm.as_ref())
-            .map(|vm| vm.promised_bytes() - vm.backed_bytes())
+            .map(|vm| vm.vm().promised_bytes() - vm.vm().backed_bytes())
             .sum();
         let host = self.host;
         let now = hw::rdtsc();
-        let setup = VmSetup {
+        let setup = Setup {
             config,
             bundle: self.bundle,
-            format: B::FORMAT,
+            format: self.backend.format(),
             phys: host.map,
             frames: Frames,
             free_bytes: before_frames.saturating_sub(promised),
@@ -231,12 +230,7 @@ impl<B: Backend> Core<'_, B> {
             },
             apic_access_page: self.backend.apic_access_page(),
         };
-        let backend = &mut self.backend;
-        let vm = Vm::new(setup, &mut |root, apic_page, cr4| {
-            let apic_page = host.map.physical(apic_page);
-            backend.create_vcpu(host, number as u16, root, apic_page, cr4)
-        })?;
-        let vm = Box::new(vm);
+        let vm = self.backend.create(host, number as u16, setup)?;
         info!(
             "vm {}: {} MiB, {} vCPU, kernel {}",
             config.name,
@@ -248,7 +242,7 @@ impl<B: Backend> Core<'_, B> {
         let taken = before_frames.saturating_sub(frames::free_bytes());
         console::say(format_args!(
             "bench vm-memory {} bytes",
-            heap + taken.saturating_sub(vm.backed_bytes())
+            heap + taken.saturating_sub(vm.vm().backed_bytes())
         ));
         Ok(vm)
     }
@@ -296,7 +290,7 @@ impl<B: Backend> Core<'_, B> {
             {
                 let mut taken = 0;
                 console::guest_input(number, &mut |bytes| {
-                    let used = vm.input(bytes, hw::rdtsc());
+                    let used = vm.vm_mut().input(bytes, hw::rdtsc());
                     taken += used;
                     used
                 });
@@ -315,7 +309,7 @@ impl<B: Backend> Core<'_, B> {
             .and_then(|number| self.guests.get_mut(number))
             && let Some(vm) = &mut guest.vm
         {
-            vm.unload();
+            vm.vm_mut().unload();
         }
     }
 
@@ -333,7 +327,7 @@ impl<B: Backend> Core<'_, B> {
             return;
         };
         if self.loaded != Some(number) {
-            vm.load();
+            vm.vm_mut().load();
             self.loaded = Some(number);
         }
         let slice_end = self.clock.tsc_at(until);
@@ -376,7 +370,7 @@ impl<B: Backend> Core<'_, B> {
             _ => console::say(format_args!("vm {name}: ended: {end}")),
         }
         match guest.vm.take() {
-            Some(vm) if sound => self.backend.destroy_vcpu(vm.into_vcpu()),
+            Some(vm) if sound => vm.destroy(),
             lost => core::mem::forget(lost),
         }
         if end == End::Reset && config.on_reboot == OnReboot::Restart {
@@ -404,8 +398,8 @@ impl<B: Backend> Core<'_, B> {
             ("", ..) => found = None,
             ("quit" | "exit", None, _) => return true,
             ("list", None, _) => self.list(),
-            ("button", Some(_), Some(vm)) => vm.power_button(),
-            ("stop", Some(_), Some(vm)) => vm.stop(),
+            ("button", Some(_), Some(vm)) => vm.vm_mut().power_button(),
+            ("stop", Some(_), Some(vm)) => vm.vm_mut().stop(),
             ("button" | "stop", Some(name), None) => warn!("no VM `{name}` is running"),
             _ => console::say(format_args!(
                 "list | button VM (press its power button) | stop VM (end it now) | quit"
@@ -427,8 +421,8 @@ impl<B: Backend> Core<'_, B> {
             let state = match (&guest.vm, &guest.end) {
                 (Some(vm), _) => format!(
                     "running, {} KiB of {} in use",
-                    vm.backed_bytes() >> 10,
-                    vm.promised_bytes() >> 10
+                    vm.vm().backed_bytes() >> 10,
+                    vm.vm().promised_bytes() >> 10
                 ),
                 (None, Some(end)) => format!("ended: {end}"),
                 (None, None) => "not started".to_string(),

@@ -69,7 +69,7 @@ impl PortBus for Bus<'_> {
 /// What to do after an exit.
 type Handled = Result<(), End>;
 
-impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
+impl<V: Vcpu + 'static, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     /// Runs the guest until something else wants the core or the guest wants nothing of it. The
     /// vCPU must be loaded.
     pub fn run(&mut self, host: &mut impl Host) -> Stop {
@@ -128,7 +128,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     Ok(()) => return Stop::Yield,
                     Err(end) => Err(end),
                 },
-                other => self.rare(other, host),
+                other => self.rarely().rare(other, host),
             };
             if let Err(end) = handled {
                 self.drain(host);
@@ -162,7 +162,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             if self.vcpu.interruptibility().interrupts_open {
                 let vector = self.board.apic.local[0].acknowledge();
                 if !self.vcpu.inject(Event::Interrupt(vector)) {
-                    return Some(Stop::Ended(self.shut_down()));
+                    return Some(Stop::Ended(self.rarely().shut_down()));
                 }
                 // Another may wait behind it.
                 self.want_window(self.board.apic.local[0].pending().is_some());
@@ -234,14 +234,16 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             // start-up that nobody can send.
             let _ = apic.take_signals(0);
             if signals.init {
-                return Some(Stop::Ended(self.crash("INIT sent to the only vCPU")));
+                return Some(Stop::Ended(
+                    self.rarely().crash("INIT sent to the only vCPU"),
+                ));
             }
         } else if signals.nmi {
             if open.nmi_open {
                 let _ = apic.take_signals(0);
                 self.halted = false;
                 if !self.vcpu.inject(Event::Nmi) {
-                    return Some(Stop::Ended(self.shut_down()));
+                    return Some(Stop::Ended(self.rarely().shut_down()));
                 }
                 return None;
             }
@@ -257,7 +259,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 };
                 self.halted = false;
                 if !self.vcpu.inject(Event::Interrupt(vector)) {
-                    return Some(Stop::Ended(self.shut_down()));
+                    return Some(Stop::Ended(self.rarely().shut_down()));
                 }
                 let more = self.board.apic.local[0].pending().is_some()
                     || (self.board.pic_interrupt() && self.board.apic.accepts_extint(0));
@@ -288,22 +290,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     fn next_rip(&mut self, expected: Expected) -> Result<Option<u64>, End> {
         match emulate::next_rip_known(&self.vcpu, &mut self.memory, &mut self.code_page, expected) {
             Ok(next) => Ok(Some(next)),
-            Err(error) => self.no_length(error).map(|()| None),
-        }
-    }
-
-    #[cold]
-    fn no_length(&mut self, error: LengthError) -> Handled {
-        match error {
-            LengthError::Changed => Ok(()),
-            LengthError::Fault(fault) => {
-                if fault.deliver(&mut self.vcpu) {
-                    Ok(())
-                } else {
-                    Err(self.shut_down())
-                }
-            }
-            LengthError::Failed(error) => Err(self.crash(&format!("{error}"))),
+            Err(error) => self.rarely().no_length(error).map(|()| None),
         }
     }
 
@@ -314,7 +301,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         if done == Done::Next || done.deliver(&mut self.vcpu) {
             Ok(())
         } else {
-            Err(self.shut_down())
+            Err(self.rarely().shut_down())
         }
     }
 
@@ -323,24 +310,6 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         match self.next_rip(expected)? {
             Some(next) => self.retire(next),
             None => Ok(()),
-        }
-    }
-
-    /// An instruction without effect that is one of two.
-    fn skip_either(&mut self, first: Expected, second: Expected) -> Handled {
-        match emulate::next_rip(&self.vcpu, &mut self.memory, first) {
-            Ok(next) => self.retire(next),
-            Err(LengthError::Changed) => self.skip(second),
-            Err(error) => self.no_length(error),
-        }
-    }
-
-    #[inline]
-    fn inject(&mut self, event: Event) -> Handled {
-        if self.vcpu.inject(event) {
-            Ok(())
-        } else {
-            Err(self.shut_down())
         }
     }
 
@@ -368,7 +337,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let rax = self.vcpu.gprs()[Gpr::Rax];
         // Both vendors tell where a port access ends; only a broken one would not.
         let Some(next) = self.vcpu.next_rip() else {
-            return Err(self.crash("the hardware gave no length for a port access"));
+            return Err(self
+                .rarely()
+                .crash("the hardware gave no length for a port access"));
         };
         if io.input {
             let value = u64::from(self.board.port_read(io.port, io.size, now));
@@ -404,16 +375,20 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         match self.memory.fault(addr, access) {
             FaultOutcome::Backed => return Ok(()),
             FaultOutcome::OutOfMemory => {
-                return Err(self.crash(&format!("no host memory is left for its page {addr}")));
+                return Err(self
+                    .rarely()
+                    .crash(&format!("no host memory is left for its page {addr}")));
             }
             FaultOutcome::NotRam | FaultOutcome::ReadOnly => {}
         }
         if walk || access.execute {
             let what = if walk { "page tables" } else { "instructions" };
-            return Err(self.crash(&format!("{what} at {addr}, where there is no memory")));
+            return Err(self
+                .rarely()
+                .crash(&format!("{what} at {addr}, where there is no memory")));
         }
         if self.vcpu.pending_event().is_some() {
-            return Err(self.crash(&format!(
+            return Err(self.rarely().crash(&format!(
                 "a stack or table at {addr}, where there is no memory"
             )));
         }
@@ -425,8 +400,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         match emulate::emulate_at(&mut self.vcpu, &mut self.memory, &mut bus, hint) {
             Ok(Done::Next | Done::Again) => Ok(()),
             Ok(done) if done.deliver(&mut self.vcpu) => Ok(()),
-            Ok(_) => Err(self.shut_down()),
-            Err(error) => Err(self.crash(&format!("access to {addr}: {error}"))),
+            Ok(_) => Err(self.rarely().shut_down()),
+            Err(error) => Err(self.rarely().crash(&format!("access to {addr}: {error}"))),
         }
     }
 
@@ -450,7 +425,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 gprs[Gpr::Rdx] = value >> 32;
                 self.retire(next)
             }
-            Err(fault) => self.no_msr(fault, "RDMSR", index),
+            Err(fault) => self.rarely().no_msr(fault, "RDMSR", index),
         }
     }
 
@@ -472,7 +447,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         match self.msrs.write(index, value, &mut context) {
             Ok(MsrEffect::None | MsrEffect::Apic(ApicEffect::None | ApicEffect::Timer)) => {}
             Ok(effect) => self.msr_effect(effect, now),
-            Err(fault) => return self.no_msr(fault, "WRMSR", index),
+            Err(fault) => return self.rarely().no_msr(fault, "WRMSR", index),
         }
         self.retire(next)
     }
@@ -535,6 +510,92 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         self.vcpu.set_apic_mode(mode);
     }
 
+    fn hypercall(&mut self) -> Handled {
+        let Some(next) = self.next_rip(Expected::Hypercall)? else {
+            return Ok(());
+        };
+        let result = if self.vcpu.cpl() != 0 {
+            abi::hypercall::ERROR_PRIVILEGE
+        } else if self.vcpu.gprs()[Gpr::Rax] == abi::hypercall::VERSION {
+            abi::VERSION.into()
+        } else {
+            abi::hypercall::ERROR_UNKNOWN
+        };
+        self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
+        self.retire(next)
+    }
+
+    /// The VM as what is rare sees it.
+    #[inline]
+    fn rarely(&mut self) -> &mut Vm<dyn Vcpu, P, F> {
+        self
+    }
+}
+
+/// What is not on any hot path: once for all vendors.
+impl<P: PhysMemory, F: FrameSource> Vm<dyn Vcpu, P, F> {
+    /// Where the instruction that exited ends. `Ok(None)`: enter the guest again.
+    fn next_rip(&mut self, expected: Expected) -> Result<Option<u64>, End> {
+        let next = match self.vcpu.next_rip() {
+            Some(next) => return Ok(Some(next)),
+            None => emulate::decode_next_rip(&self.vcpu, &mut self.memory, expected),
+        };
+        match next {
+            Ok(next) => Ok(Some(next)),
+            Err(error) => self.no_length(error).map(|()| None),
+        }
+    }
+
+    #[cold]
+    fn no_length(&mut self, error: LengthError) -> Handled {
+        match error {
+            LengthError::Changed => Ok(()),
+            LengthError::Fault(fault) => {
+                if fault.deliver(&mut self.vcpu) {
+                    Ok(())
+                } else {
+                    Err(self.shut_down())
+                }
+            }
+            LengthError::Failed(error) => Err(self.crash(&format!("{error}"))),
+        }
+    }
+
+    /// Ends the instruction that exited.
+    fn retire(&mut self, next: u64) -> Handled {
+        let done = emulate::retire(&mut self.vcpu, next);
+        self.deliver(done)
+    }
+
+    /// An instruction without effect that is one of two.
+    fn skip_either(&mut self, first: Expected, second: Expected) -> Handled {
+        match emulate::decode_next_rip(&self.vcpu, &mut self.memory, first) {
+            Ok(next) => self.retire(next),
+            Err(LengthError::Changed) => match self.next_rip(second)? {
+                Some(next) => self.retire(next),
+                None => Ok(()),
+            },
+            Err(error) => self.no_length(error),
+        }
+    }
+
+    /// Queues what an emulated instruction ended with.
+    fn deliver(&mut self, done: Done) -> Handled {
+        if done.deliver(&mut self.vcpu) {
+            Ok(())
+        } else {
+            Err(self.shut_down())
+        }
+    }
+
+    fn inject(&mut self, event: Event) -> Handled {
+        if self.vcpu.inject(event) {
+            Ok(())
+        } else {
+            Err(self.shut_down())
+        }
+    }
+
     #[cold]
     fn no_msr(&mut self, fault: MsrFault, what: &str, index: u32) -> Handled {
         if fault == MsrFault::Unknown {
@@ -551,30 +612,15 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         self.inject(Event::GP0)
     }
 
-    fn hypercall(&mut self) -> Handled {
-        let Some(next) = self.next_rip(Expected::Hypercall)? else {
-            return Ok(());
-        };
-        let result = if self.vcpu.cpl() != 0 {
-            abi::hypercall::ERROR_PRIVILEGE
-        } else if self.vcpu.gprs()[Gpr::Rax] == abi::hypercall::VERSION {
-            abi::VERSION.into()
-        } else {
-            abi::hypercall::ERROR_UNKNOWN
-        };
-        self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
-        self.retire(next)
-    }
-
     /// The guest shut down.
     #[cold]
-    fn shut_down(&self) -> End {
+    fn shut_down(&mut self) -> End {
         self.crash("triple fault")
     }
 
     /// The report of a crash: what happened and where.
     #[cold]
-    pub(crate) fn crash(&self, cause: &str) -> End {
+    fn crash(&mut self, cause: &str) -> End {
         let vcpu = &self.vcpu;
         let cs = vcpu.segment(SegmentRegister::Cs);
         End::Crashed(format!(
@@ -603,8 +649,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     board: &mut self.board,
                 };
                 match emulate::string_io(&mut self.vcpu, &mut self.memory, &mut bus, &io) {
-                    Ok(done) if done.deliver(&mut self.vcpu) => Ok(()),
-                    Ok(_) => Err(self.shut_down()),
+                    Ok(done) => self.deliver(done),
                     Err(error) => Err(self.crash(&format!("port {:#x}: {error}", io.port))),
                 }
             }
