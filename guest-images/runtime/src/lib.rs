@@ -20,8 +20,8 @@ pub use interrupts::{
     Fault, Frame, Handler, count, expect_fault, load_idt, on_interrupt, reset_interrupts, set_gate,
     with_interrupts,
 };
-pub use paging::{PAGE, Page, WINDOW, set_window, window};
-pub use serial::_print;
+pub use paging::{PAGE, Page, WINDOW, set_window, set_window_unflushed, window, window_entry};
+pub use serial::{_print, init as init_serial};
 pub use start::{StartInfo, cmdline, start_info};
 pub use tests::{Case, run_tests, skip};
 

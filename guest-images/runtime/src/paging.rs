@@ -18,7 +18,9 @@ unsafe impl Sync for Page {}
 
 impl Page {
     /// All zero.
-    pub const ZERO: Self = Self(UnsafeCell::new([0; 512]));
+    pub const fn zero() -> Self {
+        Self(UnsafeCell::new([0; 512]))
+    }
 
     /// Its address, which is also its physical one.
     pub fn address(&self) -> u64 {
@@ -37,7 +39,7 @@ impl Page {
     }
 }
 
-static TABLES: [Page; 3] = [Page::ZERO; 3];
+static TABLES: [Page; 3] = [const { Page::zero() }; 3];
 
 unsafe extern "C" {
     static mut guest_pml4: [u64; 512];
@@ -54,7 +56,7 @@ pub fn set_window(index: usize, entry: u64) -> u64 {
     let [pdpt, pd, pt] = &TABLES;
     pdpt.set(0, pd.address() | 7);
     pd.set(0, pt.address() | 7);
-    pt.set(index, entry);
+    set_window_unflushed(index, entry);
     let address = window(index);
     // SAFETY: slot 1 of the root belongs to this module; the rest of the map is untouched.
     unsafe {
@@ -65,4 +67,19 @@ pub fn set_window(index: usize, entry: u64) -> u64 {
         asm!("invlpg [{}]", in(reg) address, options(nostack));
     }
     address
+}
+
+/// Sets the page-table entry of page `index` and leaves what the CPU may remember of the old one.
+pub fn set_window_unflushed(index: usize, entry: u64) {
+    TABLES[2].set(index, entry);
+}
+
+/// The page-table entry of page `index` of the window, with what the CPU has noted in it.
+pub fn window_entry(index: usize) -> u64 {
+    // SAFETY: the table is this module's; the CPU's walk writes bits of it.
+    unsafe {
+        (TABLES[2].address() as *const u64)
+            .add(index & 511)
+            .read_volatile()
+    }
 }

@@ -51,3 +51,8 @@ pub(crate) fn init() {
         asm!("ltr {:x}", in(reg) TSS, options(nostack));
     }
 }
+
+/// The top of the stack of IST 1.
+pub fn interrupt_stack() -> u64 {
+    &raw const guest_ist1_top as u64
+}

@@ -56,10 +56,7 @@ extern "C" fn go_on() -> ! {
     // SAFETY: only `run_tests` stores here, and before anything comes here.
     let before_each =
         unsafe { core::mem::transmute::<*mut (), fn()>(BEFORE_EACH.load(Ordering::Relaxed)) };
-    loop {
-        let Some(case) = cases().get(NEXT.fetch_add(1, Ordering::Relaxed)) else {
-            break;
-        };
+    while let Some(case) = cases().get(NEXT.fetch_add(1, Ordering::Relaxed)) {
         if !wanted(case) {
             continue;
         }

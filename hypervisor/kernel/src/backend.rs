@@ -99,6 +99,18 @@ fn pages<const N: usize>(host: &Host) -> Option<[HostPage; N]> {
     host_pages(host.map, N as u64)?.try_into().ok()
 }
 
+/// Two single pages: a whole run is hard to come by when memory is in pieces.
+fn two_pages(host: &Host) -> Option<(HostPage, HostPage)> {
+    let first = host_page(host.map)?;
+    match host_page(host.map) {
+        Some(second) => Some((first, second)),
+        None => {
+            back(first);
+            None
+        }
+    }
+}
+
 fn out_of_memory(extension: Extension) -> VirtUnavailable {
     VirtUnavailable::EnableFailed {
         extension,
@@ -159,7 +171,9 @@ impl VmxBackend {
         apic_page: HostPhysAddr,
         cr4: u64,
     ) -> Result<VmxVcpu, String> {
-        let [vmcs, msr_bitmap] = pages(host).ok_or("there is no memory for its control pages")?;
+        let (vmcs, msr_bitmap) =
+            two_pages(host).ok_or("there is no memory for its control pages")?;
+        let frames = [vmcs.phys(), msr_bitmap.phys()];
         let cr4_guest = Cr4::from_bits_retain(cr4) & VmxConfig::CR4_GUEST;
         let config = VmxConfig {
             ept_root: root,
@@ -172,8 +186,15 @@ impl VmxBackend {
         };
         // SAFETY: VMX and the extended state are on here; the pages are fresh; the tables and the
         // APIC page belong to the VM that will own the vCPU.
-        unsafe { VmxVcpu::new(&self.caps, VmxPages { vmcs, msr_bitmap }, config) }
-            .map_err(|error| error.to_string())
+        unsafe { VmxVcpu::new(&self.caps, VmxPages { vmcs, msr_bitmap }, config) }.map_err(
+            |error| {
+                // The processor holds neither of them: it refused the first.
+                for frame in frames {
+                    Frames.free(frame, PageSize::Size4K);
+                }
+                error.to_string()
+            },
+        )
     }
 }
 
@@ -199,6 +220,8 @@ impl Backend for VmxBackend {
         let features = self.caps.features();
         Enabled {
             rdtscp: features.contains(cpu::vmx::Features::RDTSCP),
+            invpcid: features.contains(cpu::vmx::Features::INVPCID),
+            xsaves: features.contains(cpu::vmx::Features::XSAVES),
             ..enabled(&self.xstate)
         }
     }
@@ -240,6 +263,7 @@ impl SvmBackend {
 
     fn create_vcpu(&self, host: &Host, number: u16, root: HostPhysAddr) -> Result<SvmVcpu, String> {
         let vmcb = host_page(host.map).ok_or("there is no memory for its control block")?;
+        let frame = vmcb.phys();
         // One tag each while they last; from the last one on they share it, and pay with flushes.
         let tags = self.caps.asids.saturating_sub(1).max(1);
         let config = SvmConfig {
@@ -249,7 +273,10 @@ impl SvmBackend {
             bitmaps: self.bitmaps,
             xstate: self.xstate,
         };
-        SvmVcpu::new(&self.caps, vmcb, config).map_err(|error| error.to_string())
+        SvmVcpu::new(&self.caps, vmcb, config).map_err(|error| {
+            Frames.free(frame, PageSize::Size4K);
+            error.to_string()
+        })
     }
 }
 
@@ -273,6 +300,9 @@ impl Backend for SvmBackend {
     fn enabled(&self) -> Enabled {
         Enabled {
             rdtscp: self.caps.features.contains(SvmFeatures::TSC_AUX),
+            // They run natively where the machine has them.
+            invpcid: true,
+            xsaves: true,
             ..enabled(&self.xstate)
         }
     }

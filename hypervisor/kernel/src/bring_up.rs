@@ -6,6 +6,7 @@ use crate::{console, panic, run};
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
 use bootloader_api::BootInfo;
+use bootloader_api::info::MemoryRegionKind;
 use core::sync::atomic::{AtomicU64, Ordering};
 use cpu::host::{CoreTables, EmergencyStacks, InterruptFrame};
 use cpu::page::HostPage;
@@ -50,12 +51,11 @@ static TSC_HZ: AtomicU64 = AtomicU64::new(0);
 pub fn main(boot: &'static mut BootInfo) -> ! {
     START.store(hw::rdtsc(), Ordering::Relaxed);
     let offset = boot.physical_memory_offset.into_option();
-    let top = boot
+    let ram = boot
         .memory_regions
         .iter()
-        .map(|region| region.end)
-        .max()
-        .unwrap_or(0);
+        .filter(|region| is_ram(region.kind));
+    let top = ram.map(|region| region.end).max().unwrap_or(0);
     // SAFETY: the hand-off promises this window (see boot/); without it nothing can be reached.
     let map = unsafe { DirectMap::new(offset.unwrap_or(0), top.max(4 << 30)) };
     // SAFETY: the loader is gone, so the port and the screen are ours.
@@ -124,6 +124,16 @@ pub fn end(status: u32, reason: &str) -> ! {
     cpu::host::stop()
 }
 
+/// What the direct map reaches: memory of any use. Some firmware lists reserved ranges at the far
+/// end of the address space, which the loader does not map (the hand-off in boot/).
+const fn is_ram(kind: MemoryRegionKind) -> bool {
+    use MemoryRegionKind::{Bootloader, UnknownBios, UnknownUefi, Usable};
+    matches!(
+        kind,
+        Usable | Bootloader | UnknownBios(3 | 4) | UnknownUefi(1..=7 | 9 | 10)
+    )
+}
+
 /// The framebuffer that the loader handed over, else VGA text.
 ///
 /// # Safety
@@ -142,6 +152,11 @@ unsafe fn find_screen(boot: &BootInfo, map: DirectMap) -> Option<Screen> {
         stride: info.stride,
         bytes_per_pixel: info.bytes_per_pixel,
     };
+    // The loader maps the framebuffer wherever it lies.
+    let end = frame.start.checked_add(frame.bytes)?.as_u64();
+    let offset = boot.physical_memory_offset.into_option()?;
+    // SAFETY: the hand-off promises this; only the framebuffer is reached through it.
+    let map = unsafe { DirectMap::new(offset, map.limit().max(end)) };
     // SAFETY: promised by the caller.
     unsafe { Screen::pixels(map, frame) }
 }
@@ -205,7 +220,8 @@ fn install_tables(map: DirectMap) {
 /// Every interrupt and exception of the host.
 fn on_interrupt(frame: &mut InterruptFrame) {
     match frame.vector as u8 {
-        2 => warn!("NMI at {:#x}", frame.rip),
+        // It may have hit while the console was locked, so it is told later.
+        2 => run::host_nmi(),
         vector @ 0..=31 => {
             debug_assert!(vector < 32);
             panic::exception(frame)
@@ -237,6 +253,9 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
     let Ok(tsc) = tsc else {
         fail("neither the ACPI PM timer nor the 8254 counts: no clock")
     };
+    if tsc.hz < 1_000_000 {
+        fail("the time-stamp counter ticks slower than 1 MHz: no clock")
+    }
     TSC_HZ.store(tsc.hz, Ordering::Relaxed);
     info!(
         "TSC: {}.{:03} MHz by the {}",

@@ -9,7 +9,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use arch::Nanos;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use hw::{CoreTimer, TIMER_VECTOR};
 use log::{error, info, warn};
 use sched::{Decision, Scheduler, VcpuId};
@@ -21,16 +21,30 @@ use vm::{End, Stop, VmError};
 const STATUS_CRASH: u32 = 101;
 /// Exit status when a person ended the VMs.
 const STATUS_LEFT: u32 = 0;
+/// A VM that resets itself sooner than this after its start waits before it starts again: twice
+/// as long each time, up to [`LONGEST_WAIT`]. Else it could flood the log and the core.
+const SHORT_LIFE: u64 = 1_000_000_000;
+/// In nanoseconds.
+const FIRST_WAIT: u64 = 50_000_000;
+/// In nanoseconds.
+const LONGEST_WAIT: u64 = 5_000_000_000;
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.
 const POLL: u64 = 10_000_000;
 
 static TIMER_FIRED: AtomicBool = AtomicBool::new(false);
 static SERIAL_FIRED: AtomicBool = AtomicBool::new(false);
 static POLL_SERIAL: AtomicBool = AtomicBool::new(false);
+/// NMIs that came and were not told of yet.
+static NMIS: AtomicU32 = AtomicU32::new(0);
 
 /// The serial port has no interrupt: look at it on every tick.
 pub fn poll_serial() {
     POLL_SERIAL.store(true, Ordering::Relaxed);
+}
+
+/// A non-maskable interrupt of the machine. It may hit anywhere, so it takes no lock.
+pub fn host_nmi() {
+    NMIS.fetch_add(1, Ordering::Relaxed);
 }
 
 /// An interrupt of the machine.
@@ -46,6 +60,16 @@ struct Guest {
     config: VmConfig,
     vm: Option<Box<dyn backend::Guest>>,
     end: Option<End>,
+    started: Nanos,
+    /// How long it waits before it starts again, in nanoseconds.
+    wait: u64,
+}
+
+impl Guest {
+    /// Whether it has reset itself and will start again.
+    const fn waits(&self) -> bool {
+        self.vm.is_none() && self.end.is_none() && self.wait > 0
+    }
 }
 
 /// What the guests' rooms need of the machine while one runs.
@@ -176,6 +200,8 @@ impl Core<'_> {
             config: config.clone(),
             vm: None,
             end: None,
+            started: Nanos::ZERO,
+            wait: 0,
         });
         self.start(number);
     }
@@ -185,15 +211,26 @@ impl Core<'_> {
         let Some(config) = self.guests.get(number).map(|guest| guest.config.clone()) else {
             return;
         };
-        match self.create(number, &config) {
+        let now = self.clock.now();
+        let mut made = None;
+        let sound = cpu::guard::run(|| made = Some(self.create(number, &config)));
+        let failed = || VmError::Vcpu("the hypervisor failed while it made this VM".to_string());
+        match made
+            .filter(|_| sound.is_ok())
+            .unwrap_or_else(|| Err(failed()))
+        {
             Ok(vm) => {
                 if let Some(guest) = self.guests.get_mut(number) {
                     guest.vm = Some(vm);
+                    guest.started = now;
                     self.scheduler.wake(VcpuId(number));
                 }
             }
             Err(error) => {
                 error!("vm {}: {error}", config.name);
+                if let Some(guest) = self.guests.get_mut(number) {
+                    guest.wait = 0;
+                }
                 self.fail(STATUS_BOOT, format!("vm {}: {error}", config.name));
             }
         }
@@ -209,7 +246,7 @@ impl Core<'_> {
             .guests
             .iter()
             .filter_map(|guest| guest.vm.as_ref())
-            .map(|vm| vm.vm().promised_bytes() - vm.vm().backed_bytes())
+            .map(|vm| vm.vm().outstanding_bytes())
             .sum();
         let host = self.host;
         let now = hw::rdtsc();
@@ -253,6 +290,10 @@ impl Core<'_> {
             if self.console() {
                 return true;
             }
+            match NMIS.swap(0, Ordering::Relaxed) {
+                0 => {}
+                count => warn!("{count} NMI: the machine reports a fault that it does not name"),
+            }
             let now = self.clock.now();
             let polling = POLL_SERIAL.load(Ordering::Relaxed);
             let poll = if polling { now + POLL } else { Nanos::NEVER };
@@ -289,12 +330,17 @@ impl Core<'_> {
                 && console::has_input(number)
             {
                 let mut taken = 0;
-                console::guest_input(number, &mut |bytes| {
-                    let used = vm.vm_mut().input(bytes, hw::rdtsc());
-                    taken += used;
-                    used
+                let sound = cpu::guard::run(|| {
+                    console::guest_input(number, &mut |bytes| {
+                        let used = vm.vm_mut().input(bytes, hw::rdtsc());
+                        taken += used;
+                        used
+                    });
                 });
-                if taken > 0 {
+                if sound.is_err() {
+                    vm.vm_mut().stop();
+                }
+                if taken > 0 || sound.is_err() {
                     self.scheduler.wake(VcpuId(number));
                 }
             }
@@ -323,7 +369,11 @@ impl Core<'_> {
             .get_mut(number)
             .and_then(|guest| guest.vm.as_mut())
         else {
+            // Either it is over, or its wait before the next start is.
             self.scheduler.remove(VcpuId(number));
+            if self.guests.get(number).is_some_and(Guest::waits) {
+                self.start(number);
+            }
             return;
         };
         if self.loaded != Some(number) {
@@ -366,14 +416,30 @@ impl Core<'_> {
         };
         let (name, config) = (guest.config.name.clone(), guest.config.clone());
         match &end {
-            End::Crashed(cause) => error!("vm {name}: crashed: {cause}"),
+            End::Crashed(cause) => console::say(format_args!("vm {name}: crashed: {cause}")),
             _ => console::say(format_args!("vm {name}: ended: {end}")),
         }
+        let now = self.clock.now();
+        let restarts = end == End::Reset && config.on_reboot == OnReboot::Restart;
+        guest.wait = if restarts && now.since(guest.started) < SHORT_LIFE {
+            (guest.wait * 2).clamp(FIRST_WAIT, LONGEST_WAIT)
+        } else {
+            0
+        };
+        let wait = guest.wait;
         match guest.vm.take() {
-            Some(vm) if sound => vm.destroy(),
+            Some(vm) if sound => {
+                if cpu::guard::run(|| vm.destroy()).is_err() {
+                    error!("vm {name}: its memory is lost until the machine starts again");
+                }
+            }
             lost => core::mem::forget(lost),
         }
-        if end == End::Reset && config.on_reboot == OnReboot::Restart {
+        if restarts && wait > 0 {
+            self.scheduler.sleep(VcpuId(number), now + wait);
+            return;
+        }
+        if restarts {
             self.start(number);
             return;
         }
@@ -393,6 +459,14 @@ impl Core<'_> {
             .guests
             .iter_mut()
             .position(|guest| Some(guest.config.name.as_str()) == name);
+        if verb == "stop"
+            && let Some(number) = found
+            && let Some(guest) = self.guests.get_mut(number).filter(|guest| guest.waits())
+        {
+            guest.end = Some(End::Stopped);
+            self.scheduler.remove(VcpuId(number));
+            return false;
+        }
         let vm = found.and_then(|number| self.guests.get_mut(number)?.vm.as_mut());
         match (verb, name, vm) {
             ("", ..) => found = None,
@@ -425,6 +499,7 @@ impl Core<'_> {
                     vm.vm().promised_bytes() >> 10
                 ),
                 (None, Some(end)) => format!("ended: {end}"),
+                (None, None) if guest.waits() => "waits to start again".to_string(),
                 (None, None) => "not started".to_string(),
             };
             console::say(format_args!(

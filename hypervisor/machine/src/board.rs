@@ -146,6 +146,10 @@ pub struct Board {
     next: Nanos,
 }
 
+/// The least time between two ticks, in nanoseconds: a guest can program a timer to be due again
+/// (HPET: each 100 ns) before it has run an instruction.
+const MIN_TICK: u64 = 10_000;
+
 const PM_END: u16 = map::PM_BLOCK.end - 1;
 const COM1_END: u16 = map::COM1 + 7;
 const IO_APIC_END: u64 = map::IO_APIC + 0xfff;
@@ -370,6 +374,11 @@ impl Board {
                     self.nobody();
                 }
             }
+            map::DEBUG_SHUTDOWN => match devices.debug.write_shutdown(value) {
+                Some(true) => self.act(|actions| actions.power_off = true),
+                Some(false) => {}
+                None => _ = self.nobody(),
+            },
             map::COM1..=COM1_END => {
                 devices.uart.write(port - map::COM1, value, now);
                 self.carry_uart();
@@ -568,6 +577,7 @@ impl Board {
         }
         self.pci.tick(now);
         self.carry_lines();
+        self.next = self.next.max(now + MIN_TICK);
     }
 
     fn carry_lines(&mut self) {
@@ -904,6 +914,21 @@ mod tests {
     }
 
     #[test]
+    fn the_fastest_timer_leaves_the_guest_time_to_run() {
+        let mut board = board();
+        let mut now = T;
+        // HPET timer 0 periodic at one clock.
+        for (offset, value) in [(0x100, 0x4c), (0x108, 1), (0x10, 1)] {
+            board.mmio_write(map::HPET + offset, 8, value, now);
+        }
+        for _ in 0..100 {
+            now = now.max(board.next_event());
+            board.tick(now);
+            assert!(board.next_event() >= now + MIN_TICK);
+        }
+    }
+
+    #[test]
     fn the_timer_reaches_both_controllers() {
         let mut board = with_pic();
         route(&mut board, 2, 0x30);
@@ -1035,6 +1060,24 @@ mod tests {
         assert!(!without.has_actions());
         assert_eq!(without.port_read(0xe9, 1, T), 0xff);
         assert_eq!(without.unclaimed().ports, 3);
+        without.port_write(0x8900, 1, 0x53, T);
+        assert_eq!(without.unclaimed().ports, 4);
+
+        for (text, off) in [
+            (&b"Shutdown"[..], true),
+            (b"ShutShutdown", true),
+            (b"SShutdown", true),
+            (b"Shutdow", false),
+            (b"Shutdoxn", false),
+            (b"shutdown", false),
+        ] {
+            let mut board = board();
+            for &byte in text {
+                assert!(!board.has_actions());
+                board.port_write(0x8900, 1, byte.into(), T);
+            }
+            assert_eq!(board.take_actions().power_off, off, "{text:?}");
+        }
     }
 
     #[test]

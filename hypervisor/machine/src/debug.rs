@@ -1,18 +1,23 @@
-//! Ports that test kernels and firmware talk to: a debug exit (0xf4), a debug console (0xe9) and
-//! the POST code latch (0x80). The first two exist only where the VM's configuration asks for them.
+//! Ports that test kernels and firmware talk to: a debug exit (0xf4, and Bochs' own at 0x8900), a
+//! debug console (0xe9) and the POST code latch (0x80). All but the latch exist only where the VM's
+//! configuration asks for them.
 
 use heapless::Deque;
 use serde::{Deserialize, Serialize};
 
 /// Bytes that can wait for the owner to print them.
 const OUTPUT: usize = 1024;
+/// What, written byte by byte to port 0x8900, switches Bochs off.
+const SHUTDOWN: &[u8] = b"Shutdown";
 
-/// The three ports' state.
+/// The ports' state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Debug {
     exit_enabled: bool,
     console_enabled: bool,
     post: u8,
+    /// How much of [`SHUTDOWN`] was written.
+    shutdown: u8,
     output: Deque<u8, OUTPUT>,
     /// Bytes written while the buffer was full.
     lost: u64,
@@ -53,6 +58,23 @@ impl Debug {
     #[must_use]
     pub const fn exit_code(value: u32) -> u32 {
         value << 1 | 1
+    }
+
+    /// Takes a byte written to port 0x8900: whether it completes the word that switches off. `None`
+    /// where there is no such port.
+    pub fn write_shutdown(&mut self, byte: u8) -> Option<bool> {
+        self.exit_enabled.then(|| {
+            let expected = SHUTDOWN.get(usize::from(self.shutdown)) == Some(&byte);
+            self.shutdown = match expected {
+                true => self.shutdown + 1,
+                false => (Some(&byte) == SHUTDOWN.first()).into(),
+            };
+            let complete = usize::from(self.shutdown) == SHUTDOWN.len();
+            if complete {
+                self.shutdown = 0;
+            }
+            complete
+        })
     }
 
     /// Reads port 0xe9; `None` where there is none.

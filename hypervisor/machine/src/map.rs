@@ -78,5 +78,8 @@ pub const S5_SLEEP_TYPE: u8 = 5;
 pub const CMOS_CENTURY: u8 = 0x32;
 /// Ends the VM with code `(value << 1) | 1`, where the configuration asks for it.
 pub const DEBUG_EXIT: u16 = 0xf4;
+/// Powers the VM off once `Shutdown` was written to it byte by byte, as Bochs does, where the
+/// configuration asks for a debug exit.
+pub const DEBUG_SHUTDOWN: u16 = 0x8900;
 /// Prints a byte, where the configuration asks for it.
 pub const DEBUG_CONSOLE: u16 = 0xe9;

@@ -3,7 +3,7 @@
 
 extern crate alloc;
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -13,8 +13,8 @@ use arch::{
     Segment, SegmentRegister, Vcpu,
 };
 
-/// A vCPU whose every register is a field. It never runs: [`Vcpu::enter`] gives
-/// [`Exit::Benign`].
+/// A vCPU whose every register is a field. It never runs: [`Vcpu::enter`] gives what its script
+/// says, and then [`Exit::Benign`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct MockVcpu {
@@ -48,6 +48,14 @@ pub struct MockVcpu {
     pub deadline: u64,
     /// How often the nested tables' translations were dropped.
     pub flushes: u32,
+    /// What the next entries come back with.
+    pub exits: VecDeque<Exit>,
+    /// The events that entries delivered.
+    pub delivered: Vec<Event>,
+    /// Whether it has a timer of its own.
+    pub own_timer: bool,
+    /// What PAE paging was given.
+    pub pdptes: Option<[u64; 4]>,
 }
 
 /// Present code segment, readable, accessed.
@@ -93,6 +101,10 @@ impl MockVcpu {
             tsc_offset: 0,
             deadline: u64::MAX,
             flushes: 0,
+            exits: VecDeque::new(),
+            delivered: Vec::new(),
+            own_timer: true,
+            pdptes: None,
         }
     }
 
@@ -136,8 +148,8 @@ impl Vcpu for MockVcpu {
     fn load(&mut self) {}
     fn unload(&mut self) {}
     fn enter(&mut self) -> Exit {
-        self.pending = None;
-        Exit::Benign
+        self.delivered.extend(self.pending.take());
+        self.exits.pop_front().unwrap_or(Exit::Benign)
     }
     fn gprs(&self) -> &Gprs {
         &self.gprs
@@ -260,10 +272,13 @@ impl Vcpu for MockVcpu {
     }
     fn set_deadline(&mut self, tsc: u64) -> bool {
         self.deadline = tsc;
-        true
+        self.own_timer
     }
     fn flush_nested(&mut self, _root: HostPhysAddr) {
         self.flushes += 1;
+    }
+    fn set_pdptes(&mut self, entries: [u64; 4]) {
+        self.pdptes = Some(entries);
     }
     fn virtual_tpr(&self) -> Option<u8> {
         None

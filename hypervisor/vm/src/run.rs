@@ -9,8 +9,8 @@ use crate::vm::{End, Host, Stop, Vm};
 use alloc::format;
 use arch::{
     Access, ControlRegister, Cr0, Cr4, CrAccess, CrOp, DebugRegister, Event, Exception, Exit,
-    FrameSource, Gpr, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE, PhysMemory, RFlags, SegmentRegister,
-    Vcpu, msr,
+    FrameSource, Gpr, GuestMemory, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE, PhysMemory, RFlags,
+    SegmentRegister, Vcpu, msr,
 };
 use machine::apic::{ApicEffect, ApicMode, Then};
 use machine::board::Board;
@@ -77,6 +77,8 @@ impl<V: Vcpu + 'static, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             return Stop::Ended(End::Stopped);
         }
         self.armed = None;
+        // Time went on, and a person may have typed, while another had the core: look afresh.
+        self.deadline = 0;
         loop {
             if let Some(stop) = self.prepare(host) {
                 return stop;
@@ -108,19 +110,25 @@ impl<V: Vcpu + 'static, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     let _: Then = self.board.apic.apply(0, effect);
                     Ok(())
                 }
-                Exit::ExternalInterrupt(_) => {
+                // The vCPU's timer and the window exits come before interrupts of the machine: a
+                // guest that brings them about without end would keep those out for ever.
+                Exit::ExternalInterrupt(_)
+                | Exit::PreemptionTimer
+                | Exit::NmiWindow
+                | Exit::Benign
+                | Exit::InitOrSipi => {
+                    if exit == Exit::NmiWindow {
+                        self.vcpu.request_nmi_window(false);
+                    }
+                    // A one-shot timer that ran out a tick early must be armed again.
+                    self.armed = None;
                     if host.interrupted() {
                         return Stop::Preempted;
                     }
                     Ok(())
                 }
-                // All of these only ask for a new look at what is pending.
-                Exit::PreemptionTimer
-                | Exit::InterruptWindow
-                | Exit::NmiWindow
-                | Exit::TprBelowThreshold
-                | Exit::Benign
-                | Exit::InitOrSipi => Ok(()),
+                // These only ask for a new look at what is pending.
+                Exit::InterruptWindow | Exit::TprBelowThreshold => Ok(()),
                 Exit::Hlt => self.halt(),
                 Exit::NestedFault { addr, access, walk } => self.fault(addr, access, walk, host),
                 Exit::Hypercall => self.hypercall(),
@@ -128,7 +136,12 @@ impl<V: Vcpu + 'static, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     Ok(()) => return Stop::Yield,
                     Err(end) => Err(end),
                 },
-                other => self.rarely().rare(other, host),
+                other => match self.rarely().rare(other, host) {
+                    // An exception that arises in its own delivery exits without end before the
+                    // machine's interrupts get their turn (CVE-2015-5307, CVE-2015-8104).
+                    Ok(()) if host.interrupted() => return Stop::Preempted,
+                    handled => handled,
+                },
             };
             if let Err(end) = handled {
                 self.drain(host);
@@ -361,8 +374,12 @@ impl<V: Vcpu + 'static, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     fn halt(&mut self) -> Handled {
-        self.halted = true;
-        self.skip(Expected::Hlt)
+        if let Some(next) = self.next_rip(Expected::Hlt)? {
+            self.retire(next)?;
+            // A single-step trap ends the halt as it begins (SDM Vol. 2A, HLT).
+            self.halted = self.vcpu.pending_event().is_none();
+        }
+        Ok(())
     }
 
     fn fault(
@@ -470,7 +487,8 @@ impl<V: Vcpu + 'static, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             MsrEffect::WallClock => {
                 let at = self.msrs.wall_clock();
                 // The RTC was read in the middle of its second, on average.
-                let epoch = self.epoch_seconds.saturating_mul(1_000_000_000) + 500_000_000;
+                let epoch = self.epoch_seconds.saturating_mul(1_000_000_000);
+                let epoch = epoch.saturating_add(500_000_000);
                 // A guest that names an address without memory gets no clock.
                 let _ = pvclock::write_wall_clock(&mut self.memory, at, epoch);
             }
@@ -599,7 +617,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<dyn Vcpu, P, F> {
     #[cold]
     fn no_msr(&mut self, fault: MsrFault, what: &str, index: u32) -> Handled {
         if fault == MsrFault::Unknown {
-            self.unknown_msrs += 1;
+            self.unknown_msrs = self.unknown_msrs.saturating_add(1);
             // The first few, then at powers of two: a guest cannot flood the log.
             if self.unknown_msrs <= 8 || self.unknown_msrs.is_power_of_two() {
                 log::warn!(
@@ -660,7 +678,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<dyn Vcpu, P, F> {
                 error_code,
                 info,
             } => self.reflect(exception, error_code, info),
-            Exit::Invlpg => match emulate::decode_invlpg(&mut self.vcpu, &mut self.memory) {
+            Exit::Invlpg => match emulate::decode_invlpg(&self.vcpu, &mut self.memory) {
                 // With nested paging the guest's own INVLPG does the work; it exits only where
                 // a backend asks for that.
                 Ok((_, next)) => self.retire(next),
@@ -757,7 +775,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<dyn Vcpu, P, F> {
                 true
             }
             CrOp::Write(gpr) => {
-                let value = self.vcpu.gpr(gpr);
+                let value = self.wide_gpr(gpr);
                 self.write_control(access.register, value)
             }
             CrOp::Clts => self.write_control(ControlRegister::Cr0, cr0 & !Cr0::TS.bits()),
@@ -775,9 +793,31 @@ impl<P: PhysMemory, F: FrameSource> Vm<dyn Vcpu, P, F> {
         }
     }
 
+    /// A register as MOV to a control or debug register takes it: 64 bits wide in 64-bit code.
+    fn wide_gpr(&self, gpr: Gpr) -> u64 {
+        let long = self.vcpu.efer() & arch::Efer::LMA.bits() != 0
+            && self.vcpu.segment(SegmentRegister::Cs).rights.long();
+        self.vcpu.gpr(gpr) & if long { u64::MAX } else { u32::MAX.into() }
+    }
+
+    /// The page-directory pointers of PAE paging, which the processor reads at some writes of
+    /// control registers and then keeps (SDM Vol. 3A §4.4.1); `None` means #GP(0).
+    fn page_directory_pointers(&mut self, cr3: u64) -> Option<[u64; 4]> {
+        let width = self.cpuid.features().phys_bits.into();
+        let reserved = 0x1e6 | u64::MAX.checked_shl(width).unwrap_or(0);
+        let mut entries = [0; 4];
+        for (at, entry) in (cr3 & 0xffff_ffe0..).step_by(8).zip(&mut entries) {
+            *entry = self.memory.read_u64(GuestPhysAddr::new(at)).ok()?;
+            if *entry & 1 != 0 && *entry & reserved != 0 {
+                return None;
+            }
+        }
+        Some(entries)
+    }
+
     /// Writes a control register by the rules of SDM Vol. 3A §2.5; `false` means #GP(0).
-    fn write_control(&mut self, register: ControlRegister, value: u64) -> bool {
-        let vcpu = &mut self.vcpu;
+    fn write_control(&mut self, register: ControlRegister, mut value: u64) -> bool {
+        let vcpu = &self.vcpu;
         let efer = arch::Efer::from_bits_retain(vcpu.efer());
         let cr4 = Cr4::from_bits_retain(vcpu.cr(ControlRegister::Cr4));
         let old = Cr0::from_bits_retain(vcpu.cr(ControlRegister::Cr0));
@@ -793,46 +833,87 @@ impl<P: PhysMemory, F: FrameSource> Vm<dyn Vcpu, P, F> {
                     && !(turns_on && efer.contains(arch::Efer::LME) && !cr4.contains(Cr4::PAE))
                     && !(turns_on && efer.contains(arch::Efer::LME) && long)
                     && !(turns_off && (long || cr4.contains(Cr4::PCIDE)))
-                    && !(!new.contains(Cr0::WP) && cr4.contains(Cr4::CET))
+                    && (new.contains(Cr0::WP) || !cr4.contains(Cr4::CET))
             }
             ControlRegister::Cr4 => {
                 let new = Cr4::from_bits_retain(value);
                 let long = efer.contains(arch::Efer::LMA);
                 value & !self.cpuid.features().cr4 == 0
-                    && !(long && !new.contains(Cr4::PAE))
+                    && (!long || new.contains(Cr4::PAE))
                     && !(long && (new ^ cr4).contains(Cr4::LA57))
-                    && !(new.contains(Cr4::PCIDE) && !cr4.contains(Cr4::PCIDE) && !long)
+                    && (!new.contains(Cr4::PCIDE)
+                        || cr4.contains(Cr4::PCIDE)
+                        || long && vcpu.cr(ControlRegister::Cr3) & 0xfff == 0)
+                    && (!new.contains(Cr4::CET) || old.contains(Cr0::WP))
             }
             ControlRegister::Cr8 => value < 16,
-            ControlRegister::Cr3 => value >> self.cpuid.features().phys_bits == 0,
+            ControlRegister::Cr3 => {
+                // With PCIDs, bit 63 only asks not to flush (SDM Vol. 3A §4.10.4.1).
+                if cr4.contains(Cr4::PCIDE) {
+                    value &= !(1 << 63);
+                }
+                value >> self.cpuid.features().phys_bits == 0
+            }
             ControlRegister::Cr2 => true,
         };
         if !legal {
             return false;
         }
+        // What of each register makes the processor read the pointers of PAE paging again.
+        let mut cr3 = vcpu.cr(ControlRegister::Cr3);
+        let (paging, pae, reads) = match register {
+            ControlRegister::Cr0 => {
+                // ET is hardwired to one.
+                value |= Cr0::ET.bits();
+                let new = Cr0::from_bits_retain(value);
+                let reads = (new ^ old).intersects(Cr0::PG | Cr0::CD | Cr0::NW);
+                (new.contains(Cr0::PG), cr4.contains(Cr4::PAE), reads)
+            }
+            ControlRegister::Cr3 => {
+                cr3 = value;
+                (old.contains(Cr0::PG), cr4.contains(Cr4::PAE), true)
+            }
+            ControlRegister::Cr4 => {
+                let new = Cr4::from_bits_retain(value);
+                let reads = (new ^ cr4).intersects(Cr4::PAE | Cr4::PGE | Cr4::PSE | Cr4::SMEP);
+                (old.contains(Cr0::PG), new.contains(Cr4::PAE), reads)
+            }
+            ControlRegister::Cr2 | ControlRegister::Cr8 => (false, false, false),
+        };
+        let mut pointers = None;
+        if paging && pae && reads && !efer.contains(arch::Efer::LME) {
+            pointers = self.page_directory_pointers(cr3);
+            if pointers.is_none() {
+                return false;
+            }
+        }
         if register == ControlRegister::Cr8 {
             self.board.apic.local[0].set_tpr((value as u8) << 4);
         } else {
-            // ET is hardwired to one.
-            let et = if register == ControlRegister::Cr0 {
-                Cr0::ET.bits()
-            } else {
-                0
-            };
-            vcpu.set_cr(register, value | et);
+            self.vcpu.set_cr(register, value);
+        }
+        if let Some(pointers) = pointers {
+            self.vcpu.set_pdptes(pointers);
         }
         true
     }
 
     fn debug_register(&mut self) -> Handled {
-        let (access, next) = match emulate::decode_dr(&mut self.vcpu, &mut self.memory) {
+        let (access, next) = match emulate::decode_dr(&self.vcpu, &mut self.memory) {
             Ok(decoded) => decoded,
             Err(error) => return self.no_length(error),
         };
+        // DR4 and DR5 are names of DR6 and DR7 unless CR4.DE is set (SDM Vol. 3B §17.2.2).
+        let extended = self.vcpu.cr(ControlRegister::Cr4) & Cr4::DE.bits() != 0;
+        if extended && matches!(access.register, DebugRegister::Dr4 | DebugRegister::Dr5) {
+            return self.inject(Event::UD);
+        }
         if access.write {
-            let value = self.vcpu.gpr(access.gpr);
-            let wide = matches!(access.register, DebugRegister::Dr6 | DebugRegister::Dr7)
-                && value >> 32 != 0;
+            let value = self.wide_gpr(access.gpr);
+            let wide = matches!(
+                access.register,
+                DebugRegister::Dr4 | DebugRegister::Dr5 | DebugRegister::Dr6 | DebugRegister::Dr7
+            ) && value >> 32 != 0;
             if wide {
                 return self.inject(Event::GP0);
             }
@@ -876,3 +957,6 @@ fn xcr0_is_legal(value: u64, allowed: u64) -> bool {
         && (value & AVX512 == 0 || value & AVX != 0)
         && whole(AMX)
 }
+
+#[cfg(test)]
+mod tests;

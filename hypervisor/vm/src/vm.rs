@@ -80,13 +80,15 @@ impl fmt::Display for End {
 pub enum VmError {
     /// The configuration asks for more than is free.
     #[error(
-        "memory = {} MiB is more than the {} MiB that are left: lower `memory` here or in \
-         another VM",
-        .wanted >> 20, .free >> 20
+        "memory = {} MiB and {} KiB for its page tables and devices are more than the {} MiB \
+         that are left: lower `memory` here or in another VM",
+        .memory >> 20, .overhead >> 10, .free >> 20
     )]
     TooMuchMemory {
-        /// Bytes asked for, with what the VM itself needs.
-        wanted: u64,
+        /// Bytes asked for.
+        memory: u64,
+        /// Bytes that the VM itself needs.
+        overhead: u64,
         /// Bytes free.
         free: u64,
     },
@@ -149,9 +151,14 @@ fn image<'a>(bundle: &Bundle<'a>, image: &'a ImageName) -> Result<Image<'a>, Bun
     })
 }
 
-/// What a VM costs the host besides its RAM and page tables, with room to spare: devices, vCPU,
-/// page tables for what it touches.
+/// What a VM costs the host besides its RAM and the tables that map it, with room to spare:
+/// devices, vCPU, upper page tables.
 const OVERHEAD: u64 = 256 << 10;
+
+/// What the lower tables of this much RAM take when all of it is backed by base pages.
+const fn tables_for(memory: u64) -> u64 {
+    memory / 512 + memory / (512 * 512)
+}
 
 /// A virtual machine. What is rare or cold works on a `Vm<dyn Vcpu, …>`, so that it is there once
 /// and not once for each vendor.
@@ -200,10 +207,11 @@ struct Parts<P: PhysMemory, F: FrameSource> {
 impl<P: PhysMemory, F: FrameSource> Parts<P, F> {
     fn new(setup: VmSetup<'_, P, F>) -> Result<Self, VmError> {
         let VmSetup { config, bundle, .. } = setup;
-        let wanted = config.memory.saturating_add(OVERHEAD);
-        if wanted > setup.free_bytes {
+        let overhead = OVERHEAD + tables_for(config.memory);
+        if config.memory.saturating_add(overhead) > setup.free_bytes {
             return Err(VmError::TooMuchMemory {
-                wanted,
+                memory: config.memory,
+                overhead,
                 free: setup.free_bytes,
             });
         }
@@ -357,6 +365,14 @@ impl<V: Vcpu + ?Sized, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     #[must_use]
     pub fn promised_bytes(&self) -> u64 {
         self.memory.promised_bytes()
+    }
+
+    /// Bytes of host memory that the VM may still come to take, page tables included.
+    #[must_use]
+    pub fn outstanding_bytes(&self) -> u64 {
+        let promised = self.memory.promised_bytes();
+        let taken = self.memory.backed_bytes() + self.memory.table_bytes();
+        (promised + tables_for(promised) + OVERHEAD).saturating_sub(taken)
     }
 
     /// Types on the guest's console when the machine's TSC reads `tsc`; gives how many bytes it

@@ -35,7 +35,7 @@ const CONFORMANCE: Case = Case {
 name = "conformance"
 kind = "pvh"
 kernel = "guest-conformance"
-memory = "64MiB"
+memory = "256MiB"
 [vm.devices]
 debug_exit = true
 debug_console = true
@@ -43,10 +43,11 @@ debug_console = true
         files: &[("guest-conformance", Source::Made("guest-conformance"))],
         spoil: None,
     },
-    steps: &[Step::Expect(
-        r"^tessera\| vm conformance: ended: debug exit, code 1$",
-    )],
-    deadline: 120,
+    steps: &[
+        Step::Expect(r"^\d+ passed, 0 failed"),
+        Step::Expect(r"^tessera\| vm conformance: ended: debug exit, code 1$"),
+    ],
+    deadline: 240,
     ..Case::BASE
 };
 
@@ -63,7 +64,8 @@ pub(super) const CASES: &[Case] = &[
             guest: "guest-conformance",
             append: "",
         },
-        steps: &[],
+        // The exit status alone would not do: an emulator that does not start has the same.
+        steps: &[Step::Expect(r"^\d+ passed, 0 failed")],
         // Value 0 at the debug-exit port: (0 << 1) | 1.
         end: Ending::Exit(1),
         ..CONFORMANCE

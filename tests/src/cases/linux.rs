@@ -28,7 +28,7 @@ memory = "256MiB"
         files: FILES,
         spoil: None,
     },
-    deadline: 120,
+    deadline: 240,
     ..Case::BASE
 };
 
@@ -41,11 +41,11 @@ const PROMPT: Step = Expect("linux# ");
 const FAULTS: &[&str] = &[
     r"\[Firmware (Bug|Warn)\]",
     r"ACPI (BIOS )?(Error|Warning|Exception)",
-    r"ACPI.*(?i:invalid|checksum|failed|unable|truncated)",
+    r"ACPI.*(?i:invalid|(bad|incorrect) checksum|failed|unable|truncated)",
     r"\] (WARNING|BUG):",
     r"Call Trace|Oops|general protection|Kernel panic",
     r"unchecked MSR access error",
-    r"MP-BIOS bug|\.\.TIMER|IO-APIC.*(?i:fail|bug)",
+    r"MP-BIOS bug|IO-APIC.*(?i:fail|bug)",
     r"(?i)spurious|nobody cared|Disabling IRQ|No irq handler",
     r"APIC.*(?i:error|fail|mismatch|bogus)",
     r"soft lockup|hard LOCKUP|rcu.*stall|hung_task|blocked for more than",

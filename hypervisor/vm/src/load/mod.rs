@@ -13,7 +13,7 @@ mod pvh;
 mod ram;
 mod sniff;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use alloc::{borrow::ToOwned, string::String};
 use core::fmt;

@@ -258,10 +258,10 @@ fn linux_refusals_name_field_and_remedy() {
 }
 
 /// One program header: kind, physical address, memory size, contents.
-type Segment<'a> = (u32, u64, u64, &'a [u8]);
+pub(crate) type Segment<'a> = (u32, u64, u64, &'a [u8]);
 
 /// An ELF with these segments, linked at `physical + virt`.
-fn elf(wide: bool, virt: u64, entry: u64, segments: &[Segment<'_>]) -> Vec<u8> {
+pub(crate) fn elf(wide: bool, virt: u64, entry: u64, segments: &[Segment<'_>]) -> Vec<u8> {
     let (header, step) = if wide { (64, 56) } else { (52, 32) };
     let mut image = vec![0; 4096];
     put(&mut image, 0, b"\x7fELF");
@@ -419,7 +419,7 @@ fn multiboot_flat_image_goes_by_its_address_fields() {
 }
 
 /// A PVH note segment behind a note of someone else.
-fn notes(entry: u64, wide: bool) -> Vec<u8> {
+pub(crate) fn notes(entry: u64, wide: bool) -> Vec<u8> {
     let mut notes = Vec::new();
     let size = if wide { 8 } else { 4 };
     for (name, kind, description) in [
