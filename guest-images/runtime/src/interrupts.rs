@@ -50,7 +50,7 @@ static CAUGHT: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 #[repr(C, align(16))]
 struct Table(core::cell::UnsafeCell<[[u64; 2]; 256]>);
 
-// SAFETY: written once, before anything else can look.
+// SAFETY: one CPU; `init` fills it before it is loaded, and `set_gate` keeps every entry a gate.
 unsafe impl Sync for Table {}
 
 static IDT: Table = Table(core::cell::UnsafeCell::new([[0; 2]; 256]));

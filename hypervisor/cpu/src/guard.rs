@@ -79,6 +79,11 @@ pub fn is_running() -> bool {
     RESUME.load(Ordering::Relaxed) != 0
 }
 
+/// Makes the work under way one that cannot be given up.
+pub fn forget() {
+    RESUME.store(0, Ordering::Relaxed);
+}
+
 /// Gives up the work under way; [`run`] returns an error. Comes back only when there is none.
 ///
 /// # Safety

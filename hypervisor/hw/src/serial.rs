@@ -16,8 +16,16 @@ const CONFIG: Config = Config {
     ..Config::DEFAULT
 };
 
+/// How often the transmitter is asked before it counts as stuck: some 100 ms of port reads, where
+/// sixteen characters take 1.4 ms.
+const PATIENCE: u32 = 100_000;
+
 /// A serial port, or the silence where none answers.
-pub struct Serial(Option<Uart16550<PioBackend>>);
+pub struct Serial {
+    port: Option<Uart16550<PioBackend>>,
+    /// The transmitter took nothing for long.
+    stuck: bool,
+}
 
 impl Serial {
     /// Sets up COM1. A port that is not there is silent, not an error: the log goes to the
@@ -29,29 +37,48 @@ impl Serial {
     pub unsafe fn com1() -> Self {
         // SAFETY: promised by the caller.
         let port = unsafe { Uart16550::new_port(COM1) };
-        Self(
-            port.ok()
-                .and_then(|mut uart| uart.init(CONFIG).ok().map(|()| uart)),
-        )
+        let port = port.ok();
+        Self {
+            port: port.and_then(|mut uart| uart.init(CONFIG).ok().map(|()| uart)),
+            stuck: false,
+        }
     }
 
     /// Whether a port answered.
     #[must_use]
     pub const fn is_present(&self) -> bool {
-        self.0.is_some()
+        self.port.is_some()
     }
 
-    /// Sends all bytes, waiting for the transmitter where needed.
+    /// Sends all bytes, waiting for the transmitter where needed. While it is stuck, what should
+    /// go out is lost: a broken line must not stop the machine.
     pub fn send(&mut self, bytes: &[u8]) {
-        if let Some(uart) = &mut self.0 {
-            uart.send_bytes_exact(bytes);
+        let Some(uart) = &mut self.port else { return };
+        let mut rest = bytes;
+        let mut patience = if self.stuck { 0 } else { PATIENCE };
+        while !rest.is_empty() {
+            let sent = uart.send_bytes(rest);
+            self.stuck = sent == 0 && patience == 0;
+            if self.stuck {
+                return;
+            }
+            if sent == 0 {
+                patience -= 1;
+                core::hint::spin_loop();
+            } else {
+                patience = PATIENCE;
+                rest = rest.get(sent..).unwrap_or(&[]);
+            }
         }
     }
 
     /// Waits until everything has left the wire, as far as the port can tell.
     pub fn drain(&mut self) {
-        if let Some(uart) = &mut self.0 {
-            while !uart.lsr().contains(LSR::TRANSMITTER_EMPTY) {
+        if let Some(uart) = &mut self.port {
+            for _ in 0..PATIENCE {
+                if uart.lsr().contains(LSR::TRANSMITTER_EMPTY) {
+                    break;
+                }
                 core::hint::spin_loop();
             }
         }
@@ -59,6 +86,6 @@ impl Serial {
 
     /// Takes the next byte that has come in, if any.
     pub fn receive(&mut self) -> Option<u8> {
-        self.0.as_mut()?.try_receive_byte().ok()
+        self.port.as_mut()?.try_receive_byte().ok()
     }
 }

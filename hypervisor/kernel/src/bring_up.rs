@@ -1,15 +1,15 @@
 //! From the loader's jump to the first guest.
 
-use crate::backend::Backend;
+use crate::backend::{self, Backend};
 use crate::frames::{self, Frames};
 use crate::{console, panic, run};
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
 use bootloader_api::BootInfo;
+use bootloader_api::info::MemoryRegionKind;
 use core::sync::atomic::{AtomicU64, Ordering};
 use cpu::host::{CoreTables, EmergencyStacks, InterruptFrame};
 use cpu::page::HostPage;
-use cpu::virt::{Extension, VirtUnavailable};
 use hw::acpi::AcpiInfo;
 use hw::{CoreTimer, DirectMap, Framebuffer, LocalApic, Screen, Serial};
 use log::{error, info, warn};
@@ -51,12 +51,11 @@ static TSC_HZ: AtomicU64 = AtomicU64::new(0);
 pub fn main(boot: &'static mut BootInfo) -> ! {
     START.store(hw::rdtsc(), Ordering::Relaxed);
     let offset = boot.physical_memory_offset.into_option();
-    let top = boot
+    let ram = boot
         .memory_regions
         .iter()
-        .map(|region| region.end)
-        .max()
-        .unwrap_or(0);
+        .filter(|region| is_ram(region.kind));
+    let top = ram.map(|region| region.end).max().unwrap_or(0);
     // SAFETY: the hand-off promises this window (see boot/); without it nothing can be reached.
     let map = unsafe { DirectMap::new(offset.unwrap_or(0), top.max(4 << 30)) };
     // SAFETY: the loader is gone, so the port and the screen are ours.
@@ -87,16 +86,13 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
     install_tables(map);
     let host = find_hardware(map, boot.rsdp_addr.into_option());
     let bundle = ramdisk(boot, map);
-    match cpu::virt::extension() {
-        Ok(Extension::Vmx) => start::<crate::backend::VmxBackend>(&host, bundle),
-        Ok(Extension::Svm) => start::<crate::backend::SvmBackend>(&host, bundle),
-        Err(error) => no_guests(&error),
+    match backend::enable(&host) {
+        Ok(backend) => start(&host, &*backend, bundle),
+        Err(error) => {
+            error!("{error}");
+            fail("no guest can run on this machine")
+        }
     }
-}
-
-fn no_guests(error: &VirtUnavailable) -> ! {
-    error!("{error}");
-    fail("no guest can run on this machine");
 }
 
 /// Ends with a clear message: the machine cannot do its job.
@@ -128,6 +124,16 @@ pub fn end(status: u32, reason: &str) -> ! {
     cpu::host::stop()
 }
 
+/// What the direct map reaches: memory of any use. Some firmware lists reserved ranges at the far
+/// end of the address space, which the loader does not map (the hand-off in boot/).
+const fn is_ram(kind: MemoryRegionKind) -> bool {
+    use MemoryRegionKind::{Bootloader, UnknownBios, UnknownUefi, Usable};
+    matches!(
+        kind,
+        Usable | Bootloader | UnknownBios(3 | 4) | UnknownUefi(1..=7 | 9 | 10)
+    )
+}
+
 /// The framebuffer that the loader handed over, else VGA text.
 ///
 /// # Safety
@@ -146,6 +152,11 @@ unsafe fn find_screen(boot: &BootInfo, map: DirectMap) -> Option<Screen> {
         stride: info.stride,
         bytes_per_pixel: info.bytes_per_pixel,
     };
+    // The loader maps the framebuffer wherever it lies.
+    let end = frame.start.checked_add(frame.bytes)?.as_u64();
+    let offset = boot.physical_memory_offset.into_option()?;
+    // SAFETY: the hand-off promises this; only the framebuffer is reached through it.
+    let map = unsafe { DirectMap::new(offset, map.limit().max(end)) };
     // SAFETY: promised by the caller.
     unsafe { Screen::pixels(map, frame) }
 }
@@ -209,7 +220,8 @@ fn install_tables(map: DirectMap) {
 /// Every interrupt and exception of the host.
 fn on_interrupt(frame: &mut InterruptFrame) {
     match frame.vector as u8 {
-        2 => warn!("NMI at {:#x}", frame.rip),
+        // It may have hit while the console was locked, so it is told later.
+        2 => run::host_nmi(),
         vector @ 0..=31 => {
             debug_assert!(vector < 32);
             panic::exception(frame)
@@ -241,6 +253,9 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
     let Ok(tsc) = tsc else {
         fail("neither the ACPI PM timer nor the 8254 counts: no clock")
     };
+    if tsc.hz < 1_000_000 {
+        fail("the time-stamp counter ticks slower than 1 MHz: no clock")
+    }
     TSC_HZ.store(tsc.hz, Ordering::Relaxed);
     info!(
         "TSC: {}.{:03} MHz by the {}",
@@ -318,11 +333,7 @@ pub fn host_pages(map: DirectMap, count: u64) -> Option<Vec<HostPage>> {
         .collect()
 }
 
-fn start<B: Backend>(host: &Host, bundle: &'static [u8]) -> ! {
-    let backend = match B::enable(host) {
-        Ok(backend) => backend,
-        Err(error) => no_guests(&error),
-    };
+fn start(host: &Host, backend: &dyn Backend, bundle: &'static [u8]) -> ! {
     let bundle = match vm::bundle::Bundle::open(bundle) {
         Ok(bundle) => bundle,
         Err(error) => {

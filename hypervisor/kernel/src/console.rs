@@ -269,11 +269,7 @@ impl Console {
                 self.raw(b"\r\n");
                 return Some(Request::Command(core::mem::take(&mut self.command)));
             }
-            (8 | 127, Focus::Monitor) => {
-                if self.command.pop().is_some() {
-                    self.raw(b"\x08 \x08");
-                }
-            }
+            (8 | 127, Focus::Monitor) if self.command.pop().is_some() => self.raw(b"\x08 \x08"),
             (b' '..=b'~', Focus::Monitor) if self.command.len() < LINE_LIMIT => {
                 self.command.push(char::from(byte));
                 self.raw(&[byte]);

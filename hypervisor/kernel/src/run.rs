@@ -1,6 +1,6 @@
 //! The run loop of a core: pick a VM, run it until something wants the core, repeat.
 
-use crate::backend::Backend;
+use crate::backend::{self, Backend, Setup};
 use crate::bring_up::{Host, STATUS_BOOT};
 use crate::console::{self, Request};
 use crate::frames::{self, Frames};
@@ -8,29 +8,43 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use arch::{Nanos, Vcpu};
-use core::sync::atomic::{AtomicBool, Ordering};
-use hw::{CoreTimer, DirectMap, TIMER_VECTOR};
+use arch::Nanos;
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use hw::{CoreTimer, TIMER_VECTOR};
 use log::{error, info, warn};
 use sched::{Decision, Scheduler, VcpuId};
 use vm::bundle::Bundle;
 use vm::config::{Config, OnReboot, VmConfig};
-use vm::{End, Stop, Vm, VmError, VmSetup};
+use vm::{End, Stop, VmError};
 
 /// Exit status for a VM that crashed.
 const STATUS_CRASH: u32 = 101;
 /// Exit status when a person ended the VMs.
 const STATUS_LEFT: u32 = 0;
+/// A VM that resets itself sooner than this after its start waits before it starts again: twice
+/// as long each time, up to [`LONGEST_WAIT`]. Else it could flood the log and the core.
+const SHORT_LIFE: u64 = 1_000_000_000;
+/// In nanoseconds.
+const FIRST_WAIT: u64 = 50_000_000;
+/// In nanoseconds.
+const LONGEST_WAIT: u64 = 5_000_000_000;
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.
 const POLL: u64 = 10_000_000;
 
 static TIMER_FIRED: AtomicBool = AtomicBool::new(false);
 static SERIAL_FIRED: AtomicBool = AtomicBool::new(false);
 static POLL_SERIAL: AtomicBool = AtomicBool::new(false);
+/// NMIs that came and were not told of yet.
+static NMIS: AtomicU32 = AtomicU32::new(0);
 
 /// The serial port has no interrupt: look at it on every tick.
 pub fn poll_serial() {
     POLL_SERIAL.store(true, Ordering::Relaxed);
+}
+
+/// A non-maskable interrupt of the machine. It may hit anywhere, so it takes no lock.
+pub fn host_nmi() {
+    NMIS.fetch_add(1, Ordering::Relaxed);
 }
 
 /// An interrupt of the machine.
@@ -42,15 +56,24 @@ pub fn host_interrupt(vector: u8) {
     }
 }
 
-struct Guest<V: Vcpu> {
+struct Guest {
     config: VmConfig,
-    /// Boxed: a VM is large, and is never moved.
-    vm: Option<Box<Vm<V, DirectMap, Frames>>>,
+    vm: Option<Box<dyn backend::Guest>>,
     end: Option<End>,
+    started: Nanos,
+    /// How long it waits before it starts again, in nanoseconds.
+    wait: u64,
+}
+
+impl Guest {
+    /// Whether it has reset itself and will start again.
+    const fn waits(&self) -> bool {
+        self.vm.is_none() && self.end.is_none() && self.wait > 0
+    }
 }
 
 /// What the guests' rooms need of the machine while one runs.
-struct CoreHost<'a> {
+pub struct CoreHost<'a> {
     guest: usize,
     timer: &'a mut CoreTimer,
     /// TSC at which the core is wanted for something else.
@@ -102,14 +125,14 @@ impl Clock {
 }
 
 /// The guests of one machine and the core that runs them.
-struct Core<'a, B: Backend> {
-    backend: B,
+struct Core<'a> {
+    backend: &'a dyn Backend,
     host: &'a Host,
     bundle: &'a Bundle<'a>,
     timer: CoreTimer,
     clock: Clock,
     scheduler: Scheduler,
-    guests: Vec<Guest<B::Vcpu>>,
+    guests: Vec<Guest>,
     /// Whose vCPU is on the core.
     loaded: Option<usize>,
     /// The first bad end: exit status and reason.
@@ -117,8 +140,8 @@ struct Core<'a, B: Backend> {
 }
 
 /// Makes the guests of the configuration, runs them until all have ended, and says how it went.
-pub fn run<B: Backend>(
-    backend: B,
+pub fn run(
+    backend: &dyn Backend,
     host: &Host,
     timer: CoreTimer,
     bundle: &Bundle<'_>,
@@ -165,7 +188,7 @@ pub fn run<B: Backend>(
         .unwrap_or_else(|| (0, "every VM ended well".to_string()))
 }
 
-impl<B: Backend> Core<'_, B> {
+impl Core<'_> {
     fn fail(&mut self, status: u32, reason: String) {
         self.failure.get_or_insert((status, reason));
     }
@@ -177,6 +200,8 @@ impl<B: Backend> Core<'_, B> {
             config: config.clone(),
             vm: None,
             end: None,
+            started: Nanos::ZERO,
+            wait: 0,
         });
         self.start(number);
     }
@@ -186,15 +211,26 @@ impl<B: Backend> Core<'_, B> {
         let Some(config) = self.guests.get(number).map(|guest| guest.config.clone()) else {
             return;
         };
-        match self.create(number, &config) {
+        let now = self.clock.now();
+        let mut made = None;
+        let sound = cpu::guard::run(|| made = Some(self.create(number, &config)));
+        let failed = || VmError::Vcpu("the hypervisor failed while it made this VM".to_string());
+        match made
+            .filter(|_| sound.is_ok())
+            .unwrap_or_else(|| Err(failed()))
+        {
             Ok(vm) => {
                 if let Some(guest) = self.guests.get_mut(number) {
                     guest.vm = Some(vm);
+                    guest.started = now;
                     self.scheduler.wake(VcpuId(number));
                 }
             }
             Err(error) => {
                 error!("vm {}: {error}", config.name);
+                if let Some(guest) = self.guests.get_mut(number) {
+                    guest.wait = 0;
+                }
                 self.fail(STATUS_BOOT, format!("vm {}: {error}", config.name));
             }
         }
@@ -204,20 +240,20 @@ impl<B: Backend> Core<'_, B> {
         &mut self,
         number: usize,
         config: &VmConfig,
-    ) -> Result<Box<Vm<B::Vcpu, DirectMap, Frames>>, VmError> {
+    ) -> Result<Box<dyn backend::Guest>, VmError> {
         let (before_heap, before_frames) = (frames::heap_used(), frames::free_bytes());
         let promised: u64 = self
             .guests
             .iter()
             .filter_map(|guest| guest.vm.as_ref())
-            .map(|vm| vm.promised_bytes() - vm.backed_bytes())
+            .map(|vm| vm.vm().outstanding_bytes())
             .sum();
         let host = self.host;
         let now = hw::rdtsc();
-        let setup = VmSetup {
+        let setup = Setup {
             config,
             bundle: self.bundle,
-            format: B::FORMAT,
+            format: self.backend.format(),
             phys: host.map,
             frames: Frames,
             free_bytes: before_frames.saturating_sub(promised),
@@ -231,12 +267,7 @@ impl<B: Backend> Core<'_, B> {
             },
             apic_access_page: self.backend.apic_access_page(),
         };
-        let backend = &mut self.backend;
-        let vm = Vm::new(setup, &mut |root, apic_page, cr4| {
-            let apic_page = host.map.physical(apic_page);
-            backend.create_vcpu(host, number as u16, root, apic_page, cr4)
-        })?;
-        let vm = Box::new(vm);
+        let vm = self.backend.create(host, number as u16, setup)?;
         info!(
             "vm {}: {} MiB, {} vCPU, kernel {}",
             config.name,
@@ -248,7 +279,7 @@ impl<B: Backend> Core<'_, B> {
         let taken = before_frames.saturating_sub(frames::free_bytes());
         console::say(format_args!(
             "bench vm-memory {} bytes",
-            heap + taken.saturating_sub(vm.backed_bytes())
+            heap + taken.saturating_sub(vm.vm().backed_bytes())
         ));
         Ok(vm)
     }
@@ -258,6 +289,10 @@ impl<B: Backend> Core<'_, B> {
         loop {
             if self.console() {
                 return true;
+            }
+            match NMIS.swap(0, Ordering::Relaxed) {
+                0 => {}
+                count => warn!("{count} NMI: the machine reports a fault that it does not name"),
             }
             let now = self.clock.now();
             let polling = POLL_SERIAL.load(Ordering::Relaxed);
@@ -295,12 +330,17 @@ impl<B: Backend> Core<'_, B> {
                 && console::has_input(number)
             {
                 let mut taken = 0;
-                console::guest_input(number, &mut |bytes| {
-                    let used = vm.input(bytes, hw::rdtsc());
-                    taken += used;
-                    used
+                let sound = cpu::guard::run(|| {
+                    console::guest_input(number, &mut |bytes| {
+                        let used = vm.vm_mut().input(bytes, hw::rdtsc());
+                        taken += used;
+                        used
+                    });
                 });
-                if taken > 0 {
+                if sound.is_err() {
+                    vm.vm_mut().stop();
+                }
+                if taken > 0 || sound.is_err() {
                     self.scheduler.wake(VcpuId(number));
                 }
             }
@@ -315,7 +355,7 @@ impl<B: Backend> Core<'_, B> {
             .and_then(|number| self.guests.get_mut(number))
             && let Some(vm) = &mut guest.vm
         {
-            vm.unload();
+            vm.vm_mut().unload();
         }
     }
 
@@ -329,11 +369,15 @@ impl<B: Backend> Core<'_, B> {
             .get_mut(number)
             .and_then(|guest| guest.vm.as_mut())
         else {
+            // Either it is over, or its wait before the next start is.
             self.scheduler.remove(VcpuId(number));
+            if self.guests.get(number).is_some_and(Guest::waits) {
+                self.start(number);
+            }
             return;
         };
         if self.loaded != Some(number) {
-            vm.load();
+            vm.vm_mut().load();
             self.loaded = Some(number);
         }
         let slice_end = self.clock.tsc_at(until);
@@ -372,14 +416,30 @@ impl<B: Backend> Core<'_, B> {
         };
         let (name, config) = (guest.config.name.clone(), guest.config.clone());
         match &end {
-            End::Crashed(cause) => error!("vm {name}: crashed: {cause}"),
+            End::Crashed(cause) => console::say(format_args!("vm {name}: crashed: {cause}")),
             _ => console::say(format_args!("vm {name}: ended: {end}")),
         }
+        let now = self.clock.now();
+        let restarts = end == End::Reset && config.on_reboot == OnReboot::Restart;
+        guest.wait = if restarts && now.since(guest.started) < SHORT_LIFE {
+            (guest.wait * 2).clamp(FIRST_WAIT, LONGEST_WAIT)
+        } else {
+            0
+        };
+        let wait = guest.wait;
         match guest.vm.take() {
-            Some(vm) if sound => self.backend.destroy_vcpu(vm.into_vcpu()),
+            Some(vm) if sound => {
+                if cpu::guard::run(|| vm.destroy()).is_err() {
+                    error!("vm {name}: its memory is lost until the machine starts again");
+                }
+            }
             lost => core::mem::forget(lost),
         }
-        if end == End::Reset && config.on_reboot == OnReboot::Restart {
+        if restarts && wait > 0 {
+            self.scheduler.sleep(VcpuId(number), now + wait);
+            return;
+        }
+        if restarts {
             self.start(number);
             return;
         }
@@ -399,13 +459,21 @@ impl<B: Backend> Core<'_, B> {
             .guests
             .iter_mut()
             .position(|guest| Some(guest.config.name.as_str()) == name);
+        if verb == "stop"
+            && let Some(number) = found
+            && let Some(guest) = self.guests.get_mut(number).filter(|guest| guest.waits())
+        {
+            guest.end = Some(End::Stopped);
+            self.scheduler.remove(VcpuId(number));
+            return false;
+        }
         let vm = found.and_then(|number| self.guests.get_mut(number)?.vm.as_mut());
         match (verb, name, vm) {
             ("", ..) => found = None,
             ("quit" | "exit", None, _) => return true,
             ("list", None, _) => self.list(),
-            ("button", Some(_), Some(vm)) => vm.power_button(),
-            ("stop", Some(_), Some(vm)) => vm.stop(),
+            ("button", Some(_), Some(vm)) => vm.vm_mut().power_button(),
+            ("stop", Some(_), Some(vm)) => vm.vm_mut().stop(),
             ("button" | "stop", Some(name), None) => warn!("no VM `{name}` is running"),
             _ => console::say(format_args!(
                 "list | button VM (press its power button) | stop VM (end it now) | quit"
@@ -427,10 +495,11 @@ impl<B: Backend> Core<'_, B> {
             let state = match (&guest.vm, &guest.end) {
                 (Some(vm), _) => format!(
                     "running, {} KiB of {} in use",
-                    vm.backed_bytes() >> 10,
-                    vm.promised_bytes() >> 10
+                    vm.vm().backed_bytes() >> 10,
+                    vm.vm().promised_bytes() >> 10
                 ),
                 (None, Some(end)) => format!("ended: {end}"),
+                (None, None) if guest.waits() => "waits to start again".to_string(),
                 (None, None) => "not started".to_string(),
             };
             console::say(format_args!(

@@ -146,6 +146,10 @@ pub struct Board {
     next: Nanos,
 }
 
+/// The least time between two ticks, in nanoseconds: a guest can program a timer to be due again
+/// (HPET: each 100 ns) before it has run an instruction.
+const MIN_TICK: u64 = 10_000;
+
 const PM_END: u16 = map::PM_BLOCK.end - 1;
 const COM1_END: u16 = map::COM1 + 7;
 const IO_APIC_END: u64 = map::IO_APIC + 0xfff;
@@ -252,6 +256,25 @@ impl Board {
 
     // ---- ports ----
 
+    /// Reads a byte of the 8259A pair, which needs to know no time; `None` for other ports.
+    #[inline]
+    pub fn pic_read(&mut self, port: u16) -> Option<u8> {
+        let value = map::is_pic(port).then(|| self.devices.pic.read(port))?;
+        self.carry_pic();
+        Some(value)
+    }
+
+    /// Writes a byte to the 8259A pair, which needs to know no time; `false` for other ports.
+    #[inline]
+    pub fn pic_write(&mut self, port: u16, value: u8) -> bool {
+        let own = map::is_pic(port);
+        if own {
+            self.devices.pic.write(port, value);
+            self.carry_pic();
+        }
+        own
+    }
+
     /// Reads `size` (1, 2, 4) bytes at `port`.
     #[inline]
     pub fn port_read(&mut self, port: u16, size: u8, now: Nanos) -> u32 {
@@ -272,6 +295,7 @@ impl Board {
         }
     }
 
+    #[inline(always)]
     fn read8(&mut self, port: u16, now: Nanos) -> u8 {
         let devices = &mut self.devices;
         match port {
@@ -330,6 +354,7 @@ impl Board {
         }
     }
 
+    #[inline(always)]
     fn write8(&mut self, port: u16, value: u8, now: Nanos) {
         let devices = &mut self.devices;
         match port {
@@ -402,6 +427,7 @@ impl Board {
         }
     }
 
+    #[inline(never)]
     fn read_wide(&mut self, port: u16, size: u8, now: Nanos) -> u32 {
         let whole = port & 3 <= 4 - u16::from(size.min(4));
         match port {
@@ -434,6 +460,7 @@ impl Board {
         })
     }
 
+    #[inline(never)]
     fn write_wide(&mut self, port: u16, size: u8, value: u32, now: Nanos) {
         let whole = port & 3 <= 4 - u16::from(size.min(4));
         match port {
@@ -489,6 +516,7 @@ impl Board {
     // ---- memory ----
 
     /// Reads `size` (1, 2, 4, 8) bytes of device memory at `address`.
+    #[inline(never)]
     pub fn mmio_read(&mut self, address: u64, size: u8, now: Nanos) -> u64 {
         let ones = u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)));
         match address {
@@ -517,6 +545,7 @@ impl Board {
     }
 
     /// Writes the low `size` (1, 2, 4, 8) bytes of `value` to device memory at `address`.
+    #[inline(never)]
     pub fn mmio_write(&mut self, address: u64, size: u8, value: u64, now: Nanos) {
         match address {
             map::IO_APIC..=IO_APIC_END => {
@@ -573,6 +602,7 @@ impl Board {
         }
         self.pci.tick(now);
         self.carry_lines();
+        self.next = self.next.max(now + MIN_TICK);
     }
 
     fn carry_lines(&mut self) {
@@ -779,6 +809,13 @@ impl Board {
         self.act(|actions| actions.reset = Some(cause));
     }
 
+    /// Whether there is something in [`Board::pic_interrupt`] or [`Board::take_actions`].
+    #[inline]
+    #[must_use]
+    pub const fn wants_attention(&self) -> bool {
+        self.extint | self.acting
+    }
+
     /// Whether [`Board::take_actions`] has something.
     #[inline]
     #[must_use]
@@ -906,6 +943,21 @@ mod tests {
         let mut all = Vec::new();
         board.console_output(&mut |bytes| all.extend_from_slice(bytes));
         String::from_utf8(all).unwrap()
+    }
+
+    #[test]
+    fn the_fastest_timer_leaves_the_guest_time_to_run() {
+        let mut board = board();
+        let mut now = T;
+        // HPET timer 0 periodic at one clock.
+        for (offset, value) in [(0x100, 0x4c), (0x108, 1), (0x10, 1)] {
+            board.mmio_write(map::HPET + offset, 8, value, now);
+        }
+        for _ in 0..100 {
+            now = now.max(board.next_event());
+            board.tick(now);
+            assert!(board.next_event() >= now + MIN_TICK);
+        }
     }
 
     #[test]

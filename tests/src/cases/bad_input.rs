@@ -262,18 +262,25 @@ pub(super) const CASES: &[Case] = &[
     ),
     hostile(
         "jump-to-nowhere",
-        &[HOSTILE, "cmdline = \"unmapped\"\n", REST],
+        &[HOSTILE, "cmdline = \"unmapped-jump\"\n", REST],
+        &[Told(r"^tessera\| vm hostile: crashed: .*no memory"), END],
+    ),
+    hostile(
+        "undecodable-mmio",
+        &[HOSTILE, "cmdline = \"undecodable-mmio\"\n", REST],
         &[
-            Told(r"^tessera\| vm hostile: crashed: .*(?i:unmapped|nothing|no memory)"),
+            Told(r"^tessera\| vm hostile: crashed: .*(?i:cannot emulate|undecodable)"),
             END,
         ],
     ),
     hostile(
-        "undecodable-mmio",
-        &[HOSTILE, "cmdline = \"undecodable\"\n", REST],
-        &[
-            Told(r"^tessera\| vm hostile: crashed: .*(?i:decod|instruction|execute)"),
-            END,
-        ],
+        "page-tables-in-a-device",
+        &[HOSTILE, "cmdline = \"mmio-page-tables\"\n", REST],
+        &[Told(r"^tessera\| vm hostile: crashed: .*page tables"), END],
+    ),
+    hostile(
+        "stack-in-a-device",
+        &[HOSTILE, "cmdline = \"mmio-stack\"\n", REST],
+        &[Told(r"^tessera\| vm hostile: crashed: .*no memory"), END],
     ),
 ];

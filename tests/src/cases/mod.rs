@@ -3,12 +3,13 @@
 mod bad_input;
 mod boot;
 mod guests;
+mod hostile;
 mod linux;
 
 use crate::dialogue::Case;
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 5] = [
+pub const GROUPS: [(&str, &str); 6] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -19,6 +20,7 @@ pub const GROUPS: [(&str, &str); 5] = [
         "linux",
         "Debian's kernel to a shell, and a dialogue with it",
     ),
+    ("hostile", "guests that try everything, and harm nobody"),
     (
         "bad-input",
         "one clear error for each wrong input, and the rest goes on",
@@ -27,7 +29,13 @@ pub const GROUPS: [(&str, &str); 5] = [
 
 /// All cases, the longest groups first, so that the last to finish is a short one.
 pub fn all() -> Vec<&'static Case> {
-    let groups = [linux::CASES, guests::CASES, boot::CASES, bad_input::CASES];
+    let groups = [
+        linux::CASES,
+        guests::CASES,
+        boot::CASES,
+        hostile::CASES,
+        bad_input::CASES,
+    ];
     groups.into_iter().flatten().collect()
 }
 

@@ -95,7 +95,9 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         }
         Boot::Kernel { file, append } => {
             arg("-kernel", &file.to_string_lossy());
-            arg("-append", append);
+            if !append.is_empty() {
+                arg("-append", append);
+            }
             arg("-device", "isa-debug-exit,iobase=0xf4,iosize=4");
         }
     }
