@@ -108,7 +108,7 @@ fn dr_upper_halves_are_gp() {
 
 #[guest_test]
 fn dr7_gd_guards_the_registers() {
-    not_in_tcg("has no general detect");
+    not_on_qemus_cpu("has no general detect");
     watch();
     // SAFETY: the access traps once; GD is cleared by that, and the access repeated.
     unsafe {

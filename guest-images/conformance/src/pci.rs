@@ -119,10 +119,8 @@ fn pci_ecam_reads_bytes_and_words() {
     let whole = dword(0, 0, 0, 0).to_le_bytes();
     for (i, wanted) in whole.into_iter().enumerate() {
         // SAFETY: ECAM is mapped; reading it has no side effect.
-        assert_eq!(
-            unsafe { ((base + i as u64) as *const u8).read_volatile() },
-            wanted
-        );
+        let found = unsafe { ((base + i as u64) as *const u8).read_volatile() };
+        assert_eq!(found, wanted);
     }
     // SAFETY: as above.
     let word = unsafe { ((base + 2) as *const u16).read_volatile() };

@@ -171,7 +171,10 @@ fn pit_mode_3_is_a_square_wave() {
     assert!(high > low / 3 && low > high / 3, "{high} high, {low} low");
     for _ in 0..20 {
         let now = latched(2);
-        assert!(now % 2 == 0 && now <= 2000, "counts by twos: {now}");
+        assert!(
+            now.is_multiple_of(2) && now <= 2000,
+            "counts by twos: {now}"
+        );
     }
 }
 

@@ -1,6 +1,6 @@
 //! Control registers (Intel SDM Vol. 3A §2.5, AMD APM Vol. 2 §3.1) and XCR0.
 
-use crate::util::{OSXSAVE, assert_fault, assert_gp, need, not_in_tcg, vector};
+use crate::util::{OSXSAVE, assert_fault, assert_gp, need, not_in_tcg, not_on_qemus_cpu, vector};
 use core::arch::asm;
 use guest_runtime::cpu::{
     cpuid, cr0, cr2, cr3, cr4, cr8, set_cr0, set_cr2, set_cr3, set_cr4, set_cr8,
@@ -13,7 +13,7 @@ const CR4_DE: u64 = 1 << 3;
 
 #[guest_test]
 fn cr0_illegal_combinations_are_gp() {
-    not_in_tcg("does not check CR0");
+    not_on_qemus_cpu("does not check CR0");
     let now = cr0();
     // Paging without protection; not-write-through without cache-disable; upper half.
     for value in [now & !1, now | 1 << 29, now | 1 << 32] {
@@ -113,7 +113,7 @@ fn cr3_can_be_reloaded() {
 
 #[guest_test]
 fn cr3_reserved_bits_are_gp() {
-    not_in_tcg("does not check CR3");
+    not_on_qemus_cpu("does not check CR3");
     let width = cpuid(0x8000_0008, 0)[0] & 0xff;
     need(width < 52, "reserved address bits in CR3");
     let now = cr3();
@@ -124,7 +124,7 @@ fn cr3_reserved_bits_are_gp() {
 
 #[guest_test]
 fn cr4_reserved_bits_are_gp() {
-    not_in_tcg("masks CR4");
+    not_on_qemus_cpu("masks CR4");
     let now = cr4();
     for bit in [15, 26, 31, 32, 63] {
         // SAFETY: the write faults.
@@ -135,7 +135,7 @@ fn cr4_reserved_bits_are_gp() {
 
 #[guest_test]
 fn cr4_features_without_cpuid_are_gp() {
-    not_in_tcg("masks CR4");
+    not_on_qemus_cpu("masks CR4");
     let basic = cpuid(1, 0)[2];
     let [_, b, c, _] = if cpuid(0, 0)[0] >= 7 {
         cpuid(7, 0)
@@ -174,7 +174,7 @@ fn cr4_features_without_cpuid_are_gp() {
 
 #[guest_test]
 fn cr4_pae_cannot_go_in_long_mode() {
-    not_in_tcg("lets PAE go");
+    not_on_qemus_cpu("lets PAE go");
     let now = cr4();
     // SAFETY: the write faults.
     assert_gp(expect_fault(|| unsafe { set_cr4(now & !(1 << 5)) }));
@@ -310,7 +310,7 @@ fn xsetbv_checks_its_value() {
 #[guest_test]
 fn xsetbv_avx_needs_sse() {
     need(cpuid(1, 0)[2] >> 28 & 1 != 0, "AVX");
-    not_in_tcg("lets AVX go without SSE");
+    not_on_qemus_cpu("lets AVX go without SSE");
     // SAFETY: AVX, and so XSAVE, is there.
     unsafe { set_cr4(cr4() | OSXSAVE) };
     assert_gp(expect_fault(|| xsetbv(0, 5)));

@@ -107,7 +107,7 @@ fn mmio_stack() {
 }
 
 fn port_storm() {
-    for turn in 0..20_000u32 {
+    for turn in 0..2_000u32 {
         for port in [0x20, 0x21, 0x40, 0x61, 0x70, 0x80, 0x3fd, 0xcf8, 0x1234] {
             // SAFETY: interrupts are off; none of these ends the machine.
             unsafe {
@@ -202,28 +202,26 @@ const LEFT_OUT: [u16; 14] = [
 fn io_all_ports() {
     for port in 0..=u16::MAX {
         for width in [1u16, 2, 4] {
-            if LEFT_OUT
-                .iter()
-                .any(|out| (port..=port.saturating_add(width - 1)).contains(out))
-            {
+            let end = port.saturating_add(width - 1);
+            // Every port by bytes, every fifth by words and double words, aligned or not.
+            if LEFT_OUT.iter().any(|out| (port..=end).contains(out)) || width > 1 && port % 5 != 0 {
                 continue;
             }
-            for value in [0, u32::MAX] {
-                // SAFETY: interrupts are off; what ends the machine is left out.
-                unsafe {
-                    match width {
-                        1 => {
-                            let _ = inb(port);
-                            outb(port, value as u8);
-                        }
-                        2 => {
-                            let _ = inw(port);
-                            outw(port, value as u16);
-                        }
-                        _ => {
-                            let _ = inl(port);
-                            outl(port, value);
-                        }
+            let value = u32::from(port).wrapping_mul(0x9e37_79b9);
+            // SAFETY: interrupts are off; what ends the machine is left out.
+            unsafe {
+                match width {
+                    1 => {
+                        let _ = inb(port);
+                        outb(port, value as u8);
+                    }
+                    2 => {
+                        let _ = inw(port);
+                        outw(port, value as u16);
+                    }
+                    _ => {
+                        let _ = inl(port);
+                        outl(port, value);
                     }
                 }
             }
@@ -234,6 +232,7 @@ fn io_all_ports() {
 
 /// CVE-2015-8104: the delivery of #DB writes where a data breakpoint is, on a stack that each
 /// delivery begins anew, and so is followed by the next one before any instruction. Endless.
+/// (QEMU's own emulation ends itself by this, with or without a hypervisor in it.)
 fn db_loop() {
     fn again(_: &mut Frame) {}
     on_interrupt(1, again);

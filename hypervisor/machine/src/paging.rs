@@ -297,13 +297,13 @@ fn walk<M: GuestMemory + ?Sized, const MARK: bool>(
     if cpu.cr4_has(Cr4::PAE) {
         let reserved = reserved | 0x7ff0_0000_0000_0000;
         // The four page-directory-pointer entries hold no rights and no accessed bit; bits 2:1
-        // and 8:5 are reserved.
+        // and 8:5 are reserved. QEMU's CPU sets bit 5 all the same, so 6:5 are let through.
         let at = (cpu.cr3 & 0xffff_ffe0) + (linear >> 30) * 8;
         let entry = mem.read_u64(GuestPhysAddr::new(at))?;
         if entry & PRESENT == 0 {
             return Err(Miss::NotPresent);
         }
-        if entry & (reserved | NO_EXECUTE | 0x1e6) != 0 {
+        if entry & (reserved | NO_EXECUTE | 0x186) != 0 {
             return Err(Miss::Reserved);
         }
         return descend::<M, MARK>(mem, entry & ADDRESS, linear, 21, reserved, write);

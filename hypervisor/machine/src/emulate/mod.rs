@@ -105,8 +105,25 @@ impl Fault {
         if let Some(linear) = self.cr2 {
             vcpu.set_cr2(linear);
         }
-        vcpu.inject(self.event)
+        raise(vcpu, self.event)
     }
+}
+
+/// Queues an exception that software found; `false` means a triple fault. A fault goes on the
+/// stack with RF set, so that no instruction breakpoint comes between the handler's return and the
+/// second try. That is up to who injects it (Intel SDM Vol. 3B §18.3.1.1, Vol. 3C §27.6.1.1).
+#[must_use]
+pub fn raise<V: Vcpu + ?Sized>(vcpu: &mut V, event: Event) -> bool {
+    use Exception::{Breakpoint, Debug, DoubleFault, MachineCheck, Overflow};
+    if let Event::Exception { exception, .. } = event
+        && !matches!(
+            exception,
+            Breakpoint | Debug | DoubleFault | MachineCheck | Overflow
+        )
+    {
+        vcpu.set_rflags(vcpu.rflags().union(RFlags::RF));
+    }
+    vcpu.inject(event)
 }
 
 /// How an emulated instruction ended.
