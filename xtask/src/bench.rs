@@ -167,6 +167,20 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
                 tail(&console)
             );
         }
+        if emulator == Emulator::Bochs {
+            // Another kernel, since to count costs instructions of its own.
+            let counting = dir.join("counting.img");
+            factory.image_of(Kernel::Counting, &bundle, &counting)?;
+            let console = step(
+                "bench exits on bochs, counting VMREADs and VMWRITEs",
+                |_| measure(emulator, &counting, &dir),
+            )?;
+            all.extend(
+                figures(&console)
+                    .into_iter()
+                    .filter(|f| f.unit.starts_with("vm")),
+            );
+        }
         all.push(Figure {
             case: "image-size".to_owned(),
             value: kernel,

@@ -17,6 +17,8 @@ use crate::toolchain::{NONE, Toolchain, UEFI, Workspace};
 
 /// The hypervisor's package and program.
 const TESSERA: &str = "tessera";
+/// [`TESSERA`] with its feature `count-vmcs`.
+const COUNTING: &str = "tessera/count-vmcs";
 /// The loader for UEFI: package and program, with `.efi` after it.
 pub const UEFI_LOADER: &str = "boot-uefi";
 /// The entry for multiboot2.
@@ -36,6 +38,8 @@ const GUESTS: [&str; 4] = [
 pub enum Kernel {
     /// The hypervisor.
     Tessera,
+    /// The hypervisor, counting its VMREADs and VMWRITEs.
+    Counting,
     /// The loaders' probe, which checks what they hand over.
     Probe,
 }
@@ -137,6 +141,7 @@ impl Factory {
         need(&GRUB)?;
         let kernel = match kernel {
             Kernel::Tessera => TESSERA,
+            Kernel::Counting => COUNTING,
             Kernel::Probe => PROBE,
         };
         let kernel = self.program(NONE, kernel)?;
@@ -160,16 +165,22 @@ impl Factory {
 }
 
 impl State {
-    /// Builds one program; its package has the same name.
+    /// Builds one program; its package has the same name. `package/feature` is one with a feature.
     fn program(&mut self, workspace: &Workspace, target: &str, name: &str) -> Result<Arc<[u8]>> {
         if let Some(program) = self.programs.get(name) {
             return Ok(program.clone());
         }
-        let dir = self.toolchain()?.build(workspace, target, &[name])?;
+        let (package, features) = match name.split_once('/') {
+            Some((package, _)) => (package, vec![name]),
+            None => (name, Vec::new()),
+        };
+        let dir = self
+            .toolchain()?
+            .build(workspace, target, &[package], &features)?;
         let file = dir.join(if target == UEFI {
-            format!("{name}.efi")
+            format!("{package}.efi")
         } else {
-            name.to_owned()
+            package.to_owned()
         });
         let bytes = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
         let bytes: Arc<[u8]> = without_sections(bytes).into();

@@ -116,7 +116,13 @@ impl Toolchain {
     }
 
     /// Builds `packages` for a bare target and returns the folder with the programs.
-    pub fn build(&self, workspace: &Workspace, target: &str, packages: &[&str]) -> Result<PathBuf> {
+    pub fn build(
+        &self,
+        workspace: &Workspace,
+        target: &str,
+        packages: &[&str],
+        features: &[&str],
+    ) -> Result<PathBuf> {
         let (mut cargo, dir) = match self {
             Self::Prebuilt => (cargo(), workspace.target.clone()),
             Self::Distro => (distro_cargo(), workspace.target.join("distro")),
@@ -138,7 +144,14 @@ impl Toolchain {
         for package in packages {
             cargo.args(["--package", package]);
         }
-        let what = format!("building {} for {target}", packages.join(", "));
+        for feature in features {
+            cargo.args(["--features", feature]);
+        }
+        let with = match features {
+            [] => String::new(),
+            features => format!(" ({})", features.join(", ")),
+        };
+        let what = format!("building {}{with} for {target}", packages.join(", "));
         step(&what, |_| packages::run(cargo))?;
         Ok(dir.join(target).join(PROFILE))
     }

@@ -31,15 +31,64 @@ const PAGES: u64 = 2000;
 const LARGE_PAGES: u64 = 16;
 const PAT: u32 = 0x277;
 const UNKNOWN_HYPERCALL: u64 = 0xffff;
+/// Tessera's hypercall for how often it accessed VMCS fields (`abi::hypercall::VMCS_ACCESSES`).
+const VMCS_ACCESSES: u64 = 0x5465_0001;
+
+/// VMREADs and VMWRITEs a turn, of the turns since the last row that had most.
+static READS: AtomicU64 = AtomicU64::new(0);
+static WRITES: AtomicU64 = AtomicU64::new(0);
 
 fn row(case: &str, value: u64) {
     println!("bench {case} {value} instructions");
+    let (reads, writes) = (
+        READS.swap(0, Ordering::Relaxed),
+        WRITES.swap(0, Ordering::Relaxed),
+    );
+    if reads != 0 {
+        println!("bench {case}-vmreads {reads} vmreads");
+        println!("bench {case}-vmwrites {writes} vmwrites");
+    }
+}
+
+/// Whether a hypervisor is there that takes calls.
+fn takes_calls() -> bool {
+    cpuid(1, 0)[2] >> 31 != 0 && cpuid(0x4000_0000, 0)[1] != u32::from_le_bytes(*b"TCGT")
+}
+
+/// VMREADs and VMWRITEs so far, where the hypervisor counts them.
+fn vmcs_accesses() -> Option<(u64, u64)> {
+    if !is_intel() || !takes_calls() {
+        return None;
+    }
+    let result: i64;
+    // SAFETY: a hypervisor that takes calls changes no more than these.
+    unsafe {
+        asm!("vmcall", inout("rax") VMCS_ACCESSES as i64 => result,
+             out("rcx") _, out("rdx") _, out("rsi") _, out("rdi") _,
+             out("r8") _, out("r9") _, out("r10") _, out("r11") _);
+    }
+    let counted = u64::try_from(result).ok()?;
+    Some((counted & 0xffff_ffff, counted >> 32))
+}
+
+/// Takes down what `loops` turns since `before` cost. Where they are many, the asking is lost in
+/// the rounding.
+fn note_accesses(before: Option<(u64, u64)>, loops: u64) {
+    if loops <= WARM_UP {
+        return;
+    }
+    if let (Some(before), Some(after)) = (before, vmcs_accesses()) {
+        let each = |from: u64, to: u64| to.saturating_sub(from) / loops.max(1);
+        READS.fetch_max(each(before.0, after.0), Ordering::Relaxed);
+        WRITES.fetch_max(each(before.1, after.1), Ordering::Relaxed);
+    }
 }
 
 /// Ticks of `LOOPS` turns of the instructions given, with the registers given set for each turn.
 macro_rules! turns {
     ($loops:expr, [$($code:literal),*], $($operands:tt)*) => {{
         let (start, end);
+        let before = vmcs_accesses();
         // SAFETY: the cases' instructions touch only the registers named as operands, and devices
         // that the guest owns.
         unsafe {
@@ -51,6 +100,7 @@ macro_rules! turns {
             );
             end = rdtsc();
         }
+        note_accesses(before, $loops);
         end.wrapping_sub(start)
     }};
 }
@@ -83,7 +133,7 @@ fn cpu_cases() {
     };
     row("cpuid", (full + LOOPS / 2) / LOOPS);
 
-    if cpuid(1, 0)[2] >> 31 != 0 && cpuid(0x4000_0000, 0)[1] != u32::from_le_bytes(*b"TCGT") {
+    if takes_calls() {
         macro_rules! hypercall {
             ($name:literal) => {{
                 macro_rules! one {

@@ -62,6 +62,9 @@ pub mod hypercall {
     pub const OWN: u64 = 0x5465_0000;
     /// Gives [`crate::VERSION`].
     pub const VERSION: u64 = OWN;
+    /// Gives how often the hypervisor read (bits 31:0) and wrote (bits 62:32) fields of a VMCS, for
+    /// benches; only in builds that count (else [`ERROR_UNKNOWN`]).
+    pub const VMCS_ACCESSES: u64 = OWN + 1;
 
     /// No such call (KVM's number for it).
     pub const ERROR_UNKNOWN: i64 = -1000;

@@ -161,6 +161,12 @@ pub trait Vcpu {
         let _ = entries;
     }
 
+    /// How many reads and writes of the hardware's control structure cost an instruction of their
+    /// own (VMREAD, VMWRITE) since boot, in builds that count them.
+    fn control_accesses(&self) -> Option<[u64; 2]> {
+        None
+    }
+
     /// Puts the vCPU into the state after RESET or INIT (Intel SDM Vol. 3A table 9-1).
     fn reset(&mut self);
 

@@ -734,10 +734,20 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         } else if self.vcpu.gprs()[Gpr::Rax] == abi::hypercall::VERSION {
             abi::VERSION.into()
         } else {
-            abi::hypercall::ERROR_UNKNOWN
+            self.other_hypercall()
         };
         self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
         self.retire(next)
+    }
+
+    #[inline]
+    fn other_hypercall(&self) -> i64 {
+        match (self.vcpu.gprs()[Gpr::Rax], self.vcpu.control_accesses()) {
+            (abi::hypercall::VMCS_ACCESSES, Some([reads, writes])) => {
+                ((writes & 0x7fff_ffff) << 32 | reads & 0xffff_ffff) as i64
+            }
+            _ => abi::hypercall::ERROR_UNKNOWN,
+        }
     }
 
     /// The guest shut down.

@@ -1183,6 +1183,15 @@ impl Vcpu for VmxVcpu {
         self.rare
     }
 
+    #[cfg(feature = "count-vmcs")]
+    fn control_accesses(&self) -> Option<[u64; 2]> {
+        use core::sync::atomic::Ordering::Relaxed;
+        Some([
+            vmcs::count::READS.load(Relaxed),
+            vmcs::count::WRITES.load(Relaxed),
+        ])
+    }
+
     #[inline]
     fn gprs(&self) -> &Gprs {
         &self.context.gprs
