@@ -2,6 +2,7 @@
 
 use crate::util::{
     assert_gp, assert_measures, need, not_in_tcg, tsc_hz, wait, wait_until, wait_with_interrupts,
+    with_tsc,
 };
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use guest_runtime::cpu::{
@@ -292,22 +293,13 @@ fn arm(mode: u32, divide: u32, initial: u32) {
 fn timer_hz() -> u64 {
     static HZ: AtomicU64 = AtomicU64::new(0);
     if HZ.load(Ordering::Relaxed) == 0 {
-        let mut best = (u64::MAX, 0);
-        for _ in 0..3 {
-            arm(MASKED, 0xb, u32::MAX);
-            let start = rdtsc();
-            let from = lapic(reg::CURRENT);
-            wait(10_000);
-            let before = rdtsc();
-            let to = lapic(reg::CURRENT);
-            let after = rdtsc();
-            let hz = u64::from(from - to) * tsc_hz() / (before - start);
-            if after - before < best.0 {
-                best = (after - before, hz);
-            }
-        }
+        arm(MASKED, 0xb, u32::MAX);
+        let (from, start) = with_tsc(|| lapic(reg::CURRENT));
+        wait(10_000);
+        let (to, end) = with_tsc(|| lapic(reg::CURRENT));
         set_lapic(reg::INITIAL, 0);
-        HZ.store(best.1.max(1), Ordering::Relaxed);
+        let hz = u64::from(from - to) * tsc_hz() / (end - start);
+        HZ.store(hz.max(1), Ordering::Relaxed);
     }
     HZ.load(Ordering::Relaxed)
 }
@@ -316,8 +308,8 @@ fn one_shot() {
     on_interrupt(TIMER, handle_eoi);
     let ticks = (timer_hz() / 1000) as u32;
     let before = count(TIMER);
-    arm(0, 0xb, ticks * 2);
     let start = rdtsc();
+    arm(0, 0xb, ticks * 2);
     assert!(lapic(reg::CURRENT) <= ticks * 2);
     assert!(wait_with_interrupts(100_000, || count(TIMER) > before));
     assert!(
@@ -344,8 +336,8 @@ fn periodic() {
     on_interrupt(TIMER, handle_eoi);
     let ticks = (timer_hz() / 1000) as u32;
     let before = count(TIMER);
-    arm(1 << 17, 0xb, ticks);
     let start = rdtsc();
+    arm(1 << 17, 0xb, ticks);
     let came = wait_with_interrupts(500_000, || count(TIMER) >= before + 20);
     let passed = rdtsc() - start;
     set_lapic(reg::INITIAL, 0);
@@ -382,10 +374,10 @@ fn xapic_timer_divides() {
     ] {
         let measure = || {
             arm(MASKED, code, u32::MAX);
-            let start = rdtsc();
+            let (from, start) = with_tsc(|| lapic(reg::CURRENT));
             wait(2_000);
-            let counted = u64::from(u32::MAX - lapic(reg::CURRENT));
-            counted * tsc_hz() / (rdtsc() - start)
+            let (to, end) = with_tsc(|| lapic(reg::CURRENT));
+            u64::from(from - to) * tsc_hz() / (end - start)
         };
         assert_measures(measure, hz / by, 60);
         assert_eq!(lapic(reg::DIVIDE), code);
@@ -424,11 +416,12 @@ fn deadline() {
     // SAFETY: MFENCE as SDM §11.5.4.1 asks; the MSR exists, and the vector has a handler.
     unsafe {
         core::arch::asm!("mfence");
+        wrmsr(TSC_DEADLINE, 1 << 62);
+        assert_eq!(rdmsr(TSC_DEADLINE), 1 << 62);
         for ahead in [tsc_hz() / 1000, tsc_hz() / 200] {
             WOKEN.store(0, Ordering::Relaxed);
             let at = rdtsc() + ahead;
             wrmsr(TSC_DEADLINE, at);
-            assert_eq!(rdmsr(TSC_DEADLINE), at);
             while WOKEN.load(Ordering::Relaxed) == 0 {
                 wait_for_interrupt();
             }
@@ -440,9 +433,9 @@ fn deadline() {
         let before = count(TIMER);
         wrmsr(TSC_DEADLINE, 1);
         assert!(wait_with_interrupts(2_000, || count(TIMER) == before + 1));
-        wrmsr(TSC_DEADLINE, rdtsc() + tsc_hz() / 1000);
+        wrmsr(TSC_DEADLINE, rdtsc() + tsc_hz() / 50);
         wrmsr(TSC_DEADLINE, 0);
-        assert!(!wait_with_interrupts(3_000, || count(TIMER) > before + 1));
+        assert!(!wait_with_interrupts(25_000, || count(TIMER) > before + 1));
         // The initial count means nothing in this mode.
         set_lapic(reg::INITIAL, 1000);
         assert!(!wait_with_interrupts(1_000, || count(TIMER) > before + 1));
