@@ -290,7 +290,10 @@ impl Talk<'_> {
             Step::Expect(pattern) => {
                 let regex = compile(pattern, self.facts)?;
                 loop {
-                    if let Some(found) = regex.find(self.console.since(self.matched)) {
+                    let text = self.console.since(self.matched);
+                    // A `$` at the end of what has come so far is no end of a line yet.
+                    let whole = |end: usize| !pattern.ends_with('$') || end < text.len();
+                    if let Some(found) = regex.find(text).filter(|found| whole(found.end())) {
                         self.matched += found.end();
                         return Ok(());
                     }

@@ -84,6 +84,9 @@ pub struct EntryFailure {
 /// read by the handler through [`crate::Vcpu`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
+    /// One that [`crate::Vcpu::rare_exit`] tells. [`crate::Vcpu::enter`] itself gives only those
+    /// that guests make all day, so that they come in registers.
+    Rare,
     /// `CPUID`
     Cpuid,
     /// `RDMSR`; the index is in ECX.
@@ -92,7 +95,7 @@ pub enum Exit {
     Wrmsr,
     /// `VMCALL` or `VMMCALL`: both are accepted on both vendors.
     Hypercall,
-    /// A port access.
+    /// A port access; one of a string instruction comes as [`Exit::Rare`].
     Io(IoExit),
     /// The nested page tables do not allow this access: never-touched RAM, a device, or nothing.
     NestedFault {

@@ -1,8 +1,8 @@
 //! One virtual CPU, without its vendor.
 
 use crate::{
-    ControlRegister, DebugRegister, DescriptorTable, Event, Exit, Gpr, Gprs, HostPhysAddr, RFlags,
-    Segment, SegmentRegister,
+    AccessRights, ControlRegister, DebugRegister, DescriptorTable, Event, Exit, Gpr, Gprs,
+    HostPhysAddr, RFlags, Segment, SegmentRegister,
 };
 
 /// How the guest reaches its local APIC's registers (Intel SDM Vol. 3A §11.12.1).
@@ -42,6 +42,8 @@ pub trait Vcpu {
     /// An event that was being delivered when the guest left is queued again by the backend, so
     /// that the next entry delivers it unless [`Vcpu::inject`] combines something with it.
     fn enter(&mut self) -> Exit;
+    /// What the last exit was, if it came as [`Exit::Rare`].
+    fn rare_exit(&self) -> Exit;
 
     /// RAX to R15; the slot of RSP is not kept.
     fn gprs(&self) -> &Gprs;
@@ -56,9 +58,10 @@ pub trait Vcpu {
     fn rip(&self) -> u64;
     /// Sets RIP. Also ends an STI or MOV-SS shadow, as finishing an instruction does.
     fn set_rip(&mut self, value: u64);
-    /// The address of the instruction after the one that exited, where the hardware tells it for
-    /// this exit (VMX always for instruction exits; SVM with next-RIP saving, and for port
-    /// accesses). `None` means: decode it.
+    /// The address of the instruction after the one that exited, where the hardware tells it (VMX
+    /// always; SVM with next-RIP saving, and for port accesses). `None` means: decode it. Asked
+    /// only after an exit that an instruction caused by what it is (not by a fault of it): after
+    /// others VMX would give anything (Intel SDM Vol. 3C §28.2.5).
     fn next_rip(&self) -> Option<u64>;
     /// RFLAGS.
     fn rflags(&self) -> RFlags;
@@ -108,7 +111,11 @@ pub trait Vcpu {
 
     /// Current privilege level, 0 to 3.
     fn cpl(&self) -> u8 {
-        self.segment(SegmentRegister::Ss).rights.dpl()
+        self.rights(SegmentRegister::Ss).dpl()
+    }
+    /// The attributes alone of a segment register, for where its other parts cost.
+    fn rights(&self, register: SegmentRegister) -> AccessRights {
+        self.segment(register).rights
     }
 
     /// Whether interrupts and NMIs can be injected now.

@@ -8,6 +8,39 @@ const VGA_TEXT: u64 = 0xb8000;
 const GREY_ON_BLACK: u8 = 0x07;
 const FONT: FontWeight = FontWeight::Regular;
 const HEIGHT: RasterHeight = RasterHeight::Size16;
+const WIDTH: usize = get_raster_width(FONT, HEIGHT);
+const LINES: usize = HEIGHT.val();
+
+const FIRST: u8 = b' ';
+const LAST: u8 = b'~';
+/// The font's ASCII in four greys, two bits for a pixel: a quarter of what the crate has.
+static GLYPHS: [[u16; LINES]; (LAST - FIRST) as usize + 1] = {
+    let mut glyphs = [[0; LINES]; (LAST - FIRST) as usize + 1];
+    let mut i = 0;
+    while i < glyphs.len() {
+        let character = (FIRST + i as u8) as char;
+        let Some(glyph) = get_raster(character, FONT, HEIGHT) else {
+            panic!("the font lacks an ASCII character");
+        };
+        let mut at = 0;
+        while at < LINES * WIDTH {
+            let grey = (glyph.pixels()[at] >> 6) as u16;
+            glyphs[i][at / WIDTH] |= grey << (2 * (at % WIDTH));
+            at += 1;
+        }
+        i += 1;
+    }
+    glyphs
+};
+
+/// The glyph of a character; `?` stands for what the font lacks.
+fn glyph(character: char) -> Option<&'static [u16; LINES]> {
+    let index = |byte: u8| usize::from(byte.wrapping_sub(FIRST));
+    let found = u8::try_from(character).ok();
+    found
+        .and_then(|byte| GLYPHS.get(index(byte)))
+        .or_else(|| GLYPHS.get(index(b'?')))
+}
 
 /// A linear framebuffer in physical memory.
 #[derive(Clone, Copy, Debug)]
@@ -67,8 +100,8 @@ impl Screen {
     pub unsafe fn pixels(map: DirectMap, frame: Framebuffer) -> Option<Self> {
         let line = frame.stride.checked_mul(frame.bytes_per_pixel)?;
         let needed = u64::try_from(line.checked_mul(frame.height)?).ok()?;
-        let columns = frame.width / get_raster_width(FONT, HEIGHT);
-        let rows = frame.height / HEIGHT.val();
+        let columns = frame.width / WIDTH;
+        let rows = frame.height / LINES;
         let sane = (1..=4).contains(&frame.bytes_per_pixel)
             && frame.width <= frame.stride
             && needed <= frame.bytes
@@ -94,19 +127,18 @@ impl Screen {
                     .write(HostPhysAddr::new(cell), &[byte, GREY_ON_BLACK]);
             }
             Kind::Pixels(frame) => {
-                let Some(glyph) =
-                    get_raster(character, FONT, HEIGHT).or_else(|| get_raster('?', FONT, HEIGHT))
-                else {
+                let Some(glyph) = glyph(character) else {
                     return;
                 };
-                for (line, pixels) in glyph.rows().enumerate() {
-                    let y = row * HEIGHT.val() + line;
-                    let x = column * glyph.width();
+                for (line, pixels) in glyph.iter().enumerate() {
+                    let y = row * LINES + line;
+                    let x = column * WIDTH;
                     let mut at = frame
                         .start
                         .wrapping_add(((y * frame.stride + x) * frame.bytes_per_pixel) as u64);
-                    for &grey in pixels {
-                        let pixel = [grey; 4];
+                    for i in 0..WIDTH {
+                        // 0, 85, 170, 255.
+                        let pixel = [(pixels >> (2 * i) & 3) as u8 * 85; 4];
                         if let Some(pixel) = pixel.get(..frame.bytes_per_pixel) {
                             self.map.write(at, pixel);
                         }

@@ -1,7 +1,9 @@
-//! The two vendors' ways to make vCPUs, behind one trait: the wall between the run loop and `cpu`.
+//! The two vendors' ways to make VMs, behind one trait: the wall between the run loop and `cpu`.
+//! What an exit does is compiled for each vendor; all else is there once.
 
 use crate::bring_up::{Host, host_page, host_pages};
 use crate::frames::Frames;
+use crate::run::CoreHost;
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use arch::{Cr4, FrameSource, HostPhysAddr, PageSize, Vcpu};
@@ -10,33 +12,83 @@ use cpu::svm::{Svm, SvmBitmaps, SvmCaps, SvmConfig, SvmFeatures, SvmVcpu};
 use cpu::virt::{Extension, VirtUnavailable};
 use cpu::vmx::{Vmx, VmxCaps, VmxConfig, VmxPages, VmxVcpu};
 use cpu::xstate::XStateCaps;
+use hw::DirectMap;
 use machine::cpuid::Enabled;
 use memory::Format;
+use vm::{Stop, Vm, VmError, VmSetup};
 
-/// One vendor's way to make vCPUs.
-pub trait Backend: Sized {
-    /// Its vCPU.
-    type Vcpu: Vcpu;
+/// One vendor's way to make VMs.
+pub trait Backend {
     /// The format of its nested tables.
-    const FORMAT: Format;
-    /// Turns the extension on, on this core.
-    fn enable(host: &Host) -> Result<Self, VirtUnavailable>;
-    /// A vCPU with these nested tables, the local APIC's register page, and the bits of CR4 that
-    /// its CPUID allows.
-    fn create_vcpu(
-        &mut self,
-        host: &Host,
-        number: u16,
-        root: HostPhysAddr,
-        apic_page: HostPhysAddr,
-        cr4: u64,
-    ) -> Result<Self::Vcpu, String>;
-    /// Takes a vCPU's pages back.
-    fn destroy_vcpu(&mut self, vcpu: Self::Vcpu);
+    fn format(&self) -> Format;
     /// What its guests may use of the machine.
     fn enabled(&self) -> Enabled;
     /// A page to map at the local APIC's address in every guest, if the hardware wants one.
     fn apic_access_page(&self) -> Option<HostPhysAddr>;
+    /// A VM whose vCPU is the machine's vCPU of this number.
+    fn create(&self, host: &Host, number: u16, setup: Setup<'_>)
+    -> Result<Box<dyn Guest>, VmError>;
+}
+
+/// What a VM is made from.
+pub type Setup<'a> = VmSetup<'a, DirectMap, Frames>;
+/// A VM of either vendor.
+pub type AnyVm = Vm<dyn Vcpu, DirectMap, Frames>;
+
+/// A VM on the heap. Only what is called once a turn goes through here; what happens at an exit
+/// knows the vendor.
+pub trait Guest {
+    /// The VM.
+    fn vm(&self) -> &AnyVm;
+    /// The VM.
+    fn vm_mut(&mut self) -> &mut AnyVm;
+    /// See [`Vm::run`].
+    fn run(&mut self, host: &mut CoreHost<'_>) -> Stop;
+    /// Gives everything it holds back.
+    fn destroy(self: Box<Self>);
+}
+
+impl<V: OwnsPages + 'static> Guest for Vm<V, DirectMap, Frames> {
+    fn vm(&self) -> &AnyVm {
+        self
+    }
+    fn vm_mut(&mut self) -> &mut AnyVm {
+        self
+    }
+    fn run(&mut self, host: &mut CoreHost<'_>) -> Stop {
+        self.run(host)
+    }
+    fn destroy(self: Box<Self>) {
+        self.into_vcpu().give_back();
+    }
+}
+
+/// A vCPU that holds pages of the machine.
+pub trait OwnsPages: Vcpu {
+    /// Gives them back.
+    fn give_back(self);
+}
+
+impl OwnsPages for VmxVcpu {
+    fn give_back(self) {
+        let VmxPages { vmcs, msr_bitmap } = self.into_pages();
+        back(vmcs);
+        back(msr_bitmap);
+    }
+}
+
+impl OwnsPages for SvmVcpu {
+    fn give_back(self) {
+        back(self.into_page());
+    }
+}
+
+/// Turns the machine's extension on, on this core.
+pub fn enable(host: &Host) -> Result<Box<dyn Backend>, VirtUnavailable> {
+    Ok(match cpu::virt::extension()? {
+        Extension::Vmx => Box::new(VmxBackend::enable(host)?),
+        Extension::Svm => Box::new(SvmBackend::enable(host)?),
+    })
 }
 
 fn back(page: HostPage) {
@@ -91,10 +143,7 @@ pub struct VmxBackend {
     _on: Vmx,
 }
 
-impl Backend for VmxBackend {
-    type Vcpu = VmxVcpu;
-    const FORMAT: Format = Format::Ept;
-
+impl VmxBackend {
     fn enable(host: &Host) -> Result<Self, VirtUnavailable> {
         // SAFETY: ring 0.
         let caps = unsafe { Vmx::detect() }?;
@@ -115,7 +164,7 @@ impl Backend for VmxBackend {
     }
 
     fn create_vcpu(
-        &mut self,
+        &self,
         host: &Host,
         number: u16,
         root: HostPhysAddr,
@@ -147,17 +196,32 @@ impl Backend for VmxBackend {
             },
         )
     }
+}
 
-    fn destroy_vcpu(&mut self, vcpu: VmxVcpu) {
-        let VmxPages { vmcs, msr_bitmap } = vcpu.into_pages();
-        back(vmcs);
-        back(msr_bitmap);
+impl Backend for VmxBackend {
+    fn format(&self) -> Format {
+        Format::Ept
+    }
+
+    fn create(
+        &self,
+        host: &Host,
+        number: u16,
+        setup: Setup<'_>,
+    ) -> Result<Box<dyn Guest>, VmError> {
+        let vm = Vm::new(setup, &mut |root, apic_page, cr4| {
+            let apic_page = host.map.physical(apic_page);
+            self.create_vcpu(host, number, root, apic_page, cr4)
+        })?;
+        Ok(Box::new(vm))
     }
 
     fn enabled(&self) -> Enabled {
         let features = self.caps.features();
         Enabled {
             rdtscp: features.contains(cpu::vmx::Features::RDTSCP),
+            invpcid: features.contains(cpu::vmx::Features::INVPCID),
+            xsaves: features.contains(cpu::vmx::Features::XSAVES),
             ..enabled(&self.xstate)
         }
     }
@@ -175,10 +239,7 @@ pub struct SvmBackend {
     _on: Svm,
 }
 
-impl Backend for SvmBackend {
-    type Vcpu = SvmVcpu;
-    const FORMAT: Format = Format::Npt;
-
+impl SvmBackend {
     fn enable(host: &Host) -> Result<Self, VirtUnavailable> {
         let caps = Svm::detect()?;
         let missing = || out_of_memory(Extension::Svm);
@@ -200,14 +261,7 @@ impl Backend for SvmBackend {
         })
     }
 
-    fn create_vcpu(
-        &mut self,
-        host: &Host,
-        number: u16,
-        root: HostPhysAddr,
-        _: HostPhysAddr,
-        _: u64,
-    ) -> Result<SvmVcpu, String> {
+    fn create_vcpu(&self, host: &Host, number: u16, root: HostPhysAddr) -> Result<SvmVcpu, String> {
         let vmcb = host_page(host.map).ok_or("there is no memory for its control block")?;
         let frame = vmcb.phys();
         // One tag each while they last; from the last one on they share it, and pay with flushes.
@@ -224,14 +278,31 @@ impl Backend for SvmBackend {
             error.to_string()
         })
     }
+}
 
-    fn destroy_vcpu(&mut self, vcpu: SvmVcpu) {
-        back(vcpu.into_page());
+impl Backend for SvmBackend {
+    fn format(&self) -> Format {
+        Format::Npt
+    }
+
+    fn create(
+        &self,
+        host: &Host,
+        number: u16,
+        setup: Setup<'_>,
+    ) -> Result<Box<dyn Guest>, VmError> {
+        let vm = Vm::new(setup, &mut |root, _, _| {
+            self.create_vcpu(host, number, root)
+        })?;
+        Ok(Box::new(vm))
     }
 
     fn enabled(&self) -> Enabled {
         Enabled {
             rdtscp: self.caps.features.contains(SvmFeatures::TSC_AUX),
+            // They run natively where the machine has them.
+            invpcid: true,
+            xsaves: true,
             ..enabled(&self.xstate)
         }
     }

@@ -1,6 +1,6 @@
 //! From the loader's jump to the first guest.
 
-use crate::backend::Backend;
+use crate::backend::{self, Backend};
 use crate::frames::{self, Frames};
 use crate::{console, panic, run};
 use alloc::vec::Vec;
@@ -10,7 +10,6 @@ use bootloader_api::info::MemoryRegionKind;
 use core::sync::atomic::{AtomicU64, Ordering};
 use cpu::host::{CoreTables, EmergencyStacks, InterruptFrame};
 use cpu::page::HostPage;
-use cpu::virt::{Extension, VirtUnavailable};
 use hw::acpi::AcpiInfo;
 use hw::{CoreTimer, DirectMap, Framebuffer, LocalApic, Screen, Serial};
 use log::{error, info, warn};
@@ -87,16 +86,13 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
     install_tables(map);
     let host = find_hardware(map, boot.rsdp_addr.into_option());
     let bundle = ramdisk(boot, map);
-    match cpu::virt::extension() {
-        Ok(Extension::Vmx) => start::<crate::backend::VmxBackend>(&host, bundle),
-        Ok(Extension::Svm) => start::<crate::backend::SvmBackend>(&host, bundle),
-        Err(error) => no_guests(&error),
+    match backend::enable(&host) {
+        Ok(backend) => start(&host, &*backend, bundle),
+        Err(error) => {
+            error!("{error}");
+            fail("no guest can run on this machine")
+        }
     }
-}
-
-fn no_guests(error: &VirtUnavailable) -> ! {
-    error!("{error}");
-    fail("no guest can run on this machine");
 }
 
 /// Ends with a clear message: the machine cannot do its job.
@@ -337,11 +333,7 @@ pub fn host_pages(map: DirectMap, count: u64) -> Option<Vec<HostPage>> {
         .collect()
 }
 
-fn start<B: Backend>(host: &Host, bundle: &'static [u8]) -> ! {
-    let backend = match B::enable(host) {
-        Ok(backend) => backend,
-        Err(error) => no_guests(&error),
-    };
+fn start(host: &Host, backend: &dyn Backend, bundle: &'static [u8]) -> ! {
     let bundle = match vm::bundle::Bundle::open(bundle) {
         Ok(bundle) => bundle,
         Err(error) => {

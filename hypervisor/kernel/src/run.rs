@@ -1,6 +1,6 @@
 //! The run loop of a core: pick a VM, run it until something wants the core, repeat.
 
-use crate::backend::Backend;
+use crate::backend::{self, Backend, Setup};
 use crate::bring_up::{Host, STATUS_BOOT};
 use crate::console::{self, Request};
 use crate::frames::{self, Frames};
@@ -8,14 +8,14 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use arch::{Nanos, Vcpu};
+use arch::Nanos;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use hw::{CoreTimer, DirectMap, TIMER_VECTOR};
+use hw::{CoreTimer, TIMER_VECTOR};
 use log::{error, info, warn};
 use sched::{Decision, Scheduler, VcpuId};
 use vm::bundle::Bundle;
 use vm::config::{Config, OnReboot, VmConfig};
-use vm::{End, Stop, Vm, VmError, VmSetup};
+use vm::{End, Stop, VmError};
 
 /// Exit status for a VM that crashed.
 const STATUS_CRASH: u32 = 101;
@@ -56,17 +56,16 @@ pub fn host_interrupt(vector: u8) {
     }
 }
 
-struct Guest<V: Vcpu> {
+struct Guest {
     config: VmConfig,
-    /// Boxed: a VM is large, and is never moved.
-    vm: Option<Box<Vm<V, DirectMap, Frames>>>,
+    vm: Option<Box<dyn backend::Guest>>,
     end: Option<End>,
     started: Nanos,
     /// How long it waits before it starts again, in nanoseconds.
     wait: u64,
 }
 
-impl<V: Vcpu> Guest<V> {
+impl Guest {
     /// Whether it has reset itself and will start again.
     const fn waits(&self) -> bool {
         self.vm.is_none() && self.end.is_none() && self.wait > 0
@@ -74,7 +73,7 @@ impl<V: Vcpu> Guest<V> {
 }
 
 /// What the guests' rooms need of the machine while one runs.
-struct CoreHost<'a> {
+pub struct CoreHost<'a> {
     guest: usize,
     timer: &'a mut CoreTimer,
     /// TSC at which the core is wanted for something else.
@@ -126,14 +125,14 @@ impl Clock {
 }
 
 /// The guests of one machine and the core that runs them.
-struct Core<'a, B: Backend> {
-    backend: B,
+struct Core<'a> {
+    backend: &'a dyn Backend,
     host: &'a Host,
     bundle: &'a Bundle<'a>,
     timer: CoreTimer,
     clock: Clock,
     scheduler: Scheduler,
-    guests: Vec<Guest<B::Vcpu>>,
+    guests: Vec<Guest>,
     /// Whose vCPU is on the core.
     loaded: Option<usize>,
     /// The first bad end: exit status and reason.
@@ -141,8 +140,8 @@ struct Core<'a, B: Backend> {
 }
 
 /// Makes the guests of the configuration, runs them until all have ended, and says how it went.
-pub fn run<B: Backend>(
-    backend: B,
+pub fn run(
+    backend: &dyn Backend,
     host: &Host,
     timer: CoreTimer,
     bundle: &Bundle<'_>,
@@ -189,7 +188,7 @@ pub fn run<B: Backend>(
         .unwrap_or_else(|| (0, "every VM ended well".to_string()))
 }
 
-impl<B: Backend> Core<'_, B> {
+impl Core<'_> {
     fn fail(&mut self, status: u32, reason: String) {
         self.failure.get_or_insert((status, reason));
     }
@@ -241,20 +240,20 @@ impl<B: Backend> Core<'_, B> {
         &mut self,
         number: usize,
         config: &VmConfig,
-    ) -> Result<Box<Vm<B::Vcpu, DirectMap, Frames>>, VmError> {
+    ) -> Result<Box<dyn backend::Guest>, VmError> {
         let (before_heap, before_frames) = (frames::heap_used(), frames::free_bytes());
         let promised: u64 = self
             .guests
             .iter()
             .filter_map(|guest| guest.vm.as_ref())
-            .map(|vm| vm.outstanding_bytes())
+            .map(|vm| vm.vm().outstanding_bytes())
             .sum();
         let host = self.host;
         let now = hw::rdtsc();
-        let setup = VmSetup {
+        let setup = Setup {
             config,
             bundle: self.bundle,
-            format: B::FORMAT,
+            format: self.backend.format(),
             phys: host.map,
             frames: Frames,
             free_bytes: before_frames.saturating_sub(promised),
@@ -268,12 +267,7 @@ impl<B: Backend> Core<'_, B> {
             },
             apic_access_page: self.backend.apic_access_page(),
         };
-        let backend = &mut self.backend;
-        let vm = Vm::new(setup, &mut |root, apic_page, cr4| {
-            let apic_page = host.map.physical(apic_page);
-            backend.create_vcpu(host, number as u16, root, apic_page, cr4)
-        })?;
-        let vm = Box::new(vm);
+        let vm = self.backend.create(host, number as u16, setup)?;
         info!(
             "vm {}: {} MiB, {} vCPU, kernel {}",
             config.name,
@@ -285,7 +279,7 @@ impl<B: Backend> Core<'_, B> {
         let taken = before_frames.saturating_sub(frames::free_bytes());
         console::say(format_args!(
             "bench vm-memory {} bytes",
-            heap + taken.saturating_sub(vm.backed_bytes())
+            heap + taken.saturating_sub(vm.vm().backed_bytes())
         ));
         Ok(vm)
     }
@@ -338,13 +332,13 @@ impl<B: Backend> Core<'_, B> {
                 let mut taken = 0;
                 let sound = cpu::guard::run(|| {
                     console::guest_input(number, &mut |bytes| {
-                        let used = vm.input(bytes, hw::rdtsc());
+                        let used = vm.vm_mut().input(bytes, hw::rdtsc());
                         taken += used;
                         used
                     });
                 });
                 if sound.is_err() {
-                    vm.stop();
+                    vm.vm_mut().stop();
                 }
                 if taken > 0 || sound.is_err() {
                     self.scheduler.wake(VcpuId(number));
@@ -361,7 +355,7 @@ impl<B: Backend> Core<'_, B> {
             .and_then(|number| self.guests.get_mut(number))
             && let Some(vm) = &mut guest.vm
         {
-            vm.unload();
+            vm.vm_mut().unload();
         }
     }
 
@@ -383,7 +377,7 @@ impl<B: Backend> Core<'_, B> {
             return;
         };
         if self.loaded != Some(number) {
-            vm.load();
+            vm.vm_mut().load();
             self.loaded = Some(number);
         }
         let slice_end = self.clock.tsc_at(until);
@@ -435,8 +429,7 @@ impl<B: Backend> Core<'_, B> {
         let wait = guest.wait;
         match guest.vm.take() {
             Some(vm) if sound => {
-                let backend = &mut self.backend;
-                if cpu::guard::run(|| backend.destroy_vcpu(vm.into_vcpu())).is_err() {
+                if cpu::guard::run(|| vm.destroy()).is_err() {
                     error!("vm {name}: its memory is lost until the machine starts again");
                 }
             }
@@ -479,8 +472,8 @@ impl<B: Backend> Core<'_, B> {
             ("", ..) => found = None,
             ("quit" | "exit", None, _) => return true,
             ("list", None, _) => self.list(),
-            ("button", Some(_), Some(vm)) => vm.power_button(),
-            ("stop", Some(_), Some(vm)) => vm.stop(),
+            ("button", Some(_), Some(vm)) => vm.vm_mut().power_button(),
+            ("stop", Some(_), Some(vm)) => vm.vm_mut().stop(),
             ("button" | "stop", Some(name), None) => warn!("no VM `{name}` is running"),
             _ => console::say(format_args!(
                 "list | button VM (press its power button) | stop VM (end it now) | quit"
@@ -502,8 +495,8 @@ impl<B: Backend> Core<'_, B> {
             let state = match (&guest.vm, &guest.end) {
                 (Some(vm), _) => format!(
                     "running, {} KiB of {} in use",
-                    vm.backed_bytes() >> 10,
-                    vm.promised_bytes() >> 10
+                    vm.vm().backed_bytes() >> 10,
+                    vm.vm().promised_bytes() >> 10
                 ),
                 (None, Some(end)) => format!("ended: {end}"),
                 (None, None) if guest.waits() => "waits to start again".to_string(),

@@ -256,6 +256,25 @@ impl Board {
 
     // ---- ports ----
 
+    /// Reads a byte of the 8259A pair, which needs to know no time; `None` for other ports.
+    #[inline]
+    pub fn pic_read(&mut self, port: u16) -> Option<u8> {
+        let value = map::is_pic(port).then(|| self.devices.pic.read(port))?;
+        self.carry_pic();
+        Some(value)
+    }
+
+    /// Writes a byte to the 8259A pair, which needs to know no time; `false` for other ports.
+    #[inline]
+    pub fn pic_write(&mut self, port: u16, value: u8) -> bool {
+        let own = map::is_pic(port);
+        if own {
+            self.devices.pic.write(port, value);
+            self.carry_pic();
+        }
+        own
+    }
+
     /// Reads `size` (1, 2, 4) bytes at `port`.
     #[inline]
     pub fn port_read(&mut self, port: u16, size: u8, now: Nanos) -> u32 {
@@ -276,6 +295,7 @@ impl Board {
         }
     }
 
+    #[inline(always)]
     fn read8(&mut self, port: u16, now: Nanos) -> u8 {
         let devices = &mut self.devices;
         match port {
@@ -334,6 +354,7 @@ impl Board {
         }
     }
 
+    #[inline(always)]
     fn write8(&mut self, port: u16, value: u8, now: Nanos) {
         let devices = &mut self.devices;
         match port {
@@ -406,6 +427,7 @@ impl Board {
         }
     }
 
+    #[inline(never)]
     fn read_wide(&mut self, port: u16, size: u8, now: Nanos) -> u32 {
         let whole = port & 3 <= 4 - u16::from(size.min(4));
         match port {
@@ -438,6 +460,7 @@ impl Board {
         })
     }
 
+    #[inline(never)]
     fn write_wide(&mut self, port: u16, size: u8, value: u32, now: Nanos) {
         let whole = port & 3 <= 4 - u16::from(size.min(4));
         match port {
@@ -493,6 +516,7 @@ impl Board {
     // ---- memory ----
 
     /// Reads `size` (1, 2, 4, 8) bytes of device memory at `address`.
+    #[inline(never)]
     pub fn mmio_read(&mut self, address: u64, size: u8, now: Nanos) -> u64 {
         let ones = u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)));
         match address {
@@ -521,6 +545,7 @@ impl Board {
     }
 
     /// Writes the low `size` (1, 2, 4, 8) bytes of `value` to device memory at `address`.
+    #[inline(never)]
     pub fn mmio_write(&mut self, address: u64, size: u8, value: u64, now: Nanos) {
         match address {
             map::IO_APIC..=IO_APIC_END => {
@@ -782,6 +807,13 @@ impl Board {
 
     fn ask_reset(&mut self, cause: ResetCause) {
         self.act(|actions| actions.reset = Some(cause));
+    }
+
+    /// Whether there is something in [`Board::pic_interrupt`] or [`Board::take_actions`].
+    #[inline]
+    #[must_use]
+    pub const fn wants_attention(&self) -> bool {
+        self.extint | self.acting
     }
 
     /// Whether [`Board::take_actions`] has something.

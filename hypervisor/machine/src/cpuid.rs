@@ -324,9 +324,21 @@ impl CpuidPolicy {
         &self.features
     }
 
-    /// The answer to CPUID with `leaf` in EAX and `subleaf` in ECX on this vCPU.
+    /// The answer where it depends on nothing but leaf and sub-leaf and stands in a dense table.
     #[inline]
     #[must_use]
+    pub fn constant(&self, leaf: u32, subleaf: u32) -> Option<&Regs> {
+        let entry = match self.basic.get(leaf as usize) {
+            Some(entry) => entry,
+            None => self.extended.get(leaf.wrapping_sub(EXTENDED) as usize)?,
+        };
+        let sought = entry.selects && subleaf != 0 || entry.dynamic != Dynamic::No;
+        (!sought).then_some(&entry.regs)
+    }
+
+    /// The answer to CPUID with `leaf` in EAX and `subleaf` in ECX on this vCPU.
+    #[must_use]
+    #[inline(never)]
     pub fn answer<V: Vcpu + ?Sized>(
         &self,
         leaf: u32,

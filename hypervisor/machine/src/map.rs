@@ -83,3 +83,10 @@ pub const DEBUG_EXIT: u16 = 0xf4;
 pub const DEBUG_SHUTDOWN: u16 = 0x8900;
 /// Prints a byte, where the configuration asks for it.
 pub const DEBUG_CONSOLE: u16 = 0xe9;
+
+/// Whether this is one of the four ports of the 8259A pair.
+#[inline]
+#[must_use]
+pub const fn is_pic(port: u16) -> bool {
+    port & !0x81 == 0x20
+}

@@ -9,8 +9,8 @@ use alloc::vec::Vec;
 
 use arch::{
     AccessRights, Combined, ControlRegister, Cr0, Cr4, DebugRegister, DescriptorTable, Efer, Event,
-    Exit, Gprs, GuestMemory, GuestPhysAddr, HostPhysAddr, Interruptibility, MemoryFault, RFlags,
-    Segment, SegmentRegister, Vcpu,
+    Exit, Gprs, GuestMemory, GuestPhysAddr, HostPhysAddr, Interruptibility, IoExit, MemoryFault,
+    RFlags, Segment, SegmentRegister, Vcpu,
 };
 
 /// A vCPU whose every register is a field. It never runs: [`Vcpu::enter`] gives what its script
@@ -50,6 +50,8 @@ pub struct MockVcpu {
     pub flushes: u32,
     /// What the next entries come back with.
     pub exits: VecDeque<Exit>,
+    /// What [`Vcpu::rare_exit`] gives.
+    pub rare: Exit,
     /// The events that entries delivered.
     pub delivered: Vec<Event>,
     /// Whether it has a timer of its own.
@@ -102,6 +104,7 @@ impl MockVcpu {
             deadline: u64::MAX,
             flushes: 0,
             exits: VecDeque::new(),
+            rare: Exit::Benign,
             delivered: Vec::new(),
             own_timer: true,
             pdptes: None,
@@ -149,7 +152,27 @@ impl Vcpu for MockVcpu {
     fn unload(&mut self) {}
     fn enter(&mut self) -> Exit {
         self.delivered.extend(self.pending.take());
-        self.exits.pop_front().unwrap_or(Exit::Benign)
+        let exit = self.exits.pop_front().unwrap_or(Exit::Benign);
+        match exit {
+            Exit::Cpuid
+            | Exit::Hypercall
+            | Exit::Rdmsr
+            | Exit::Wrmsr
+            | Exit::Io(IoExit { string: false, .. })
+            | Exit::NestedFault { .. }
+            | Exit::ApicWrite { .. }
+            | Exit::Hlt
+            | Exit::ExternalInterrupt(_)
+            | Exit::InterruptWindow
+            | Exit::PreemptionTimer => exit,
+            _ => {
+                self.rare = exit;
+                Exit::Rare
+            }
+        }
+    }
+    fn rare_exit(&self) -> Exit {
+        self.rare
     }
     fn gprs(&self) -> &Gprs {
         &self.gprs

@@ -318,6 +318,16 @@ const fn physical_mask(bits: u8) -> u64 {
     }
 }
 
+/// Whether IA32_PAT may hold `value`: eight times one of UC (0), WC (1), WT (4), WP (5), WB (6)
+/// and UC− (7) (Intel SDM Vol. 3A §12.12.2).
+#[inline]
+#[must_use]
+pub const fn is_pat(value: u64) -> bool {
+    const BIT_1: u64 = 0x0202_0202_0202_0202;
+    // Three bits each, and bit 1 only together with bit 2.
+    value & !(7 * (BIT_1 >> 1)) == 0 && value & BIT_1 & !(value >> 1) == 0
+}
+
 /// Whether bits 63:47 are equal: a linear address with four levels of tables.
 const fn is_canonical(address: u64) -> bool {
     ((address << 16) as i64 >> 16) as u64 == address
@@ -514,9 +524,7 @@ impl MsrState {
                 Ok(MsrEffect::ApicBase)
             }
             index::IA32_PAT => {
-                // Each of the eight types: UC, WC, WT, WP, WB, UC−.
-                let valid = |byte: u32| matches!(value >> (byte * 8) & 0xff, 0 | 1 | 4..=7);
-                needs((0..8).all(valid))?;
+                needs(is_pat(value))?;
                 needs(context.vcpu.set_msr(msr, value))?;
                 done
             }

@@ -94,11 +94,16 @@ impl Chip {
     }
 
     /// The input that may interrupt now.
+    #[inline]
     fn resolve(&self, cascades: u8) -> Option<u8> {
         let pending = self.irr & !self.imr;
         if pending == 0 || self.step != Step::Ready {
             return None;
         }
+        self.highest(pending, cascades)
+    }
+
+    fn highest(&self, pending: u8, cascades: u8) -> Option<u8> {
         // In special mask mode a masked input in service holds nothing back.
         let serving = if self.special_mask {
             self.isr & !self.imr
@@ -277,8 +282,21 @@ impl PicPair {
     }
 
     /// Reads 0x20, 0x21, 0xa0, 0xa1, 0x4d0 or 0x4d1. A read of a chip in poll mode acknowledges.
+    #[inline]
     pub fn read(&mut self, port: u16) -> u8 {
+        if !(self.master.poll | self.slave.poll) {
+            match port {
+                0x21 => return self.master.imr,
+                0xa1 => return self.slave.imr,
+                _ => {}
+            }
+        }
+        self.read_other(port)
+    }
+
+    fn read_other(&mut self, port: u16) -> u8 {
         let cascades = self.cascades();
+        let acknowledges = self.master.poll || self.slave.poll;
         let value = match port {
             0x20 | 0x21 => self.master.read(port & 1 != 0, cascades),
             0xa0 | 0xa1 => self.slave.read(port & 1 != 0, 0),
@@ -286,12 +304,25 @@ impl PicPair {
             0x4d1 => self.slave.elcr,
             _ => 0xff,
         };
-        self.update();
+        if acknowledges {
+            self.update();
+        }
         value
     }
 
     /// Writes 0x20, 0x21, 0xa0, 0xa1, 0x4d0 or 0x4d1.
+    #[inline]
     pub fn write(&mut self, port: u16, value: u8) {
+        // The master's mask changes nothing at the slave.
+        if port == 0x21 && self.master.step == Step::Ready {
+            self.master.imr = value;
+            self.output = self.master.resolve(self.cascades()).is_some();
+        } else {
+            self.write_other(port, value);
+        }
+    }
+
+    fn write_other(&mut self, port: u16, value: u8) {
         match port {
             0x20 | 0x21 => self.master.write(port & 1 != 0, value),
             0xa0 | 0xa1 => self.slave.write(port & 1 != 0, value),

@@ -359,7 +359,7 @@ mod tests {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let dice = seed >> 33;
             if dice % 5 < 3 {
-                let size = if dice % 97 == 0 {
+                let size = if dice.is_multiple_of(97) {
                     PageSize::Size2M
                 } else {
                     PageSize::Size4K
@@ -378,7 +378,7 @@ mod tests {
                 out.remove(&start);
                 frames.free(HostPhysAddr::new(start), size);
             }
-            let held: u64 = if dice % 1000 == 0 {
+            let held: u64 = if dice.is_multiple_of(1000) {
                 out.values().map(|s| s.bytes()).sum()
             } else {
                 continue;

@@ -109,7 +109,7 @@ impl<P: PhysMemory, F: FrameSource> AddressSpace<P, F> {
         mut frames: F,
     ) -> Result<Self, RegionError> {
         let mut regions = regions.to_vec();
-        regions.sort_by_key(|region| region.start);
+        regions.sort_unstable_by_key(|region| region.start);
         let mut end = 0;
         for region in &regions {
             let (start, bytes) = (region.start, region.bytes);

@@ -20,6 +20,9 @@ use machine::msr::{MsrContext, MsrEffect, MsrFault};
 use machine::pvclock;
 use memory::FaultOutcome;
 
+/// The cause of a crash by the guest's shutdown.
+const SHUTDOWN: &str = "triple fault";
+
 /// What lies behind guest-physical addresses that are not RAM.
 struct Bus<'a> {
     board: &'a mut Board,
@@ -36,6 +39,7 @@ impl Bus<'_> {
 }
 
 impl MmioBus for Bus<'_> {
+    #[inline(always)]
     fn read(&mut self, addr: GuestPhysAddr, size: u8) -> u64 {
         if let Some(offset) = self.local_apic(addr) {
             // Registers are 32 bits wide on 16-byte boundaries; narrower reads see their bytes.
@@ -44,6 +48,7 @@ impl MmioBus for Bus<'_> {
         }
         self.board.mmio_read(addr.as_u64(), size, self.now)
     }
+    #[inline(always)]
     fn write(&mut self, addr: GuestPhysAddr, size: u8, value: u64) {
         if let Some(offset) = self.local_apic(addr) {
             // Whatever follows shows in what `prepare` looks at.
@@ -66,8 +71,36 @@ impl PortBus for Bus<'_> {
     }
 }
 
-/// What to do after an exit.
-type Handled = Result<(), End>;
+/// What is to be done before the next entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Nothing: the exit changed nothing that [`Vm::prepare`] looks at.
+    Enter,
+    /// [`Vm::prepare`].
+    Prepare,
+    /// The machine's interrupts get their turn, then [`Vm::prepare`].
+    Serve,
+    /// Another vCPU may have the core.
+    Yield,
+}
+
+impl Next {
+    /// What follows a rare exit.
+    fn or_serve(self) -> Self {
+        if self == Self::Yield {
+            self
+        } else {
+            Self::Serve
+        }
+    }
+}
+
+/// The VM came to its end, which stands in [`Vm::end`]: too large to be passed on every path.
+#[derive(Clone, Copy)]
+struct Over;
+
+/// How an exit was handled. All paths of the run loop give it in a register.
+type Handled = Result<Next, Over>;
 
 impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     /// Runs the guest until something else wants the core or the guest wants nothing of it. The
@@ -76,114 +109,100 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         if self.stop {
             return Stop::Ended(End::Stopped);
         }
-        self.armed = None;
-        // Time went on, and a person may have typed, while another had the core: look afresh.
-        self.deadline = 0;
-        loop {
+        self.tick(host);
+        'prepare: loop {
+            self.take_tpr();
             if let Some(stop) = self.prepare(host) {
                 return stop;
             }
-            // CPUID changes nothing that `prepare` looks at: guests that ask in a loop stay here.
-            let exit = loop {
-                let exit = self.vcpu.enter();
-                if exit != Exit::Cpuid {
-                    break exit;
-                }
-                if let Err(end) = self.cpuid() {
-                    return Stop::Ended(end);
-                }
-            };
-            // The hardware's copy has the priority class alone.
-            if let Some(tpr) = self.vcpu.virtual_tpr()
-                && tpr >> 4 != self.shown_tpr.0 >> 4
-            {
-                self.shown_tpr.0 = tpr;
-                self.board.apic.local[0].set_tpr(tpr);
-            }
-            let handled = match exit {
-                Exit::Wrmsr => self.wrmsr(host),
-                Exit::Rdmsr => self.rdmsr(host),
-                Exit::Io(io) if !io.string => self.port(io, host),
-                Exit::ApicWrite { offset } => {
-                    let now = self.time_at(host.tsc());
-                    let effect = self.board.apic.local[0].apic_write_done(offset, now);
-                    let _: Then = self.board.apic.apply(0, effect);
-                    Ok(())
-                }
-                // The vCPU's timer and the window exits come before interrupts of the machine: a
-                // guest that brings them about without end would keep those out for ever.
-                Exit::ExternalInterrupt(_)
-                | Exit::PreemptionTimer
-                | Exit::NmiWindow
-                | Exit::Benign
-                | Exit::InitOrSipi => {
-                    if exit == Exit::NmiWindow {
-                        self.vcpu.request_nmi_window(false);
+            loop {
+                // The compiler joins this match with the backend's on the raw reason.
+                let handled = match self.vcpu.enter() {
+                    Exit::Cpuid => self.cpuid(),
+                    Exit::Hypercall => self.hypercall(),
+                    Exit::Rdmsr => self.rdmsr(host),
+                    Exit::Wrmsr => self.wrmsr(host),
+                    Exit::Io(io) => self.port(io, host),
+                    Exit::ApicWrite { offset } => self.apic_write(offset, host),
+                    Exit::NestedFault { addr, access, walk } => {
+                        self.fault(addr, access, walk, host)
                     }
-                    // A one-shot timer that ran out a tick early must be armed again.
-                    self.armed = None;
-                    if host.interrupted() {
-                        return Stop::Preempted;
+                    Exit::Hlt => self.halt(),
+                    // The only ways in which a deadline shows.
+                    Exit::ExternalInterrupt(_) | Exit::PreemptionTimer => Ok(Next::Serve),
+                    // These only ask for a new look at what is pending.
+                    Exit::InterruptWindow | Exit::TprBelowThreshold => Ok(Next::Prepare),
+                    // Windows, and exceptions that arise in their own delivery (CVE-2015-5307,
+                    // CVE-2015-8104), come before interrupts of the machine: a guest that brings
+                    // them about without end would keep those out for ever.
+                    _ => self.rare(host).map(Next::or_serve),
+                };
+                match handled {
+                    Ok(Next::Enter) => {}
+                    Ok(Next::Prepare) => continue 'prepare,
+                    Ok(Next::Serve) => {
+                        if host.interrupted() {
+                            return Stop::Preempted;
+                        }
+                        self.tick(host);
+                        continue 'prepare;
                     }
-                    Ok(())
+                    Ok(Next::Yield) => return Stop::Yield,
+                    Err(Over) => return self.ended(host),
                 }
-                // These only ask for a new look at what is pending.
-                Exit::InterruptWindow | Exit::TprBelowThreshold => Ok(()),
-                Exit::Hlt => self.halt(),
-                Exit::NestedFault { addr, access, walk } => self.fault(addr, access, walk, host),
-                Exit::Hypercall => self.hypercall(),
-                Exit::Pause => match self.skip(Expected::Pause) {
-                    Ok(()) => return Stop::Yield,
-                    Err(end) => Err(end),
-                },
-                other => match self.rare(other, host) {
-                    // An exception that arises in its own delivery exits without end before the
-                    // machine's interrupts get their turn (CVE-2015-5307, CVE-2015-8104).
-                    Ok(()) if host.interrupted() => return Stop::Preempted,
-                    handled => handled,
-                },
-            };
-            if let Err(end) = handled {
-                self.drain(host);
-                return Stop::Ended(end);
             }
         }
     }
 
-    /// Brings timers, interrupts and deadlines up to date before an entry.
-    #[inline]
-    fn prepare(&mut self, host: &mut impl Host) -> Option<Stop> {
-        if self.deadline != u64::MAX {
-            let tsc = host.tsc();
-            if tsc >= self.deadline {
-                let now = self.time_at(tsc);
-                self.board.tick(now);
-                self.board.apic.local[0].tick(now);
-            }
-        }
-        let apic = &self.board.apic.local[0];
-        let pending = apic.pending();
-        if apic.has_signals()
-            || self.board.pic_interrupt()
-            || self.halted
-            || self.board.has_actions()
+    #[cold]
+    fn ended(&mut self, host: &mut impl Host) -> Stop {
+        self.drain(host);
+        Stop::Ended(self.end.take().unwrap_or(End::Stopped))
+    }
+
+    /// Lets devices and timers come up to the present. While the guest runs, that is only needed
+    /// when the deadline that [`Vm::arm`] set has passed: the guest leaves then.
+    fn tick(&mut self, host: &mut impl Host) {
+        let now = self.time_at(host.tsc());
+        self.board.tick(now);
+        self.board.apic.local[0].tick(now);
+        // A timer may go off a little early, and rings once.
+        self.armed = None;
+    }
+
+    /// Takes over TPR where the guest changes it in the hardware's own copy, which has the
+    /// priority class alone.
+    #[inline(always)]
+    fn take_tpr(&mut self) {
+        if let Some(tpr) = self.vcpu.virtual_tpr()
+            && tpr >> 4 != self.shown_tpr.0 >> 4
         {
-            if let Some(stop) = self.attend(host) {
-                return Some(stop);
-            }
-        } else if pending.is_some() {
-            if self.vcpu.interruptibility().interrupts_open {
-                let vector = self.board.apic.local[0].acknowledge();
-                if !self.vcpu.inject(Event::Interrupt(vector)) {
-                    return Some(Stop::Ended(self.shut_down()));
-                }
-                // Another may wait behind it.
-                self.want_window(self.board.apic.local[0].pending().is_some());
-            } else {
-                self.want_window(true);
-            }
-        } else if self.window {
-            self.want_window(false);
+            self.shown_tpr.0 = tpr;
+            self.board.apic.local[0].set_tpr(tpr);
+        }
+    }
+
+    /// Brings interrupts and deadlines up to date before an entry.
+    #[inline(always)]
+    fn prepare(&mut self, host: &mut impl Host) -> Option<Stop> {
+        let board = &self.board;
+        let apic = &board.apic.local[0];
+        let shown = (apic.tpr(), 0);
+        let next = board.next_event().min(apic.next_event());
+        let work = apic.has_work() | board.wants_attention() | self.window | self.halted;
+        if work || shown != self.shown_tpr {
+            return self.prepare_in_full(host);
+        }
+        if self.armed != Some(next) {
+            self.arm(next, host);
+        }
+        None
+    }
+
+    #[inline(never)]
+    fn prepare_in_full(&mut self, host: &mut impl Host) -> Option<Stop> {
+        if let Some(stop) = self.deliver(host) {
+            return Some(stop);
         }
         let apic = &self.board.apic.local[0];
         let shown = (apic.tpr(), apic.tpr_threshold());
@@ -194,6 +213,27 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let next = self.next_event();
         if self.armed != Some(next) {
             self.arm(next, host);
+        }
+        None
+    }
+
+    /// Delivers what is pending, or asks for the window in which it can be.
+    fn deliver(&mut self, host: &mut impl Host) -> Option<Stop> {
+        let apic = &self.board.apic.local[0];
+        if apic.has_signals() || self.board.wants_attention() || self.halted {
+            return self.attend(host);
+        }
+        if apic.pending().is_none() {
+            self.want_window(false);
+        } else if self.vcpu.interruptibility().interrupts_open {
+            let vector = self.board.apic.local[0].acknowledge();
+            if !self.vcpu.inject(Event::Interrupt(vector)) {
+                return Some(Stop::Ended(self.report(SHUTDOWN)));
+            }
+            // Another may wait behind it.
+            self.want_window(self.board.apic.local[0].pending().is_some());
+        } else {
+            self.want_window(true);
         }
         None
     }
@@ -214,12 +254,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         }
     }
 
+    #[inline(always)]
     fn arm(&mut self, next: Nanos, host: &mut impl Host) {
         self.armed = Some(next);
-        self.deadline = self.tsc_at(next);
+        let deadline = self.tsc_at(next);
         // Where the vCPU has a timer of its own, the core's timer only ends the slice.
-        let own = self.vcpu.set_deadline(self.deadline);
-        host.arm(if own { u64::MAX } else { self.deadline });
+        let own = self.vcpu.set_deadline(deadline);
+        host.arm(if own { u64::MAX } else { deadline });
     }
 
     /// What is not the common case of an entry: signals, the 8259A, HLT, and what the devices
@@ -247,14 +288,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             // start-up that nobody can send.
             let _ = apic.take_signals(0);
             if signals.init {
-                return Some(Stop::Ended(self.crash("INIT sent to the only vCPU")));
+                return Some(Stop::Ended(self.report("INIT sent to the only vCPU")));
             }
         } else if signals.nmi {
             if open.nmi_open {
                 let _ = apic.take_signals(0);
                 self.halted = false;
                 if !self.vcpu.inject(Event::Nmi) {
-                    return Some(Stop::Ended(self.shut_down()));
+                    return Some(Stop::Ended(self.report(SHUTDOWN)));
                 }
                 return None;
             }
@@ -270,7 +311,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 };
                 self.halted = false;
                 if !self.vcpu.inject(Event::Interrupt(vector)) {
-                    return Some(Stop::Ended(self.shut_down()));
+                    return Some(Stop::Ended(self.report(SHUTDOWN)));
                 }
                 let more = self.board.apic.local[0].pending().is_some()
                     || (self.board.pic_interrupt() && self.board.apic.accepts_extint(0));
@@ -297,21 +338,33 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     /// Where the instruction that exited ends. `Ok(None)`: enter the guest again.
-    #[inline]
-    fn next_rip(&mut self, expected: Expected) -> Result<Option<u64>, End> {
-        match emulate::next_rip_known(&self.vcpu, &mut self.memory, &mut self.code_page, expected) {
+    #[inline(always)]
+    fn next_rip(&mut self, expected: Expected) -> Result<Option<u64>, Over> {
+        if let Some(next) = self.vcpu.next_rip() {
+            return Ok(Some(next));
+        }
+        let page = &mut self.code_page;
+        match emulate::plain_next_rip(&self.vcpu, &mut self.memory, page, expected) {
+            Some(next) => Ok(Some(next)),
+            None => self.decode_next_rip(expected),
+        }
+    }
+
+    #[cold]
+    fn decode_next_rip(&mut self, expected: Expected) -> Result<Option<u64>, Over> {
+        match emulate::decode_next_rip(&self.vcpu, &mut self.memory, expected) {
             Ok(next) => Ok(Some(next)),
-            Err(error) => self.no_length(error).map(|()| None),
+            Err(error) => self.no_length(error).map(|_| None),
         }
     }
 
     #[cold]
     fn no_length(&mut self, error: LengthError) -> Handled {
         match error {
-            LengthError::Changed => Ok(()),
+            LengthError::Changed => Ok(Next::Enter),
             LengthError::Fault(fault) => {
                 if fault.deliver(&mut self.vcpu) {
-                    Ok(())
+                    Ok(Next::Enter)
                 } else {
                     Err(self.shut_down())
                 }
@@ -321,11 +374,25 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     /// Ends the instruction that exited.
-    #[inline]
+    #[inline(always)]
     fn retire(&mut self, next: u64) -> Handled {
-        let done = emulate::retire(&mut self.vcpu, next);
-        if done == Done::Next || done.deliver(&mut self.vcpu) {
-            Ok(())
+        match emulate::retire(&mut self.vcpu, next) {
+            Done::Next => Ok(Next::Enter),
+            done => self.done(done),
+        }
+    }
+
+    /// [`Vm::retire`] after an instruction that changed something outside of the vCPU.
+    #[inline(always)]
+    fn retire_and_prepare(&mut self, next: u64) -> Handled {
+        self.retire(next).map(|_| Next::Prepare)
+    }
+
+    /// What follows an emulated instruction.
+    #[cold]
+    fn done(&mut self, done: Done) -> Handled {
+        if done.deliver(&mut self.vcpu) {
+            Ok(Next::Prepare)
         } else {
             Err(self.shut_down())
         }
@@ -334,8 +401,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     /// An instruction without effect.
     fn skip(&mut self, expected: Expected) -> Handled {
         match self.next_rip(expected)? {
-            Some(next) => self.retire(next),
-            None => Ok(()),
+            Some(next) => self.retire_and_prepare(next),
+            None => Ok(Next::Enter),
         }
     }
 
@@ -351,22 +418,22 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     #[inline]
     fn inject(&mut self, event: Event) -> Handled {
         if self.vcpu.inject(event) {
-            Ok(())
+            Ok(Next::Prepare)
         } else {
             Err(self.shut_down())
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn cpuid(&mut self) -> Handled {
         let Some(next) = self.next_rip(Expected::Cpuid)? else {
-            return Ok(());
+            return Ok(Next::Enter);
         };
         let gprs = self.vcpu.gprs();
         let (leaf, subleaf) = (gprs[Gpr::Rax] as u32, gprs[Gpr::Rcx] as u32);
-        let [eax, ebx, ecx, edx] =
-            self.cpuid
-                .answer(leaf, subleaf, &self.vcpu, &self.board.apic.local[0]);
+        let Some(&[eax, ebx, ecx, edx]) = self.cpuid.constant(leaf, subleaf) else {
+            return self.cpuid_of_vcpu(leaf, subleaf, next);
+        };
         let gprs = self.vcpu.gprs_mut();
         gprs[Gpr::Rax] = eax.into();
         gprs[Gpr::Rbx] = ebx.into();
@@ -375,16 +442,48 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         self.retire(next)
     }
 
-    #[inline]
-    fn port(&mut self, io: IoExit, host: &mut impl Host) -> Handled {
+    /// CPUID where the answer depends on the vCPU's state, or has to be looked for.
+    #[inline(never)]
+    fn cpuid_of_vcpu(&mut self, leaf: u32, subleaf: u32, next: u64) -> Handled {
+        let apic = &self.board.apic.local[0];
+        let [eax, ebx, ecx, edx] = self.cpuid.answer(leaf, subleaf, &self.vcpu, apic);
+        let gprs = self.vcpu.gprs_mut();
+        gprs[Gpr::Rax] = eax.into();
+        gprs[Gpr::Rbx] = ebx.into();
+        gprs[Gpr::Rcx] = ecx.into();
+        gprs[Gpr::Rdx] = edx.into();
+        self.retire(next)
+    }
+
+    #[inline(always)]
+    fn apic_write(&mut self, offset: u16, host: &mut impl Host) -> Handled {
         let now = self.time_at(host.tsc());
+        let effect = self.board.apic.local[0].apic_write_done(offset, now);
+        let _: Then = self.board.apic.apply(0, effect);
+        Ok(Next::Prepare)
+    }
+
+    #[inline(always)]
+    fn port(&mut self, io: IoExit, host: &mut impl Host) -> Handled {
         let rax = self.vcpu.gprs()[Gpr::Rax];
+        let byte = io.size == 1;
         // Both vendors tell where a port access ends; only a broken one would not.
         let Some(next) = self.vcpu.next_rip() else {
             return Err(self.crash("the hardware gave no length for a port access"));
         };
         if io.input {
-            let value = u64::from(self.board.port_read(io.port, io.size, now));
+            let pic = if byte {
+                self.board.pic_read(io.port)
+            } else {
+                None
+            };
+            let value = match pic {
+                Some(value) => value.into(),
+                None => {
+                    let now = self.time_at(host.tsc());
+                    u64::from(self.board.port_read(io.port, io.size, now))
+                }
+            };
             let merged = match io.size {
                 1 => rax & !0xff | value & 0xff,
                 2 => rax & !0xffff | value & 0xffff,
@@ -397,9 +496,23 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 2 => rax as u32 & 0xffff,
                 _ => rax as u32,
             };
-            self.board.port_write(io.port, io.size, value, now);
+            if !(byte && self.board.pic_write(io.port, value as u8)) {
+                let now = self.time_at(host.tsc());
+                self.board.port_write(io.port, io.size, value, now);
+            }
         }
-        self.retire(next)
+        self.retire_and_prepare(next)
+    }
+
+    fn string_port(&mut self, io: IoExit, host: &mut impl Host) -> Handled {
+        let mut bus = Bus {
+            now: self.time_at(host.tsc()),
+            board: &mut self.board,
+        };
+        match emulate::string_io(&mut self.vcpu, &mut self.memory, &mut bus, &io) {
+            Ok(done) => self.done(done),
+            Err(error) => Err(self.crash(&format!("port {:#x}: {error}", io.port))),
+        }
     }
 
     fn halt(&mut self) -> Handled {
@@ -408,7 +521,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             // A single-step trap ends the halt as it begins (SDM Vol. 2A, HLT).
             self.halted = self.vcpu.pending_event().is_none();
         }
-        Ok(())
+        Ok(Next::Prepare)
     }
 
     fn fault(
@@ -418,8 +531,16 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         walk: bool,
         host: &mut impl Host,
     ) -> Handled {
-        match self.memory.fault(addr, access) {
-            FaultOutcome::Backed => return Ok(()),
+        self.take_tpr();
+        // Nothing is RAM at the local APIC's usual place, which is where guests go all the time.
+        let apic = addr.align_down(PAGE_SIZE).as_u64() == map::LOCAL_APIC;
+        let outcome = if apic {
+            FaultOutcome::NotRam
+        } else {
+            self.memory.fault(addr, access)
+        };
+        match outcome {
+            FaultOutcome::Backed => return Ok(Next::Enter),
             FaultOutcome::OutOfMemory => {
                 return Err(self.crash(&format!("no host memory is left for its page {addr}")));
             }
@@ -438,21 +559,31 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             now: self.time_at(host.tsc()),
             board: &mut self.board,
         };
-        let hint = Some((addr, access));
-        match emulate::emulate_at(&mut self.vcpu, &mut self.memory, &mut bus, hint) {
-            Ok(Done::Next | Done::Again) => Ok(()),
-            Ok(done) if done.deliver(&mut self.vcpu) => Ok(()),
-            Ok(_) => Err(self.shut_down()),
+        let (vcpu, memory) = (&mut self.vcpu, &mut self.memory);
+        match emulate::fast_mov(vcpu, memory, &mut bus, addr, access) {
+            Some(Done::Next) => return Ok(Next::Prepare),
+            Some(done) => return self.done(done),
+            None => {}
+        }
+        match emulate::emulate(vcpu, memory, &mut bus) {
+            Ok(Done::Next | Done::Again) => Ok(Next::Prepare),
+            Ok(done) => self.done(done),
             Err(error) => Err(self.crash(&format!("access to {addr}: {error}"))),
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn rdmsr(&mut self, host: &mut impl Host) -> Handled {
         let Some(next) = self.next_rip(Expected::Rdmsr)? else {
-            return Ok(());
+            return Ok(Next::Enter);
         };
         let index = self.vcpu.gprs()[Gpr::Rcx] as u32;
+        if index == msr::IA32_PAT {
+            let value = self.vcpu.msr(index).unwrap_or(0);
+            return self.retire_with(next, value);
+        }
+        // On SVM the guest may have moved TPR.
+        self.take_tpr();
         let now = self.time_at(host.tsc());
         let mut context = MsrContext {
             vcpu: &mut self.vcpu,
@@ -461,25 +592,49 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             now,
         };
         match self.msrs.read(index, &mut context) {
-            Ok(value) => {
-                let gprs = self.vcpu.gprs_mut();
-                gprs[Gpr::Rax] = value & 0xffff_ffff;
-                gprs[Gpr::Rdx] = value >> 32;
-                self.retire(next)
-            }
+            Ok(value) => self.retire_with(next, value),
             Err(fault) => self.no_msr(fault, "RDMSR", index),
         }
     }
 
-    #[inline]
+    /// Ends an instruction that gives `value` in EDX:EAX.
+    #[inline(always)]
+    fn retire_with(&mut self, next: u64, value: u64) -> Handled {
+        let gprs = self.vcpu.gprs_mut();
+        gprs[Gpr::Rax] = value & 0xffff_ffff;
+        gprs[Gpr::Rdx] = value >> 32;
+        self.retire(next)
+    }
+
+    #[inline(always)]
     fn wrmsr(&mut self, host: &mut impl Host) -> Handled {
         let Some(next) = self.next_rip(Expected::Wrmsr)? else {
-            return Ok(());
+            return Ok(Next::Enter);
         };
         let gprs = self.vcpu.gprs();
         let index = gprs[Gpr::Rcx] as u32;
         let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
+        if index == msr::IA32_TSC_DEADLINE {
+            let now = self.time_at(host.tsc());
+            let _: ApicEffect = self.board.apic.local[0].set_tsc_deadline(value, now);
+            return self.retire_and_prepare(next);
+        }
+        if index == msr::IA32_PAT && machine::msr::is_pat(value) {
+            self.vcpu.set_msr(index, value);
+            return self.retire(next);
+        }
+        let apic = &mut self.board.apic.local[0];
+        // The end of an interrupt needs no time either, and uncovers only what waits.
+        if apic.is_x2_eoi(index, value) {
+            let effect = apic.eoi();
+            if effect == ApicEffect::None && !apic.has_work() {
+                return self.retire(next);
+            }
+            let _: Then = self.board.apic.apply(0, effect);
+            return self.retire_and_prepare(next);
+        }
         let now = self.time_at(host.tsc());
+        self.take_tpr();
         let mut context = MsrContext {
             vcpu: &mut self.vcpu,
             apic: &mut self.board.apic.local[0],
@@ -491,7 +646,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             Ok(effect) => self.msr_effect(effect, now),
             Err(fault) => return self.no_msr(fault, "WRMSR", index),
         }
-        self.retire(next)
+        self.retire_and_prepare(next)
     }
 
     /// What a write to an MSR leaves to do.
@@ -569,9 +724,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         self.inject(Event::GP0)
     }
 
+    #[inline(always)]
     fn hypercall(&mut self) -> Handled {
         let Some(next) = self.next_rip(Expected::Hypercall)? else {
-            return Ok(());
+            return Ok(Next::Enter);
         };
         let result = if self.vcpu.cpl() != 0 {
             abi::hypercall::ERROR_PRIVILEGE
@@ -586,13 +742,20 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     /// The guest shut down.
     #[cold]
-    fn shut_down(&self) -> End {
-        self.crash("triple fault")
+    fn shut_down(&mut self) -> Over {
+        self.crash(SHUTDOWN)
+    }
+
+    /// The VM cannot go on.
+    #[cold]
+    fn crash(&mut self, cause: &str) -> Over {
+        self.end = Some(self.report(cause));
+        Over
     }
 
     /// The report of a crash: what happened and where.
     #[cold]
-    pub(crate) fn crash(&self, cause: &str) -> End {
+    fn report(&self, cause: &str) -> End {
         let vcpu = &self.vcpu;
         let cs = vcpu.segment(SegmentRegister::Cs);
         End::Crashed(format!(
@@ -613,18 +776,18 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     /// Exits that are not on any hot path.
     #[cold]
-    fn rare(&mut self, exit: Exit, host: &mut impl Host) -> Handled {
+    fn rare(&mut self, host: &mut impl Host) -> Handled {
+        let exit = self.vcpu.rare_exit();
+        self.take_tpr();
         match exit {
-            Exit::Io(io) => {
-                let mut bus = Bus {
-                    now: self.time_at(host.tsc()),
-                    board: &mut self.board,
-                };
-                match emulate::string_io(&mut self.vcpu, &mut self.memory, &mut bus, &io) {
-                    Ok(done) if done.deliver(&mut self.vcpu) => Ok(()),
-                    Ok(_) => Err(self.shut_down()),
-                    Err(error) => Err(self.crash(&format!("port {:#x}: {error}", io.port))),
-                }
+            Exit::Io(io) => self.string_port(io, host),
+            Exit::Pause => self.skip(Expected::Pause).map(|_| Next::Yield),
+            Exit::NmiWindow => {
+                self.vcpu.request_nmi_window(false);
+                Ok(Next::Prepare)
+            }
+            Exit::TprBelowThreshold | Exit::Benign | Exit::InitOrSipi | Exit::Nmi => {
+                Ok(Next::Prepare)
             }
             Exit::Cr(access) => self.control_register(access),
             Exit::Dr { .. } => self.debug_register(),
@@ -653,7 +816,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                     Expected::Rdtscp
                 };
                 let Some(next) = self.next_rip(expected)? else {
-                    return Ok(());
+                    return Ok(Next::Enter);
                 };
                 let now = self.time_at(host.tsc());
                 let tsc = self.board.apic.local[0].clock().tsc(now);
@@ -670,7 +833,6 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             Exit::Monitor | Exit::Mwait | Exit::UndefinedInstruction => self.inject(Event::UD),
             Exit::TripleFault => Err(self.shut_down()),
             Exit::TaskSwitch => Err(self.crash("a hardware task switch, which is not supported")),
-            Exit::Nmi => Ok(()),
             Exit::NestedMisconfig { addr } => {
                 Err(self.crash(&format!("nested page table entry for {addr} is malformed")))
             }
@@ -716,7 +878,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             }
             op => match self.next_rip(Expected::MovCr)? {
                 Some(next) => (op, next),
-                None => return Ok(()),
+                None => return Ok(Next::Enter),
             },
         };
         let cr0 = self.vcpu.cr(ControlRegister::Cr0);
@@ -882,7 +1044,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     fn xsetbv(&mut self) -> Handled {
         let Some(next) = self.next_rip(Expected::Xsetbv)? else {
-            return Ok(());
+            return Ok(Next::Enter);
         };
         let gprs = self.vcpu.gprs();
         let index = gprs[Gpr::Rcx] as u32;

@@ -31,7 +31,7 @@ impl Random {
     }
 
     /// Changes up to four bytes of `image[start..start + length]`, and now and then cuts it off.
-    pub(crate) fn damage(&mut self, image: &mut alloc::vec::Vec<u8>, start: u64, length: u64) {
+    pub(crate) fn damage(&mut self, image: &mut Vec<u8>, start: u64, length: u64) {
         const TELLING: [u8; 6] = [0, 1, 0x7f, 0x80, 0xf0, 0xff];
         for _ in 0..=self.below(4) {
             let at = (start + self.below(length)) as usize;

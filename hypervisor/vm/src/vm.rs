@@ -3,7 +3,7 @@
 use crate::bundle::{Bundle, BundleError};
 use crate::config::{ImageName, VmConfig};
 use crate::layout::MemoryLayout;
-use crate::load::{self, Boot, Image, LoadError};
+use crate::load::{self, Boot, EntryState, Image, LoadError};
 use alloc::string::String;
 use alloc::vec::Vec;
 use arch::{FrameSource, GuestPhysAddr, HostPhysAddr, MemoryFault, Nanos, PhysMemory, Vcpu};
@@ -160,10 +160,10 @@ const fn tables_for(memory: u64) -> u64 {
     memory / 512 + memory / (512 * 512)
 }
 
-/// A virtual machine.
-pub struct Vm<V: Vcpu, P: PhysMemory, F: FrameSource> {
-    // Fields in the order in which an exit touches them.
-    pub(crate) vcpu: V,
+/// A virtual machine. What is rare or cold works on a `Vm<dyn Vcpu, …>`, so that it is there once
+/// and not once for each vendor.
+pub struct Vm<V: Vcpu + ?Sized, P: PhysMemory, F: FrameSource> {
+    // Fields in the order in which an exit touches them, but for the vCPU.
     pub(crate) cpuid: CpuidPolicy,
     pub(crate) msrs: MsrState,
     /// Converts between TSC ticks and the VM's time; its base stays 0.
@@ -172,8 +172,6 @@ pub struct Vm<V: Vcpu, P: PhysMemory, F: FrameSource> {
     pub(crate) origin: u64,
     /// The next deadline that was armed, in the VM's time; `None`: arm again.
     pub(crate) armed: Option<Nanos>,
-    /// The same in the machine's TSC.
-    pub(crate) deadline: u64,
     /// The TPR and threshold that the hardware knows.
     pub(crate) shown_tpr: (u8, u8),
     /// An interrupt or NMI window was asked for.
@@ -181,6 +179,8 @@ pub struct Vm<V: Vcpu, P: PhysMemory, F: FrameSource> {
     /// The vCPU executed HLT.
     pub(crate) halted: bool,
     pub(crate) stop: bool,
+    /// How the VM ended, on the way out of the run loop.
+    pub(crate) end: Option<End>,
     /// Where the guest's code was found last.
     pub(crate) code_page: CodePage,
     pub(crate) board: Board,
@@ -191,14 +191,21 @@ pub struct Vm<V: Vcpu, P: PhysMemory, F: FrameSource> {
     pub(crate) epoch_seconds: u64,
     pub(crate) apic_access_page: Option<HostPhysAddr>,
     pub(crate) name: String,
+    /// Last, as the language wants it for a `Vm<dyn Vcpu, …>`.
+    pub(crate) vcpu: V,
 }
 
-impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
-    /// Builds the VM up to the point where its first instruction can run.
-    ///
-    /// # Errors
-    /// What stands in the way; nothing is left behind.
-    pub fn new(setup: VmSetup<'_, P, F>, make_vcpu: MakeVcpu<'_, V>) -> Result<Self, VmError> {
+/// What of a VM has nothing to do with its vCPU's kind.
+struct Parts<P: PhysMemory, F: FrameSource> {
+    cpuid: CpuidPolicy,
+    clock: TscClock,
+    board: Board,
+    memory: AddressSpace<P, F>,
+    entry: EntryState,
+}
+
+impl<P: PhysMemory, F: FrameSource> Parts<P, F> {
+    fn new(setup: VmSetup<'_, P, F>) -> Result<Self, VmError> {
         let VmSetup { config, bundle, .. } = setup;
         let overhead = OVERHEAD + tables_for(config.memory);
         if config.memory.saturating_add(overhead) > setup.free_bytes {
@@ -277,33 +284,57 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             cmdline: &config.cmdline,
         };
         let entry = load::load(&boot, &layout, &mut memory, rsdp)?;
+        Ok(Self {
+            cpuid,
+            clock,
+            board,
+            memory,
+            entry,
+        })
+    }
+}
+
+impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
+    /// Builds the VM up to the point where its first instruction can run.
+    ///
+    /// # Errors
+    /// What stands in the way; nothing is left behind.
+    pub fn new(setup: VmSetup<'_, P, F>, make_vcpu: MakeVcpu<'_, V>) -> Result<Self, VmError> {
+        let (tsc, epoch_seconds) = (setup.tsc, setup.wall_seconds);
+        let (apic_access_page, name) = (setup.apic_access_page, setup.config.name.clone());
+        let Parts {
+            cpuid,
+            clock,
+            board,
+            memory,
+            entry,
+        } = Parts::new(setup)?;
         let apic_page = board.apic.local[0].page_ptr();
         let mut vcpu =
             make_vcpu(memory.root(), apic_page, cpuid.features().cr4).map_err(VmError::Vcpu)?;
         entry.apply(&mut vcpu);
-        vcpu.set_tsc_offset(0u64.wrapping_sub(setup.tsc));
-        let mut this = Self {
-            vcpu,
+        vcpu.set_tsc_offset(0u64.wrapping_sub(tsc));
+        vcpu.set_apic_mode(arch::ApicMode::XApic);
+        Ok(Self {
             msrs: MsrState::new(cpuid.features()),
             cpuid,
             clock,
-            origin: setup.tsc,
+            origin: tsc,
             armed: None,
-            deadline: u64::MAX,
             shown_tpr: (0, 0),
             window: false,
             halted: false,
             stop: false,
+            end: None,
             code_page: CodePage::NONE,
             board,
             memory,
             unknown_msrs: 0,
-            epoch_seconds: setup.wall_seconds,
-            apic_access_page: setup.apic_access_page,
-            name: config.name.clone(),
-        };
-        this.vcpu.set_apic_mode(arch::ApicMode::XApic);
-        Ok(this)
+            epoch_seconds,
+            apic_access_page,
+            name,
+            vcpu,
+        })
     }
 
     /// Takes the VM apart: its memory goes back, and its vCPU to the backend.
@@ -311,7 +342,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     pub fn into_vcpu(self) -> V {
         self.vcpu
     }
+}
 
+impl<V: Vcpu + ?Sized, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     /// Puts the vCPU's state on the calling core.
     pub fn load(&mut self) {
         self.vcpu.load();
@@ -360,11 +393,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     }
 
     /// The VM's time when the machine's TSC reads `tsc`.
+    #[inline(always)]
     pub(crate) fn time_at(&self, tsc: u64) -> Nanos {
         Nanos(self.clock.ticks_to_nanos(tsc.wrapping_sub(self.origin)))
     }
 
     /// The machine's TSC at or just after a time of the VM.
+    #[inline]
     pub(crate) fn tsc_at(&self, time: Nanos) -> u64 {
         if time == Nanos::NEVER {
             return u64::MAX;

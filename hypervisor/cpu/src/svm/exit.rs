@@ -72,7 +72,7 @@ mod npf {
 /// What the exit in `vmcb` means. Operands of MOV CR and MOV DR are there only with decode assists
 /// (§15.8.1).
 #[inline(always)]
-pub fn decode(vmcb: &Vmcb, features: &SvmFeatures) -> Exit {
+pub fn decode(vmcb: &Vmcb) -> Exit {
     let control = &vmcb.control;
     let (info1, info2) = (control.exit_info_1, control.exit_info_2);
     let code = control.exit_code as u32;
@@ -80,15 +80,17 @@ pub fn decode(vmcb: &Vmcb, features: &SvmFeatures) -> Exit {
         code::CPUID => Exit::Cpuid,
         code::MSR if info1 & 1 == 0 => Exit::Rdmsr,
         code::MSR => Exit::Wrmsr,
-        code::IOIO => Exit::Io(io(info1)),
-        code::NPF => nested_fault(info1, info2),
+        code::IOIO if info1 & IO_STRING == 0 => Exit::Io(io(info1)),
+        code::NPF if info1 & npf::RESERVED == 0 => nested_fault(info1, info2),
         code::INTR => Exit::ExternalInterrupt(None),
         code::VINTR => Exit::InterruptWindow,
         code::HLT => Exit::Hlt,
         code::VMMCALL => Exit::Hypercall,
-        _ => rare(vmcb, code, features),
+        _ => Exit::Rare,
     }
 }
+
+const IO_STRING: u64 = 1 << 2;
 
 /// EXITINFO1 of an IOIO exit (§15.10.2).
 #[inline(always)]
@@ -97,19 +99,15 @@ fn io(info: u64) -> IoExit {
         port: (info >> 16) as u16,
         size: (info >> 4 & 7) as u8,
         input: info & 1 != 0,
-        string: info & 1 << 2 != 0,
+        string: info & IO_STRING != 0,
         rep: info & 1 << 3 != 0,
     }
 }
 
 #[inline(always)]
 fn nested_fault(info: u64, addr: u64) -> Exit {
-    let addr = GuestPhysAddr::new(addr);
-    if info & npf::RESERVED != 0 {
-        return Exit::NestedMisconfig { addr };
-    }
     Exit::NestedFault {
-        addr,
+        addr: GuestPhysAddr::new(addr),
         access: Access {
             write: info & npf::WRITE != 0,
             execute: info & npf::FETCH != 0,
@@ -118,8 +116,10 @@ fn nested_fault(info: u64, addr: u64) -> Exit {
     }
 }
 
+/// The exit that [`decode`] calls rare.
 #[cold]
-fn rare(vmcb: &Vmcb, code: u32, features: &SvmFeatures) -> Exit {
+pub fn rare(vmcb: &Vmcb, features: &SvmFeatures) -> Exit {
+    let code = vmcb.control.exit_code as u32;
     let assists = features.contains(SvmFeatures::DECODE_ASSISTS);
     let control = &vmcb.control;
     let (info1, info2) = (control.exit_info_1, control.exit_info_2);
@@ -128,6 +128,10 @@ fn rare(vmcb: &Vmcb, code: u32, features: &SvmFeatures) -> Exit {
         detail: info1,
     };
     match code {
+        code::IOIO => Exit::Io(io(info1)),
+        code::NPF => Exit::NestedMisconfig {
+            addr: GuestPhysAddr::new(info2),
+        },
         code::CR_READ..code::DR_READ | code::CR0_SEL_WRITE => {
             let (number, write) = match code {
                 code::CR0_SEL_WRITE => (0, true),
@@ -254,6 +258,13 @@ mod tests {
         vmcb
     }
 
+    fn told(vmcb: &Vmcb, features: &SvmFeatures) -> Exit {
+        match decode(vmcb) {
+            Exit::Rare => rare(vmcb, features),
+            exit => exit,
+        }
+    }
+
     #[test]
     fn codes_become_exits() {
         let ud = Exit::UndefinedInstruction;
@@ -295,11 +306,7 @@ mod tests {
                 },
             ),
         ] {
-            assert_eq!(
-                decode(&vmcb(code, info1, 0), &ASSISTS),
-                expected,
-                "{code:#x}"
-            );
+            assert_eq!(told(&vmcb(code, info1, 0), &ASSISTS), expected, "{code:#x}");
         }
     }
 
@@ -318,7 +325,7 @@ mod tests {
                 string,
                 rep,
             };
-            assert_eq!(decode(&vmcb(0x7b, info1, 0), &NONE), Exit::Io(expected));
+            assert_eq!(told(&vmcb(0x7b, info1, 0), &NONE), Exit::Io(expected));
         }
     }
 
@@ -333,7 +340,7 @@ mod tests {
             (0x2_0000_0006, fault(Access::WRITE, true)),
             (0x1_0000_000d, Exit::NestedMisconfig { addr }),
         ] {
-            assert_eq!(decode(&vmcb(0x400, info1, addr.as_u64()), &NONE), expected);
+            assert_eq!(told(&vmcb(0x400, info1, addr.as_u64()), &NONE), expected);
         }
     }
 
@@ -344,17 +351,17 @@ mod tests {
         let (cr0, cr4) = (ControlRegister::Cr0, ControlRegister::Cr4);
         let blind = CrOp::Undecoded { write: true };
         assert_eq!(
-            decode(&vmcb(0x14, info, 0), &ASSISTS),
+            told(&vmcb(0x14, info, 0), &ASSISTS),
             cr(cr4, CrOp::Write(Gpr::Rbx))
         );
-        assert_eq!(decode(&vmcb(0x14, info, 0), &NONE), cr(cr4, blind));
+        assert_eq!(told(&vmcb(0x14, info, 0), &NONE), cr(cr4, blind));
         assert_eq!(
-            decode(&vmcb(0x04, info, 0), &ASSISTS),
+            told(&vmcb(0x04, info, 0), &ASSISTS),
             cr(cr4, CrOp::Read(Gpr::Rbx))
         );
-        assert_eq!(decode(&vmcb(0x65, 0, 0), &ASSISTS), cr(cr0, blind));
+        assert_eq!(told(&vmcb(0x65, 0, 0), &ASSISTS), cr(cr0, blind));
         assert!(matches!(
-            decode(&vmcb(0x11, info, 0), &ASSISTS),
+            told(&vmcb(0x11, info, 0), &ASSISTS),
             Exit::Unknown { .. }
         ));
         let dr7 = |gpr| Exit::Dr {
@@ -362,8 +369,8 @@ mod tests {
             write: true,
             gpr,
         };
-        assert_eq!(decode(&vmcb(0x37, 5, 0), &ASSISTS), dr7(Some(Gpr::Rbp)));
-        assert_eq!(decode(&vmcb(0x37, 5, 0), &NONE), dr7(None));
+        assert_eq!(told(&vmcb(0x37, 5, 0), &ASSISTS), dr7(Some(Gpr::Rbp)));
+        assert_eq!(told(&vmcb(0x37, 5, 0), &NONE), dr7(None));
     }
 
     #[test]
@@ -373,7 +380,7 @@ mod tests {
             error_code: Some(2),
             info: 0xdead_b000,
         };
-        assert_eq!(decode(&vmcb(0x4e, 2, 0xdead_b000), &NONE), pf);
+        assert_eq!(told(&vmcb(0x4e, 2, 0xdead_b000), &NONE), pf);
         let mut debug = vmcb(0x41, 99, 99);
         debug.save.dr6 = 0xffff_4ff1;
         let db = Exit::Exception {
@@ -381,14 +388,14 @@ mod tests {
             error_code: None,
             info: 0x4001,
         };
-        assert_eq!(decode(&debug, &NONE), db);
+        assert_eq!(told(&debug, &NONE), db);
     }
 
     #[test]
     fn refusals_are_told_in_either_width() {
         for code in [u64::MAX, 0xffff_ffff, u64::MAX - 1] {
             assert!(
-                matches!(decode(&vmcb(code, 0, 0), &NONE), Exit::EntryFailed(f) if f.code == code)
+                matches!(told(&vmcb(code, 0, 0), &NONE), Exit::EntryFailed(f) if f.code == code)
             );
         }
     }

@@ -14,7 +14,7 @@
 
 use super::bitmaps::SvmBitmaps;
 use super::caps::{SvmCaps, SvmFeatures, VM_HSAVE_PA, host_vmcb};
-use super::exit::{code, decode};
+use super::exit::{self, code};
 use super::vmcb::{
     Clean, Control, IntCtl, Misc1, Misc2, Misc3, Save, Violations, Vmcb, event, tlb,
 };
@@ -100,6 +100,8 @@ pub struct SvmVcpu {
     window: bool,
     /// Asked for by [`Vcpu::set_virtual_tpr`].
     tpr_threshold: u8,
+    /// What the last [`Exit::Rare`] was.
+    rare: Exit,
     dr: [u64; 4],
     tsc_aux: u64,
     xstate: XState,
@@ -131,6 +133,7 @@ impl SvmVcpu {
             asid_shared: config.asid_shared,
             nmi: Nmi::default(),
             window: false,
+            rare: Exit::Benign,
             tpr_threshold: 0,
             dr: [0; 4],
             tsc_aux: 0,
@@ -273,11 +276,21 @@ impl SvmVcpu {
     }
 
     #[inline(always)]
-    fn decode(&self) -> Exit {
-        match decode(self.block(), &self.features) {
+    fn decode(&mut self) -> Exit {
+        match exit::decode(self.block()) {
             Exit::InterruptWindow if !self.window => Exit::TprBelowThreshold,
+            Exit::Rare => {
+                self.decode_rare();
+                Exit::Rare
+            }
             exit => exit,
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn decode_rare(&mut self) {
+        self.rare = exit::rare(self.block(), &self.features);
     }
 
     /// Queues the event again whose delivery was cut short.
@@ -290,12 +303,16 @@ impl SvmVcpu {
     /// [`Vcpu::enter`] while an NMI is being handled or waits, and of a vCPU that is not loaded.
     #[cold]
     #[inline(never)]
-    fn enter_attended(&mut self) -> Exit {
-        if let Some(exit) = self.before_entry() {
-            return exit;
+    fn enter_attended(&mut self, exit: &mut Exit) {
+        *exit = if let Some(exit) = self.before_entry() {
+            exit
+        } else {
+            self.switch();
+            self.after_exit().unwrap_or_else(|| self.decode())
+        };
+        if let Exit::EntryFailed(_) | Exit::NmiWindow | Exit::Benign = exit {
+            self.rare = core::mem::replace(exit, Exit::Rare);
         }
-        self.switch();
-        self.after_exit().unwrap_or_else(|| self.decode())
     }
 
     /// What comes before an entry in that case: `Some` is an exit that needs no entry.
@@ -578,10 +595,17 @@ impl Vcpu for SvmVcpu {
     #[inline(always)]
     fn enter(&mut self) -> Exit {
         if self.attention != 0 {
-            return self.enter_attended();
+            // Filled in place: what is returned by pointer is no more in registers.
+            let mut exit = Exit::Benign;
+            self.enter_attended(&mut exit);
+            return exit;
         }
         self.switch();
         self.decode()
+    }
+
+    fn rare_exit(&self) -> Exit {
+        self.rare
     }
 
     #[inline]
@@ -1049,7 +1073,9 @@ mod tests {
 
     #[test]
     fn a_vcpu_that_is_not_loaded_does_not_run() {
-        assert!(matches!(vcpu(QEMU).enter(), Exit::EntryFailed(_)));
+        let mut vcpu = vcpu(QEMU);
+        assert_eq!(vcpu.enter(), Exit::Rare);
+        assert!(matches!(vcpu.rare_exit(), Exit::EntryFailed(_)));
     }
 
     #[test]

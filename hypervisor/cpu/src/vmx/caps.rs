@@ -27,6 +27,7 @@ pub(super) mod secondary {
     pub const VPID: u32 = 1 << 5;
     pub const APIC_REGISTERS: u32 = 1 << 8;
     pub const PAUSE_LOOP: u32 = 1 << 10;
+    pub const INVPCID: u32 = 1 << 12;
     pub const ENCLS_EXITING: u32 = 1 << 15;
     pub const XSAVES: u32 = 1 << 20;
 }
@@ -232,8 +233,19 @@ bitflags::bitflags! {
         const SPEC_CTRL = 1 << 10;
         /// IA32_PRED_CMD.
         const PRED_CMD = 1 << 11;
+        /// INVPCID.
+        const INVPCID = 1 << 12;
+        /// XSAVES and XRSTORS.
+        const XSAVES = 1 << 13;
     }
 }
+
+/// Instructions that are #UD in a guest unless a secondary control lets them be.
+const INSTRUCTIONS: [(Features, u32); 3] = [
+    (Features::RDTSCP, secondary::RDTSCP),
+    (Features::INVPCID, secondary::INVPCID),
+    (Features::XSAVES, secondary::XSAVES),
+];
 
 /// The capability MSRs as read, so that the decisions can be tested away from the hardware.
 #[derive(Clone, Copy, Debug, Default)]
@@ -319,7 +331,9 @@ impl VmxCaps {
         );
         features.set(Features::EPT_1G, ept(17));
         features.set(Features::EPT_ACCESSED_DIRTY, ept(21));
-        features.set(Features::RDTSCP, secondary.value & secondary::RDTSCP != 0);
+        for (feature, control) in INSTRUCTIONS {
+            features.set(feature, secondary.value & control != 0);
+        }
         // CPUID 7: EDX bit 26 tells of both MSRs.
         features.set(
             Features::SPEC_CTRL | Features::PRED_CMD,
@@ -362,10 +376,10 @@ impl VmxCaps {
         if !self.features.contains(Features::TPR_SHADOW) {
             self.features -= Features::APIC_ACCESSES | Features::APIC_REGISTERS | Features::X2APIC;
         }
-        for (feature, control) in [
-            (Features::PAUSE_LOOP, secondary::PAUSE_LOOP),
-            (Features::RDTSCP, secondary::RDTSCP),
-        ] {
+        for (feature, control) in INSTRUCTIONS
+            .into_iter()
+            .chain([(Features::PAUSE_LOOP, secondary::PAUSE_LOOP)])
+        {
             if !self.features.contains(feature) {
                 self.secondary &= !control;
             }

@@ -41,8 +41,6 @@ pub(super) mod reason {
     pub const TPR_BELOW_THRESHOLD: u32 = 43;
     pub const APIC_ACCESS: u32 = 44;
     pub const VIRTUALIZED_EOI: u32 = 45;
-    pub const GDTR_IDTR: u32 = 46;
-    pub const LDTR_TR: u32 = 47;
     pub const EPT_VIOLATION: u32 = 48;
     pub const EPT_MISCONFIGURATION: u32 = 49;
     pub const INVEPT: u32 = 50;
@@ -52,11 +50,9 @@ pub(super) mod reason {
     pub const WBINVD: u32 = 54;
     pub const XSETBV: u32 = 55;
     pub const APIC_WRITE: u32 = 56;
-    pub const RDRAND: u32 = 57;
     pub const INVPCID: u32 = 58;
     pub const VMFUNC: u32 = 59;
     pub const ENCLS: u32 = 60;
-    pub const RDSEED: u32 = 61;
     pub const PML_FULL: u32 = 62;
     pub const XSAVES: u32 = 63;
     pub const XRSTORS: u32 = 64;
@@ -74,35 +70,6 @@ pub(super) mod reason {
 
     /// The entry failed (bit 31), for one of reasons 33, 34 and 41.
     pub const ENTRY_FAILED: u32 = 1 << 31;
-}
-
-use self::reason as r;
-
-/// Whether the instruction-length field means something: exits caused by an instruction
-/// (§28.2.5).
-#[inline(always)]
-pub(super) const fn has_length(reason: u32) -> bool {
-    const fn span(from: u32, to: u32) -> u128 {
-        (u128::MAX >> (127 - to)) & (u128::MAX << from)
-    }
-    const WITH: u128 = span(r::CPUID, r::VMXON) & !span(r::RSM, r::RSM)
-        | span(r::CR_ACCESS, r::WRMSR)
-        | span(r::MWAIT, r::MWAIT)
-        | span(r::MONITOR, r::PAUSE)
-        | span(r::GDTR_IDTR, r::LDTR_TR)
-        | span(r::INVEPT, r::RDTSCP)
-        | span(r::INVVPID, r::XSETBV)
-        | span(r::RDRAND, r::RDSEED)
-        | span(r::XSAVES, r::PCONFIG)
-        | span(r::UMWAIT, r::ENCLV)
-        | span(r::ENQCMD, r::ENQCMDS)
-        | span(r::SEAMCALL, r::TDCALL);
-    // In two halves: a bit test each, where 128 bits would take a shift in software.
-    match reason {
-        0..64 => WITH as u64 & 1 << reason != 0,
-        64..128 => (WITH >> 64) as u64 & 1 << (reason - 64) != 0,
-        _ => false,
-    }
 }
 
 /// Bits of the interruption-information fields (§25.8.3, §25.9.2).
@@ -340,32 +307,5 @@ mod tests {
         assert_eq!(decode_ept(0x184), (Access::EXECUTE, false));
         assert_eq!(decode_apic_access(0x10b0), (0xb0, Access::WRITE, false));
         assert_eq!(decode_apic_access(0xa300), (0x300, Access::READ, true));
-    }
-
-    #[test]
-    fn only_instructions_have_a_length() {
-        use reason::*;
-        for with in [
-            CPUID, HLT, VMCALL, VMXON, IO, WRMSR, PAUSE, RDTSCP, WBINVD, XSETBV, XRSTORS,
-        ] {
-            assert!(has_length(with), "{with}");
-        }
-        for without in [
-            EXCEPTION_OR_NMI,
-            EXTERNAL_INTERRUPT,
-            TASK_SWITCH,
-            RSM,
-            TPR_BELOW_THRESHOLD,
-            APIC_ACCESS,
-            EPT_VIOLATION,
-            EPT_MISCONFIGURATION,
-            PREEMPTION_TIMER,
-            APIC_WRITE,
-            PML_FULL,
-            NOTIFY,
-            200,
-        ] {
-            assert!(!has_length(without), "{without}");
-        }
     }
 }

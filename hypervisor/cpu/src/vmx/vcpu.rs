@@ -179,8 +179,6 @@ pub struct VmxVcpu {
     deadline: u64,
     /// The same while the vCPU is loaded, else `u64::MAX`: what an entry looks at.
     timer: u64,
-    /// The last exit tells the length of an instruction.
-    length_told: bool,
     /// What the VMCS holds, so that it is written only on change.
     pin: u32,
     primary: u32,
@@ -188,6 +186,8 @@ pub struct VmxVcpu {
     /// Address of the TSS of the core for which host state was written, 0 for none: the vCPU
     /// recognizes by it that it came to another core.
     core: u64,
+    /// What the last [`Exit::Rare`] was.
+    rare: Exit,
     caps: VmxCaps,
     config: VmxConfig,
     switched: Switched,
@@ -231,9 +231,9 @@ impl VmxVcpu {
                 state: State::Clear,
             },
             pending: None,
+            rare: Exit::Benign,
             deadline: u64::MAX,
             timer: u64::MAX,
-            length_told: false,
             pin: caps.pin,
             primary: caps.primary,
             threshold: 0,
@@ -533,8 +533,17 @@ impl VmxVcpu {
 
     /// Queues again what was being delivered when the guest left (§28.2.4), or else takes back
     /// that an IRET had unblocked NMIs before it faulted (§28.2.3).
+    #[inline(always)]
     fn requeue(&mut self, iret_unblocked_nmi: bool) {
         let info = self.read(ro::IDT_VECTORING_INFO) as u32;
+        if info & exit::VALID != 0 || iret_unblocked_nmi {
+            self.requeue_event(info, iret_unblocked_nmi);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn requeue_event(&mut self, info: u32, iret_unblocked_nmi: bool) {
         if info & exit::VALID != 0 {
             let error_code = self.read(ro::IDT_VECTORING_ERR_CODE) as u32;
             let length = self.read(ro::VMEXIT_INSTRUCTION_LEN) as u32;
@@ -566,7 +575,13 @@ impl VmxVcpu {
             r::VMCALL => Exit::Hypercall,
             r::RDMSR => Exit::Rdmsr,
             r::WRMSR => Exit::Wrmsr,
-            r::IO => Exit::Io(exit::decode_io(self.read(ro::EXIT_QUALIFICATION))),
+            r::IO => match exit::decode_io(self.read(ro::EXIT_QUALIFICATION)) {
+                io if io.string => {
+                    self.rare = Exit::Io(io);
+                    Exit::Rare
+                }
+                io => Exit::Io(io),
+            },
             r::EPT_VIOLATION => {
                 let qualification = self.read(ro::EXIT_QUALIFICATION);
                 let addr = GuestPhysAddr::new(self.read(ro::GUEST_PHYSICAL_ADDR_FULL));
@@ -575,6 +590,16 @@ impl VmxVcpu {
                 let (access, walk) = exit::decode_ept(qualification);
                 Exit::NestedFault { addr, access, walk }
             }
+            r::APIC_ACCESS => {
+                let qualification = self.read(ro::EXIT_QUALIFICATION);
+                self.requeue(false);
+                let (offset, access, walk) = exit::decode_apic_access(qualification);
+                Exit::NestedFault {
+                    addr: GuestPhysAddr::new(APIC_PAGE + offset),
+                    access,
+                    walk,
+                }
+            }
             r::APIC_WRITE => Exit::ApicWrite {
                 offset: (self.read(ro::EXIT_QUALIFICATION) & 0xff0) as u16,
             },
@@ -582,13 +607,21 @@ impl VmxVcpu {
             r::EXTERNAL_INTERRUPT => Exit::ExternalInterrupt(None),
             r::INTERRUPT_WINDOW => Exit::InterruptWindow,
             r::PREEMPTION_TIMER => Exit::PreemptionTimer,
-            _ => return self.decode_rare(reason),
+            _ if self.decode_rare(reason) => Exit::Rare,
+            _ => return None,
         })
     }
 
+    /// Keeps what a rare exit means; `false` to enter again at once.
     #[cold]
     #[inline(never)]
-    fn decode_rare(&mut self, reason: u32) -> Option<Exit> {
+    fn decode_rare(&mut self, reason: u32) -> bool {
+        let exit = self.decode_other(reason);
+        self.rare = exit.unwrap_or(self.rare);
+        exit.is_some()
+    }
+
+    fn decode_other(&mut self, reason: u32) -> Option<Exit> {
         Some(match reason {
             r::EXCEPTION_OR_NMI => return self.decode_exception(),
             r::TRIPLE_FAULT => Exit::TripleFault,
@@ -628,16 +661,6 @@ impl VmxVcpu {
                 // A threshold above TPR would fail the next entry (§27.2.1.1).
                 self.set_threshold(0);
                 Exit::TprBelowThreshold
-            }
-            r::APIC_ACCESS => {
-                let qualification = self.read(ro::EXIT_QUALIFICATION);
-                self.requeue(false);
-                let (offset, access, walk) = exit::decode_apic_access(qualification);
-                Exit::NestedFault {
-                    addr: GuestPhysAddr::new(APIC_PAGE + offset),
-                    access,
-                    walk,
-                }
             }
             r::EPT_MISCONFIGURATION => {
                 self.requeue(false);
@@ -782,13 +805,13 @@ impl VmxVcpu {
     }
 
     #[cold]
-    fn entry_failed(&mut self, outcome: u32) -> Exit {
+    fn entry_failed(&mut self, outcome: u32) {
         let code = if outcome == entry::FAILED_VALID {
             self.read(ro::VM_INSTRUCTION_ERROR)
         } else {
             0
         };
-        Exit::EntryFailed(EntryFailure { code, detail: 0 })
+        self.rare = Exit::EntryFailed(EntryFailure { code, detail: 0 });
     }
 
     /// Exchanges what the guest reaches without exits.
@@ -1064,7 +1087,7 @@ fn set_bitmap(bitmap: &mut [u8; HostPage::SIZE], index: u32, read: bool, write: 
 /// Which x2APIC registers the virtual-APIC page can answer for: all that can be read but PPR
 /// (80Ah) and the timer's current count (839h). For what does not exist the exit gives #GP.
 const fn x2apic_readable(index: u32) -> bool {
-    matches!(index, 0x802 | 0x803 | 0x808 | 0x80d | 0x80f..=0x828 | 0x82f..=0x830 | 0x832..=0x838 | 0x83e)
+    matches!(index, 0x802 | 0x803 | 0x808 | 0x80d | 0x80f..=0x828 | 0x830 | 0x832..=0x838 | 0x83e)
 }
 
 /// MSRs that live in the VMCS; EFER goes its own way.
@@ -1135,7 +1158,8 @@ impl Vcpu for VmxVcpu {
             // SAFETY: loaded on this core with its host state, or else the entry fails.
             let outcome = unsafe { entry::run(&mut self.context) };
             if outcome != entry::EXITED {
-                return self.entry_failed(outcome);
+                self.entry_failed(outcome);
+                return Exit::Rare;
             }
             // SAFETY: the exit came from the current VMCS, and the assembly noted that it is
             // launched; told of it, the compiler leaves out what asks whether it is loaded.
@@ -1144,22 +1168,26 @@ impl Vcpu for VmxVcpu {
                 vmcs::vmread(ro::EXIT_REASON)
             };
             let reason = raw as u32;
-            self.length_told = true;
             // Compared in full width, which keeps the compiler from drawing it into the table
             // below: the path of the most common instruction is a straight line.
             if raw == u64::from(r::CPUID) {
                 return Exit::Cpuid;
             }
-            self.length_told = exit::has_length(reason);
             if let Some(exit) = self.decode(reason) {
                 return exit;
             }
         }
     }
 
+    fn rare_exit(&self) -> Exit {
+        self.rare
+    }
+
+    #[inline]
     fn gprs(&self) -> &Gprs {
         &self.context.gprs
     }
+    #[inline]
     fn gprs_mut(&mut self) -> &mut Gprs {
         &mut self.context.gprs
     }
@@ -1170,10 +1198,11 @@ impl Vcpu for VmxVcpu {
     fn set_rsp(&mut self, value: u64) {
         self.write(guest::RSP, value);
     }
+    #[inline]
     fn rip(&self) -> u64 {
         self.read(guest::RIP)
     }
-    #[inline]
+    #[inline(always)]
     fn set_rip(&mut self, value: u64) {
         if !self.loaded() {
             self.write(guest::RIP, value);
@@ -1188,13 +1217,14 @@ impl Vcpu for VmxVcpu {
             }
         }
     }
-    #[inline]
+    #[inline(always)]
     fn next_rip(&self) -> Option<u64> {
-        self.length_told.then(|| {
+        self.loaded().then(|| {
             let length = self.read(ro::VMEXIT_INSTRUCTION_LEN);
             self.read(guest::RIP).wrapping_add(length)
         })
     }
+    #[inline(always)]
     fn rflags(&self) -> RFlags {
         RFlags::from_bits_retain(self.read(guest::RFLAGS))
     }
@@ -1308,6 +1338,11 @@ impl Vcpu for VmxVcpu {
         self.write(guest::ES_LIMIT + step, value.limit.into());
         self.write(guest::ES_BASE + step, value.base);
     }
+    #[inline(always)]
+    fn rights(&self, register: SegmentRegister) -> arch::AccessRights {
+        let field = guest::ES_ACCESS_RIGHTS + 2 * register as u32;
+        arch::AccessRights(self.read(field) as u32)
+    }
     fn gdtr(&self) -> DescriptorTable {
         DescriptorTable {
             base: self.read(guest::GDTR_BASE),
@@ -1329,6 +1364,7 @@ impl Vcpu for VmxVcpu {
         self.write(guest::IDTR_LIMIT, value.limit.into());
     }
 
+    #[inline]
     fn efer(&self) -> u64 {
         self.read(guest::IA32_EFER_FULL)
     }
@@ -1336,6 +1372,7 @@ impl Vcpu for VmxVcpu {
         self.update_mode(value, self.read(guest::CR0));
         self.flush_linear();
     }
+    #[inline]
     fn msr(&self, index: u32) -> Option<u64> {
         if index == msr::IA32_EFER {
             return Some(self.efer());
@@ -1356,6 +1393,7 @@ impl Vcpu for VmxVcpu {
         // SAFETY: while the vCPU is loaded, this MSR, which the machine has, is the guest's.
         Some(unsafe { rdmsr(index) })
     }
+    #[inline]
     fn set_msr(&mut self, index: u32, value: u64) -> bool {
         if index == msr::IA32_EFER {
             self.set_efer(value);
@@ -1474,7 +1512,6 @@ impl Vcpu for VmxVcpu {
         // Family, model and stepping.
         self.context.gprs[arch::Gpr::Rdx] = __cpuid(1).eax.into();
         self.pending = None;
-        self.length_told = false;
         self.with_current(Self::reset_vmcs);
         self.switched = Switched::new();
         self.xstate.reset();
@@ -1549,8 +1586,9 @@ mod tests {
             0xffff_8000_1234_5678
         );
         assert!(x2apic_readable(0x802) && x2apic_readable(0x83e));
-        // PPR, EOI, current count, self-IPI, and the high half of ICR, which x2APIC has not.
-        for index in [0x80a, 0x80b, 0x831, 0x839, 0x83f] {
+        // PPR, EOI, current count, self-IPI; the CMCI entry, as there are no machine-check banks,
+        // and the high half of ICR, which x2APIC has not.
+        for index in [0x80a, 0x80b, 0x82f, 0x831, 0x839, 0x83f] {
             assert!(!x2apic_readable(index), "{index:#x}");
         }
         assert_eq!(

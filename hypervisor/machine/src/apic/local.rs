@@ -1162,6 +1162,13 @@ impl LocalApic {
         Ok(u64::from(high) << 32 | u64::from(self.read(register, now)))
     }
 
+    /// Whether this WRMSR is an end of interrupt, which goes to [`LocalApic::eoi`].
+    #[inline]
+    #[must_use]
+    pub fn is_x2_eoi(&self, index: u32, value: u64) -> bool {
+        index == arch::msr::X2APIC_FIRST + EOI as u32 && value == 0 && self.mode == ApicMode::X2Apic
+    }
+
     /// Writes an x2APIC register by MSR index (800H to 8FFH).
     ///
     /// # Errors

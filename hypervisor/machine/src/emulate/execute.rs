@@ -1,6 +1,6 @@
 //! One instruction with a memory operand, executed (Intel SDM Vol. 2, each instruction's page).
 
-use arch::{Access, Gpr, GuestMemory, RFlags, SegmentRegister, Vcpu};
+use arch::{Access, ControlRegister, Gpr, GuestMemory, RFlags, SegmentRegister, Vcpu};
 use iced_x86::{Code as Form, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use super::fetch::{Code, Fetched};
@@ -137,6 +137,15 @@ impl Core<'_> {
             M::Pop => self.pop(i)?,
             M::Call | M::Jmp if matches!(i.op0_kind(), OpKind::Memory | OpKind::Register) => {
                 return self.transfer(i, next);
+            }
+            M::Smsw | M::Sldt | M::Str => {
+                let value = match i.mnemonic() {
+                    M::Smsw => self.vcpu.cr(ControlRegister::Cr0),
+                    M::Sldt => self.vcpu.segment(SegmentRegister::Ldtr).selector.into(),
+                    _ => self.vcpu.segment(SegmentRegister::Tr).selector.into(),
+                };
+                let to = self.place(i, 0, Access::WRITE)?;
+                self.set(&to, value)?;
             }
             M::Xlatb => {
                 // The decoder names AL as the index register.

@@ -4,10 +4,12 @@
 //! The exit tells the guest-physical address, so the operand needs no walk, and the encoding is
 //! simple enough to need no decoder. Every condition that does not hold leads to the general way.
 
-use arch::{Access, ControlRegister, Cr0, Gpr, GuestMemory, GuestPhysAddr, PAGE_SIZE, Vcpu};
+use arch::{
+    Access, ControlRegister, Cr0, Efer, Gpr, GuestMemory, GuestPhysAddr, PAGE_SIZE,
+    SegmentRegister, Vcpu,
+};
 
 use super::execute::emulate;
-use super::fetch::CodeMode;
 use super::{Done, EmulateError, MmioBus, retire};
 use crate::paging::{PagingState, quick};
 
@@ -62,7 +64,9 @@ pub fn fast_mov<V: Vcpu + ?Sized, M: GuestMemory + ?Sized, B: MmioBus + ?Sized>(
     let rip = vcpu.rip();
     // Only 64-bit mode has addresses beyond 4 GiB: there CS need not be looked at. What is read
     // below stays in the page.
-    let long = rip >> 32 != 0 || CodeMode::of(vcpu).long();
+    let efer = vcpu.efer();
+    let long =
+        rip >> 32 != 0 || efer & Efer::LMA.bits() != 0 && vcpu.rights(SegmentRegister::Cs).long();
     if !long || rip % PAGE_SIZE > PAGE_SIZE - 24 {
         return None;
     }
@@ -71,7 +75,7 @@ pub fn fast_mov<V: Vcpu + ?Sized, M: GuestMemory + ?Sized, B: MmioBus + ?Sized>(
         cr0: Cr0::PG.union(Cr0::PE).bits(),
         cr3: vcpu.cr(ControlRegister::Cr3),
         cr4: vcpu.cr(ControlRegister::Cr4),
-        efer: vcpu.efer(),
+        efer,
         ac: false,
         cpl: vcpu.cpl(),
         pkru: 0,

@@ -158,7 +158,7 @@ pub fn next_rip<V: Vcpu, M: GuestMemory>(
 ///
 /// # Errors
 /// See [`LengthError`].
-#[inline]
+#[inline(always)]
 pub fn next_rip_known<V: Vcpu, M: GuestMemory>(
     vcpu: &V,
     mem: &mut M,
@@ -175,7 +175,7 @@ pub fn next_rip_known<V: Vcpu, M: GuestMemory>(
 }
 
 /// [`next_rip`] for the plain encoding, in one page, where CS has no base; `None` says to decode.
-#[inline]
+#[inline(always)]
 pub fn plain_next_rip<V: Vcpu + ?Sized, M: GuestMemory + ?Sized>(
     vcpu: &V,
     mem: &mut M,
@@ -183,7 +183,19 @@ pub fn plain_next_rip<V: Vcpu + ?Sized, M: GuestMemory + ?Sized>(
     expected: Expected,
 ) -> Option<u64> {
     let (bytes, mask, length) = expected.plain()?;
-    let length = u64::from(length);
+    let found = peek(vcpu, mem, page, length.into())?;
+    let vmcall = expected == Expected::Hypercall && found & mask == 0xc1_01_0f;
+    (found & mask == bytes || vmcall).then(|| vcpu.rip().wrapping_add(length.into()))
+}
+
+/// The first `length` bytes (up to four) at RIP and what follows, if they are in one page.
+#[inline]
+fn peek<V: Vcpu + ?Sized, M: GuestMemory + ?Sized>(
+    vcpu: &V,
+    mem: &mut M,
+    page: &mut CodePage,
+    length: u64,
+) -> Option<u32> {
     let rip = vcpu.rip();
     let at = rip % PAGE_SIZE;
     if at > PAGE_SIZE - length {
@@ -211,9 +223,7 @@ pub fn plain_next_rip<V: Vcpu + ?Sized, M: GuestMemory + ?Sized>(
     if skip + length > 8 {
         value |= mem.read_u64(word.wrapping_add(8)).ok()? << (64 - 8 * skip);
     }
-    let value = value as u32 & mask;
-    let vmcall = expected == Expected::Hypercall && value == 0xc1_01_0f;
-    (value == bytes || vmcall).then(|| rip.wrapping_add(length))
+    Some(value as u32)
 }
 
 /// [`next_rip`] by decoding the instruction.

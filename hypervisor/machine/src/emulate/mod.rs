@@ -105,8 +105,25 @@ impl Fault {
         if let Some(linear) = self.cr2 {
             vcpu.set_cr2(linear);
         }
-        vcpu.inject(self.event)
+        raise(vcpu, self.event)
     }
+}
+
+/// Queues an exception that software found; `false` means a triple fault. A fault goes on the
+/// stack with RF set, so that no instruction breakpoint comes between the handler's return and the
+/// second try. That is up to who injects it (Intel SDM Vol. 3B §18.3.1.1, Vol. 3C §27.6.1.1).
+#[must_use]
+pub fn raise<V: Vcpu + ?Sized>(vcpu: &mut V, event: Event) -> bool {
+    use Exception::{Breakpoint, Debug, DoubleFault, MachineCheck, Overflow};
+    if let Event::Exception { exception, .. } = event
+        && !matches!(
+            exception,
+            Breakpoint | Debug | DoubleFault | MachineCheck | Overflow
+        )
+    {
+        vcpu.set_rflags(vcpu.rflags().union(RFlags::RF));
+    }
+    vcpu.inject(event)
 }
 
 /// How an emulated instruction ended.
@@ -225,7 +242,7 @@ fn finish(rip: u64, code: &Code, outcome: Result<Done, Stop>) -> Result<Done, Em
 
 /// Ends an instruction: RIP moves to `next`, RF falls, and with TF set a trap follows
 /// (Intel SDM Vol. 3B §17.3.1).
-#[inline]
+#[inline(always)]
 pub fn retire<V: Vcpu + ?Sized>(vcpu: &mut V, next: u64) -> Done {
     vcpu.set_rip(next);
     let rflags = vcpu.rflags();
@@ -236,6 +253,7 @@ pub fn retire<V: Vcpu + ?Sized>(vcpu: &mut V, next: u64) -> Done {
 }
 
 #[cold]
+#[inline(never)]
 fn retire_traced<V: Vcpu + ?Sized>(vcpu: &mut V, rflags: RFlags) -> Done {
     vcpu.set_rflags(rflags.difference(RFlags::RF));
     single_step(vcpu, rflags).map_or(Done::Next, Done::Trap)

@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 
 use arch::{
     Access, AccessRights, ControlRegister, Cr0, CrOp, DebugRegister, Event, Exception, Gpr,
-    GuestPhysAddr, IoExit, RFlags, SegmentRegister, Vcpu,
+    GuestPhysAddr, IoExit, RFlags, Segment, SegmentRegister, Vcpu, Vector,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -1420,4 +1420,42 @@ fn no_bytes_are_too_strange() {
             w.mem = fresh.mem;
         }
     }
+}
+
+#[test]
+fn system_words_have_two_bytes_in_memory() {
+    let mut w = World::long();
+    let tr = Segment {
+        selector: 0x28,
+        ..w.cpu.segment(SegmentRegister::Tr)
+    };
+    w.cpu.set_segment(SegmentRegister::Tr, tr);
+    let msw = w.cpu.cr(ControlRegister::Cr0) & 0xffff;
+    w.run(|a| a.smsw(word_ptr(rdi)));
+    assert_eq!(w.dev.log, [(true, 0, 2, msw)]);
+    w.run(|a| a.str(word_ptr(rdi)));
+    assert_eq!(w.dev.log, [(true, 0, 2, 0x28)]);
+    w.run(|a| a.sldt(word_ptr(rdi)));
+    assert_eq!(w.dev.log, [(true, 0, 2, 0)]);
+}
+
+#[test]
+fn faults_but_not_traps_are_pushed_with_rf() {
+    let ac = Fault::exception(Exception::AlignmentCheck, Some(0));
+    let db = Fault::exception(Exception::Debug, None);
+    for (fault, rf) in [
+        (Fault::GP0, true),
+        (Fault::UD, true),
+        (page_fault(2, 0x1000), true),
+        (ac, true),
+        (db, false),
+    ] {
+        let mut w = World::long();
+        assert!(fault.deliver(&mut w.cpu));
+        assert_eq!(w.cpu.rflags.contains(RFlags::RF), rf, "{fault:?}");
+        assert_eq!(w.cpu.pending, Some(fault.event));
+    }
+    let mut w = World::long();
+    assert!(raise(&mut w.cpu, Event::Interrupt(Vector(0x20))));
+    assert!(!w.cpu.rflags.contains(RFlags::RF));
 }

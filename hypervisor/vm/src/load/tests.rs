@@ -703,6 +703,9 @@ mod entry {
         fn load(&mut self) {}
         fn unload(&mut self) {}
         fn enter(&mut self) -> Exit {
+            Exit::Rare
+        }
+        fn rare_exit(&self) -> Exit {
             Exit::Benign
         }
         fn gprs(&self) -> &Gprs {

@@ -16,10 +16,9 @@ use alloc::{
 use core::{fmt, ops::RangeInclusive};
 
 use log::LevelFilter;
-use toml::{
-    Spanned,
-    de::{DeTable, DeValue},
-};
+mod document;
+
+use document::{Data, Node, Table};
 
 /// Most VMs in a configuration.
 pub const MAX_VMS: usize = 16;
@@ -305,17 +304,15 @@ impl fmt::Display for Hint<'_> {
 /// What fails the whole file. The errors of one `[[vm]]` are in [`Config::vms`].
 pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
     let source = Source { text, file };
-    let root = DeTable::parse(text).map_err(|error| {
-        let at = error.span().map_or(text.len(), |span| span.start);
-        source.error(at, Problem::Syntax(error.message().to_owned()))
-    })?;
-    let top = Section::check(&source, root.get_ref(), 0, "the file", TOP_KEYS)?;
+    let root = document::parse(text)
+        .map_err(|error| source.error(error.at, Problem::Syntax(error.message)))?;
+    let top = Section::check(&source, &root, 0, "the file", TOP_KEYS)?;
 
     let vms = top
         .get("vm")
         .ok_or_else(|| source.error(0, Problem::NoVm))?;
-    let list = match vms.value.get_ref() {
-        DeValue::Array(list) => list,
+    let list = match &vms.value.data {
+        Data::Array(list) | Data::Tables(list) => list,
         _ => return Err(vms.wrong("written [[vm]], one for each VM")),
     };
     if list.is_empty() {
@@ -331,11 +328,10 @@ pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
                 key: "vm",
                 value,
             };
-            let name = value
-                .value
-                .get_ref()
-                .get("name")
-                .and_then(|name| name.get_ref().as_str());
+            let name = match &value.value.data {
+                Data::Table(table) => table.get("name").and_then(Node::text),
+                _ => None,
+            };
             vm(&value, index, &mut names).map_err(|error| ConfigError {
                 vm: name.map(Into::into),
                 ..error
@@ -391,15 +387,15 @@ fn vm<'a>(
     if index >= MAX_VMS {
         return Err(value.error(Problem::TooManyVms { number: index + 1 }));
     }
-    let DeValue::Table(table) = value.value.get_ref() else {
+    let Data::Table(table) = &value.value.data else {
         return Err(value.wrong("written [[vm]], one for each VM"));
     };
-    let position = value.source.position(value.value.span().start);
+    let position = value.position();
     // The name comes first: even a VM that fails further down keeps it.
     let unchecked = Section {
         source: value.source,
         table: Some(table),
-        at: value.value.span().start,
+        at: value.value.at,
         name: "[[vm]]",
     };
     let name_value = unchecked.need("name", NAME_RULE)?;
@@ -497,7 +493,7 @@ impl Source<'_> {
 /// A table whose keys are known to be valid; an absent one has none.
 struct Section<'a> {
     source: &'a Source<'a>,
-    table: Option<&'a DeTable<'a>>,
+    table: Option<&'a Table<'a>>,
     at: usize,
     name: &'static str,
 }
@@ -505,25 +501,25 @@ struct Section<'a> {
 impl<'a> Section<'a> {
     fn check(
         source: &'a Source<'a>,
-        table: &'a DeTable<'a>,
+        table: &'a Table<'a>,
         at: usize,
         name: &'static str,
         valid: &'static [&'static str],
     ) -> Result<Self, ConfigError> {
         let unknown = table
             .keys()
-            .filter(|key| !valid.contains(&key.get_ref().as_ref()))
-            .min_by_key(|key| key.span().start);
+            .filter(|key| !valid.contains(&key.name.as_ref()))
+            .min_by_key(|key| key.at);
         if let Some(key) = unknown {
-            let nearest = nearest(key.get_ref(), valid);
-            let key_name = clip(key.get_ref());
+            let nearest = nearest(&key.name, valid);
+            let key_name = clip(&key.name);
             let problem = Problem::UnknownKey {
                 key: key_name,
                 section: name,
                 nearest,
                 valid,
             };
-            return Err(source.error(key.span().start, problem));
+            return Err(source.error(key.at, problem));
         }
         Ok(Self {
             source,
@@ -570,22 +566,18 @@ impl<'a> Section<'a> {
                 name,
             });
         };
-        match value.value.get_ref() {
-            DeValue::Table(table) => {
-                Self::check(self.source, table, value.value.span().start, name, valid)
-            }
+        match &value.value.data {
+            Data::Table(table) => Self::check(self.source, table, value.value.at, name, valid),
             _ => Err(value.wrong(&format!("a section {name}"))),
         }
     }
 
     fn boolean(&self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
-        self.get(key).map_or(Ok(default), |value| {
-            value
-                .value
-                .get_ref()
-                .as_bool()
-                .ok_or_else(|| value.wrong("true or false"))
-        })
+        self.get(key)
+            .map_or(Ok(default), |value| match value.value.data {
+                Data::Boolean(flag) => Ok(flag),
+                _ => Err(value.wrong("true or false")),
+            })
     }
 
     fn one_of<T: Copy>(
@@ -603,27 +595,27 @@ impl<'a> Section<'a> {
 struct Value<'a> {
     source: &'a Source<'a>,
     key: &'static str,
-    value: &'a Spanned<DeValue<'a>>,
+    value: &'a Node<'a>,
 }
 
 impl<'a> Value<'a> {
     fn position(&self) -> Position {
-        self.source.position(self.value.span().start)
+        self.source.position(self.value.at)
     }
 
     fn error(&self, problem: Problem) -> ConfigError {
-        self.source.error(self.value.span().start, problem)
+        self.source.error(self.value.at, problem)
     }
 
     /// This value is not `wanted`.
     fn wrong(&self, wanted: &str) -> ConfigError {
-        let found = match self.value.get_ref() {
-            DeValue::String(text) => format!("{:?}", clip(text)),
-            DeValue::Integer(number) => clip(&number.to_string()),
-            DeValue::Boolean(value) => value.to_string(),
-            DeValue::Array(_) => "an array".to_owned(),
-            DeValue::Table(_) => "a table".to_owned(),
-            other => format!("a {}", other.type_str()),
+        let found = match &self.value.data {
+            Data::Text(text) => format!("{:?}", clip(text)),
+            Data::Integer(digits, _) => clip(digits),
+            Data::Boolean(value) => value.to_string(),
+            Data::Array(_) | Data::Tables(_) => "an array".to_owned(),
+            Data::Table(_) => "a table".to_owned(),
+            Data::Other(kind) => format!("a {kind}"),
         };
         self.error(Problem::Value {
             key: self.key,
@@ -633,20 +625,19 @@ impl<'a> Value<'a> {
     }
 
     fn text(&self, wanted: &str) -> Result<&'a str, ConfigError> {
-        self.value
-            .get_ref()
-            .as_str()
-            .ok_or_else(|| self.wrong(wanted))
+        self.value.text().ok_or_else(|| self.wrong(wanted))
     }
 
     fn integer(&self, range: RangeInclusive<u64>) -> Option<u64> {
-        let number = self.value.get_ref().as_integer()?;
-        let number = u64::from_str_radix(number.as_str(), number.radix()).ok()?;
+        let Data::Integer(digits, radix) = &self.value.data else {
+            return None;
+        };
+        let number = u64::from_str_radix(digits, *radix).ok()?;
         range.contains(&number).then_some(number)
     }
 
     fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Result<T, ConfigError> {
-        let text = self.value.get_ref().as_str();
+        let text = self.value.text();
         let found = choices.iter().find(|(name, _)| Some(*name) == text);
         found.map(|(_, choice)| *choice).ok_or_else(|| {
             let names: Vec<String> = choices
@@ -681,8 +672,8 @@ impl<'a> Value<'a> {
     }
 
     fn images(&self, key: &'static str) -> Result<Vec<ImageName>, ConfigError> {
-        match self.value.get_ref() {
-            DeValue::Array(list) if list.len() <= MAX_MODULES => list
+        match &self.value.data {
+            Data::Array(list) if list.len() <= MAX_MODULES => list
                 .iter()
                 .map(|value| {
                     Value {
