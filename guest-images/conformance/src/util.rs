@@ -158,16 +158,21 @@ pub fn tsc_hz() -> u64 {
     HZ.load(Ordering::Relaxed)
 }
 
-/// Waits for `condition` for at most so many microseconds, and at least a few looks, as the time
-/// may have passed without this CPU: whether it came true.
+/// How long to wait, in microseconds, for what should come soon: the machine under the emulator
+/// may be busy.
+pub const PATIENCE: u64 = 500_000;
+
+/// Waits for `condition` for at most so many microseconds: whether it came true. Time in which
+/// this CPU did not run, because the machine under the emulator is busy, counts for little.
 pub fn wait_until(micros: u64, mut condition: impl FnMut() -> bool) -> bool {
-    const LOOKS: u32 = 40;
     let ticks = tsc_hz() / 1000 * micros / 1000;
-    let start = rdtsc();
-    let mut looks = 0;
+    let most = tsc_hz() / 10_000;
+    let (mut waited, mut last) = (0, rdtsc());
     while !condition() {
-        looks += 1;
-        if looks > LOOKS && rdtsc() - start > ticks {
+        let now = rdtsc();
+        waited += (now - last).min(most);
+        last = now;
+        if waited > ticks {
             return condition();
         }
     }
