@@ -40,6 +40,7 @@ name = "bench"
 kind = "pvh"
 kernel = "guest-bench"
 memory = "64MiB"
+large_pages = false
 [vm.devices]
 debug_exit = true
 debug_console = true

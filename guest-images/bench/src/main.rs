@@ -28,7 +28,6 @@ const WAKES: u64 = 200;
 /// How far ahead the timer of `hlt-wake` is set, in ticks.
 const AHEAD: u64 = 200_000;
 const PAGES: u64 = 2000;
-const LARGE_PAGES: u64 = 16;
 const PAT: u32 = 0x277;
 const UNKNOWN_HYPERCALL: u64 = 0xffff;
 /// Tessera's hypercall for how often it accessed VMCS fields (`abi::hypercall::VMCS_ACCESSES`).
@@ -320,8 +319,8 @@ fn touch(from: u64, stride: u64, pages: u64) -> u64 {
     (touched.saturating_sub(again) + pages / 2) / pages
 }
 
-/// The first touch of fresh memory, less a second one. With 4 KiB frames under it this is the
-/// demand-zeroed nested fault; a VM with large pages pays one fault for 512 of them.
+/// The first touch of fresh memory, less a second one. With 4 KiB frames under it
+/// (`large_pages = false`) this is the demand-zeroed nested fault.
 fn nested_fault() {
     let (from, to) = fresh();
     // From an odd page on, and not from the last one touched by anybody.
@@ -331,19 +330,14 @@ fn nested_fault() {
         return;
     }
     row("nested-fault", touch(from, 4096, pages));
-    let large = (from + pages * 4096).next_multiple_of(2 << 20) + (2 << 20);
-    let count = LARGE_PAGES.min(to.saturating_sub(large) >> 21);
-    if count > 0 {
-        row("nested-fault-2m", touch(large, 2 << 20, count));
-    }
 }
 
 fn main() {
     quiet();
     let vendor = if is_intel() { "Intel" } else { "AMD" };
     println!(
-        "# bench on {vendor}: {LOOPS} loops, {WAKES} wakes, {PAGES} pages, {LARGE_PAGES} large \
-         pages; ports 21H and 3FFH; interrupts off"
+        "# bench on {vendor}: {LOOPS} loops, {WAKES} wakes, {PAGES} pages; \
+         ports 21H and 3FFH; interrupts off"
     );
     cpu_cases();
     msr_cases();
