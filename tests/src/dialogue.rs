@@ -1,7 +1,7 @@
 //! What a case is, and how it is played: start the machine, hold the dialogue, judge the end.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use regex_lite::{Regex, RegexBuilder};
@@ -163,6 +163,8 @@ pub enum Ending {
 pub struct Heard<'a> {
     /// What the console said since the last sending.
     pub since: &'a str,
+    /// When that sending was.
+    pub sent_at: SystemTime,
     /// All of it.
     pub all: &'a str,
     /// The emulator.
@@ -217,6 +219,7 @@ pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result
             limit,
             matched: 0,
             sent: 0,
+            sent_at: SystemTime::now(),
             closed: false,
         };
         for (number, step) in case.steps.iter().enumerate() {
@@ -266,6 +269,7 @@ struct Talk<'a> {
     limit: Duration,
     matched: usize,
     sent: usize,
+    sent_at: SystemTime,
     closed: bool,
 }
 
@@ -273,6 +277,7 @@ impl Talk<'_> {
     fn heard(&self) -> Heard<'_> {
         Heard {
             since: self.console.since(self.sent),
+            sent_at: self.sent_at,
             all: self.console.text(),
             emulator: self.emulator,
             dir: self.dir,
@@ -283,6 +288,7 @@ impl Talk<'_> {
         match step {
             Step::Send(text) => {
                 self.sent = self.console.position();
+                self.sent_at = SystemTime::now();
                 self.matched = self.sent;
                 self.session.send(text.as_bytes());
                 Ok(())

@@ -1,7 +1,9 @@
 //! ACPI tables, found as an operating system does (ACPI 6.5 §5.2), and the fixed hardware that
 //! the FADT names (§4.8).
 
-use crate::util::{PIT_HZ, PM_HZ, assert_measures, pm_between, pm_timer, wait, wait_until};
+use crate::util::{
+    PATIENCE, PIT_HZ, PM_HZ, assert_measures, pm_between, pm_timer, wait, wait_until,
+};
 use guest_runtime::cpu::{cpuid, inb, inw, outb, outw};
 use guest_runtime::{guest_test, pc, start_info};
 
@@ -250,7 +252,7 @@ fn acpi_mode_can_be_entered() {
                 "SCI_EN is off, and there is no SMI_CMD"
             );
             outb(command, enable);
-            assert!(wait_until(100_000, || inw(control) & 1 != 0));
+            assert!(wait_until(PATIENCE, || inw(control) & 1 != 0));
         }
         assert_eq!(inw(control) & 1, 1);
         // SLP_EN reads as zero.

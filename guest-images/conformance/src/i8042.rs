@@ -1,6 +1,6 @@
 //! The keyboard controller, as a probe sees it (IBM PS/2 reference; Linux's i8042 probe).
 
-use crate::util::{need, wait_until};
+use crate::util::{PATIENCE, need, wait_until};
 use guest_runtime::cpu::{inb, outb};
 use guest_runtime::guest_test;
 use guest_runtime::pc::wait_port;
@@ -11,7 +11,7 @@ fn status() -> u8 {
 }
 
 fn drain() {
-    let empty = wait_until(100_000, || {
+    let empty = wait_until(PATIENCE, || {
         if status() & 1 != 0 {
             // SAFETY: the byte is unwanted.
             let _ = unsafe { inb(0x60) };

@@ -1,7 +1,7 @@
 //! The I/O APIC (82093AA data sheet). Its inputs are IRQ 0 of the timer, on pin 2, for edges, and
 //! IRQ 4 of the UART for levels.
 
-use crate::util::{wait, wait_until, wait_with_interrupts};
+use crate::util::{PATIENCE, wait, wait_until, wait_with_interrupts};
 use guest_runtime::cpu::{inb, outb};
 use guest_runtime::pc::{
     MASKED, eoi, handle_eoi, ioapic, ioapic_pins, lapic, lapic_bit, reg, set_ioapic,
@@ -28,7 +28,7 @@ fn edge() {
 
 /// Raises or lowers IRQ 4: the transmitter is empty, and that is enabled or not.
 fn uart_line(on: bool) {
-    assert!(wait_until(100_000, || {
+    assert!(wait_until(PATIENCE, || {
         // SAFETY: reading the line status takes nothing that is wanted.
         unsafe { inb(0x3fd) & 0x60 == 0x60 }
     }));
@@ -71,7 +71,7 @@ fn ioapic_edge_is_one_interrupt() {
     let before = count(0x61);
     set_redirection(PIN, 0x61, destination());
     edge();
-    assert!(wait_with_interrupts(50_000, || count(0x61) == before + 1));
+    assert!(wait_with_interrupts(PATIENCE, || count(0x61) == before + 1));
     wait_with_interrupts(1_000, || false);
     assert_eq!(count(0x61), before + 1);
     assert!(!lapic_bit(reg::TMR, 0x61));
@@ -94,11 +94,11 @@ fn ioapic_logical_destination() {
     let before = count(0x61);
     set_redirection(PIN, 0x861, 0x0300_0000);
     edge();
-    assert!(wait_with_interrupts(50_000, || count(0x61) == before + 1));
+    assert!(wait_with_interrupts(PATIENCE, || count(0x61) == before + 1));
     // Lowest priority.
     set_redirection(PIN, 0x961, 0x0300_0000);
     edge();
-    assert!(wait_with_interrupts(50_000, || count(0x61) == before + 2));
+    assert!(wait_with_interrupts(PATIENCE, || count(0x61) == before + 2));
     guest_runtime::pc::set_lapic(reg::LDR, 0);
 }
 
@@ -110,12 +110,12 @@ fn ioapic_level_waits_for_eoi_and_comes_again() {
     let before = count(0x62);
     set_redirection(UART_PIN, LEVEL | 0x62, destination());
     uart_line(true);
-    let first = wait_with_interrupts(20_000, || count(0x62) == before + 1);
+    let first = wait_with_interrupts(PATIENCE, || count(0x62) == before + 1);
     let remote = ioapic(0x10 + 2 * UART_PIN) & REMOTE_IRR;
     let tmr = lapic_bit(reg::TMR, 0x62);
     // Still high: the EOI lets it come again.
     eoi();
-    let second = wait_with_interrupts(20_000, || count(0x62) == before + 2);
+    let second = wait_with_interrupts(PATIENCE, || count(0x62) == before + 2);
     uart_line(false);
     eoi();
     let after = ioapic(0x10 + 2 * UART_PIN) & REMOTE_IRR;
@@ -153,7 +153,7 @@ fn ioapic_level_that_stays_while_masked_comes_when_unmasked() {
     set_redirection(UART_PIN, LEVEL | MASKED | 0x62, destination());
     uart_line(true);
     set_ioapic(0x10 + 2 * UART_PIN, LEVEL | 0x62);
-    let came = wait_with_interrupts(20_000, || count(0x62) == before + 1);
+    let came = wait_with_interrupts(PATIENCE, || count(0x62) == before + 1);
     set_redirection(UART_PIN, MASKED, 0);
     out(0x3fc, 3);
     assert!(came);
@@ -166,7 +166,7 @@ fn ioapic_nmi_delivery() {
     let before = count(2);
     set_redirection(PIN, 0x400, destination());
     edge();
-    let came = wait_until(50_000, || count(2) == before + 1);
+    let came = wait_until(PATIENCE, || count(2) == before + 1);
     set_redirection(PIN, MASKED, 0);
     assert!(came, "an NMI comes with interrupts off");
     wait(10);

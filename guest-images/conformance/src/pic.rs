@@ -5,7 +5,7 @@ use guest_runtime::cpu::{inb, outb};
 use guest_runtime::pc::init_pic;
 use guest_runtime::{Frame, count, guest_test, on_interrupt};
 
-use crate::util::{wait, wait_until, wait_with_interrupts};
+use crate::util::{PATIENCE, wait, wait_until, wait_with_interrupts};
 
 const MASTER: u16 = 0x20;
 const SLAVE: u16 = 0xa0;
@@ -35,7 +35,7 @@ fn raise_irq0() {
     for (port, value) in [(0x43, 0x30), (0x40, 100), (0x40, 0)] {
         out(port, value);
     }
-    assert!(wait_until(50_000, || irr(MASTER) & 1 != 0), "no edge");
+    assert!(wait_until(PATIENCE, || irr(MASTER) & 1 != 0), "no edge");
 }
 
 /// Takes IRQ 0's line down again.
@@ -135,7 +135,7 @@ fn pic_delivers_irq0_by_virtual_wire() {
     let before = count(0x20);
     raise_irq0();
     assert_eq!(count(0x20), before, "interrupts are off");
-    assert!(wait_with_interrupts(20_000, || count(0x20) != before));
+    assert!(wait_with_interrupts(PATIENCE, || count(0x20) != before));
     assert_eq!(SERVICE.load(Ordering::Relaxed), 1);
     assert_eq!(isr(MASTER), 0);
     wait_with_interrupts(500, || false);
@@ -159,7 +159,7 @@ fn pic_uses_the_vectors_it_is_given() {
     on_interrupt(0x58, timer);
     let before = count(0x58);
     raise_irq0();
-    assert!(wait_with_interrupts(20_000, || count(0x58) != before));
+    assert!(wait_with_interrupts(PATIENCE, || count(0x58) != before));
     lower_irq0();
 }
 
@@ -173,7 +173,7 @@ fn pic_holds_back_what_is_masked() {
     assert!(!wait_with_interrupts(2_000, || count(0x20) != before));
     // The latched edge comes as soon as it may.
     out(0x21, 0xfe);
-    assert!(wait_with_interrupts(20_000, || count(0x20) != before));
+    assert!(wait_with_interrupts(PATIENCE, || count(0x20) != before));
     lower_irq0();
 }
 
@@ -185,12 +185,12 @@ fn pic_holds_back_while_one_is_in_service() {
     on_interrupt(0x20, keep);
     let before = count(0x20);
     raise_irq0();
-    assert!(wait_with_interrupts(20_000, || count(0x20) != before));
+    assert!(wait_with_interrupts(PATIENCE, || count(0x20) != before));
     lower_irq0();
     raise_irq0();
     assert!(!wait_with_interrupts(2_000, || count(0x20) != before + 1));
     out(MASTER, 0x20);
-    assert!(wait_with_interrupts(20_000, || count(0x20) != before + 1));
+    assert!(wait_with_interrupts(PATIENCE, || count(0x20) != before + 1));
     out(MASTER, 0x20);
     lower_irq0();
 }
@@ -206,7 +206,7 @@ fn pic_goes_through_lint0_only_when_it_is_extint() {
     raise_irq0();
     assert!(!wait_with_interrupts(2_000, || count(0x20) != before));
     set_lapic(reg::LVT_LINT0, 0x700);
-    assert!(wait_with_interrupts(20_000, || count(0x20) != before));
+    assert!(wait_with_interrupts(PATIENCE, || count(0x20) != before));
     lower_irq0();
 }
 

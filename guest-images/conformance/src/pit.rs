@@ -1,7 +1,7 @@
 //! The 8254 and port 61H (Intel 8254 data sheet; ICH9 data sheet §13.3, §13.7.1).
 
 use crate::util::{
-    PIT_HZ, PM_HZ, assert_measures, not_in_tcg, pm_between, pm_timer, wait, wait_until,
+    PATIENCE, PIT_HZ, PM_HZ, assert_measures, not_in_tcg, pm_between, pm_timer, wait, wait_until,
 };
 use guest_runtime::cpu::{inb, outb};
 use guest_runtime::pc::init_pic;
@@ -84,7 +84,7 @@ fn pit_mode_0_output_rises_at_zero() {
     gate(true);
     program(2, 0, 2000);
     assert!(!output(), "low from the control word on");
-    assert!(wait_until(50_000, output));
+    assert!(wait_until(PATIENCE, output));
     // And stays, while the count goes on from FFFFH.
     wait(300);
     assert!(output() && latched(2) > 2000);
@@ -114,7 +114,7 @@ fn pit_mode_1_waits_for_the_gate() {
     assert!(output(), "high until the trigger");
     gate(true);
     assert!(!output());
-    assert!(wait_until(50_000, output));
+    assert!(wait_until(PATIENCE, output));
     gate(false);
     gate(true);
     assert!(!output(), "triggered again");
@@ -126,7 +126,7 @@ fn pit_mode_2_counts_round() {
     program(2, 2, 1000);
     let mut wraps = 0;
     let mut last = latched(2);
-    wait_until(20_000, || {
+    wait_until(PATIENCE, || {
         let now = latched(2);
         assert!((1..=1000).contains(&now), "{now}");
         wraps += u32::from(now > last);
@@ -156,7 +156,7 @@ fn pit_mode_3_is_a_square_wave() {
     program(2, 3, 2000);
     let (mut high, mut low, mut edges) = (0u32, 0u32, 0u32);
     let mut last = output();
-    wait_until(50_000, || {
+    wait_until(300_000, || {
         let now = output();
         if now {
             high += 1
@@ -254,7 +254,7 @@ fn pit_null_count_until_loaded() {
     assert_eq!(status(2) & 0x40, 0x40);
     out(0x42, 0xff);
     out(0x42, 0xff);
-    assert!(wait_until(1_000, || status(2) & 0x40 == 0));
+    assert!(wait_until(PATIENCE, || status(2) & 0x40 == 0));
 }
 
 #[guest_test]
@@ -293,8 +293,8 @@ fn pit_port_61_keeps_its_bits_and_toggles_refresh() {
     }
     out(0x61, 0);
     let first = read(0x61) & 0x10;
-    assert!(wait_until(1_000, || read(0x61) & 0x10 != first));
-    assert!(wait_until(1_000, || read(0x61) & 0x10 == first));
+    assert!(wait_until(PATIENCE, || read(0x61) & 0x10 != first));
+    assert!(wait_until(PATIENCE, || read(0x61) & 0x10 == first));
 }
 
 #[guest_test]
@@ -307,7 +307,7 @@ fn pit_channel_0_interrupts_periodically() {
     program(0, 2, 1193);
     let before = count(0x20);
     let pm = pm_timer();
-    let came = crate::util::wait_with_interrupts(200_000, || count(0x20) >= before + 30);
+    let came = crate::util::wait_with_interrupts(PATIENCE, || count(0x20) >= before + 30);
     let ticks = pm_between(pm, pm_timer()) * 1000 / PM_HZ;
     program(0, 0, 1);
     assert!(came, "{} of 30", count(0x20) - before);

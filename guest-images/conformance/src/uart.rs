@@ -1,7 +1,7 @@
 //! The 16550A (PC16550D data sheet). COM1 is also the console: nothing is printed in between, and
 //! loopback keeps what is sent inside.
 
-use crate::util::{wait, wait_until, wait_with_interrupts};
+use crate::util::{PATIENCE, wait, wait_until, wait_with_interrupts};
 use guest_runtime::cpu::{inb, outb};
 use guest_runtime::pc::init_pic;
 use guest_runtime::{Frame, count, guest_test, on_interrupt};
@@ -30,7 +30,7 @@ fn read(register: u16) -> u8 {
 
 /// Loopback with empty FIFOs, once everything has been sent.
 fn loop_back(fcr: u8) {
-    assert!(wait_until(100_000, || read(LSR) & 0x60 == 0x60));
+    assert!(wait_until(PATIENCE, || read(LSR) & 0x60 == 0x60));
     out(IER, 0);
     out(MCR, LOOP | 8);
     out(FCR, fcr | 6);
@@ -49,7 +49,7 @@ fn console() {
 
 /// Sends a byte around.
 fn send(value: u8) {
-    assert!(wait_until(10_000, || read(LSR) & 0x20 != 0));
+    assert!(wait_until(PATIENCE, || read(LSR) & 0x20 != 0));
     out(DATA, value);
 }
 
@@ -100,7 +100,7 @@ fn uart_loopback_returns_data() {
     loop_back(1);
     for value in [0x00, 0x5a, 0xa5, 0xff] {
         send(value);
-        assert!(wait_until(10_000, || read(LSR) & 1 != 0));
+        assert!(wait_until(PATIENCE, || read(LSR) & 1 != 0));
         assert_eq!(read(DATA), value);
         assert_eq!(read(LSR) & 1, 0);
     }
@@ -145,7 +145,7 @@ fn uart_fifo_holds_sixteen() {
         wait(200);
     }
     for value in 0..16 {
-        assert!(wait_until(10_000, || read(LSR) & 1 != 0), "byte {value}");
+        assert!(wait_until(PATIENCE, || read(LSR) & 1 != 0), "byte {value}");
         assert_eq!(read(LSR) & 2, 0);
         assert_eq!(read(DATA), value);
     }
@@ -160,7 +160,7 @@ fn uart_seventeenth_byte_is_an_overrun() {
         send(value);
         wait(200);
     }
-    assert!(wait_until(10_000, || read(LSR) & 0x40 != 0));
+    assert!(wait_until(PATIENCE, || read(LSR) & 0x40 != 0));
     let first = read(LSR);
     // The status read may have taken the flag above.
     let _ = first;
@@ -191,7 +191,7 @@ fn uart_fifo_reset_empties() {
     loop_back(1);
     send(1);
     send(2);
-    assert!(wait_until(10_000, || read(LSR) & 1 != 0));
+    assert!(wait_until(PATIENCE, || read(LSR) & 1 != 0));
     wait(500);
     out(FCR, 3);
     assert_eq!(read(LSR) & 1, 0);
@@ -207,7 +207,7 @@ fn uart_trigger_level_interrupts() {
         assert_ne!(read(IIR) & 0xf, 4, "below the level of four");
     }
     send(3);
-    assert!(wait_until(10_000, || read(IIR) & 0xf == 4));
+    assert!(wait_until(PATIENCE, || read(IIR) & 0xf == 4));
     let _ = read(DATA);
     assert_ne!(read(IIR) & 0xf, 4);
     console();
@@ -218,7 +218,7 @@ fn uart_timeout_interrupts() {
     loop_back(0x81);
     out(IER, 1);
     send(7);
-    assert!(wait_until(100_000, || read(IIR) & 0xf == 0xc));
+    assert!(wait_until(PATIENCE, || read(IIR) & 0xf == 0xc));
     assert_eq!(read(DATA), 7);
     assert_eq!(read(IIR) & 1, 1);
     console();
@@ -260,13 +260,13 @@ fn uart_interrupts_on_irq4() {
         // SAFETY: ends the interrupt.
         unsafe { outb(0x20, 0x20) };
     }
-    assert!(wait_until(100_000, || read(LSR) & 0x60 == 0x60));
+    assert!(wait_until(PATIENCE, || read(LSR) & 0x60 == 0x60));
     init_pic(1, 0xef, 0xff);
     on_interrupt(0x24, empty);
     let before = count(0x24);
     out(MCR, 0xb);
     out(IER, 2);
-    let came = wait_with_interrupts(20_000, || count(0x24) > before);
+    let came = wait_with_interrupts(PATIENCE, || count(0x24) > before);
     wait_with_interrupts(500, || false);
     out(IER, 0);
     console();

@@ -123,18 +123,24 @@ pub fn pm_between(from: u32, to: u32) -> u64 {
     u64::from(to.wrapping_sub(from) & 0xff_ffff)
 }
 
-/// A reading of the ACPI timer with the TSC of the same moment: the closest pair of several.
-pub fn pm_and_tsc() -> (u32, u64) {
+/// A reading of a clock with the TSC of the same moment: the closest pair of several, as a busy
+/// machine under an emulator may stop for a while anywhere.
+pub fn with_tsc(read: impl Fn() -> u32) -> (u32, u64) {
     let mut best = (u64::MAX, 0, 0);
     for _ in 0..8 {
         let before = rdtsc();
-        let pm = pm_timer();
+        let value = read();
         let width = rdtsc() - before;
         if width < best.0 {
-            best = (width, pm, before + width / 2);
+            best = (width, value, before + width / 2);
         }
     }
     (best.1, best.2)
+}
+
+/// A reading of the ACPI timer with the TSC of the same moment.
+pub fn pm_and_tsc() -> (u32, u64) {
+    with_tsc(pm_timer)
 }
 
 /// TSC ticks of a second, measured once over 20 ms of the ACPI timer.
@@ -152,18 +158,25 @@ pub fn tsc_hz() -> u64 {
     HZ.load(Ordering::Relaxed)
 }
 
-/// Waits for `condition` for at most so many microseconds: whether it came true.
+/// How long to wait, in microseconds, for what should come soon: the machine under the emulator
+/// may be busy.
+pub const PATIENCE: u64 = 500_000;
+
+/// Waits for `condition` for at most so many microseconds: whether it came true. Time in which
+/// this CPU did not run, because the machine under the emulator is busy, counts for little.
 pub fn wait_until(micros: u64, mut condition: impl FnMut() -> bool) -> bool {
     let ticks = tsc_hz() / 1000 * micros / 1000;
-    let start = rdtsc();
-    loop {
-        if condition() {
-            return true;
-        }
-        if rdtsc() - start > ticks {
+    let most = tsc_hz() / 10_000;
+    let (mut waited, mut last) = (0, rdtsc());
+    while !condition() {
+        let now = rdtsc();
+        waited += (now - last).min(most);
+        last = now;
+        if waited > ticks {
             return condition();
         }
     }
+    true
 }
 
 /// Waits so many microseconds.

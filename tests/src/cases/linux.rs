@@ -103,13 +103,16 @@ fn date_is_ours(heard: &Heard) -> Result<(), String> {
         return Ok(());
     }
     let guest = number(heard.since, "now=")?;
-    let ours = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_err(|e| e.to_string())?;
-    // `date` cuts the fraction off.
-    let ahead = guest + 0.5 - ours.as_secs_f64();
-    if ahead.abs() > 1.5 {
-        return Err(format!("the guest's clock is {ahead:+.1} s off ours"));
+    let seconds = |time: SystemTime| {
+        let since = time.duration_since(UNIX_EPOCH);
+        since.map(|d| d.as_secs_f64()).map_err(|e| e.to_string())
+    };
+    // The guest read its clock between our asking and now, and `date` cuts the fraction off.
+    let (asked, now) = (seconds(heard.sent_at)?, seconds(SystemTime::now())?);
+    if guest + 1.0 < asked - 1.0 || guest > now + 1.0 {
+        return Err(format!(
+            "the guest's clock says {guest}, ours went from {asked:.1} to {now:.1}"
+        ));
     }
     Ok(())
 }
