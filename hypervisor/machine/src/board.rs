@@ -257,7 +257,7 @@ impl Board {
     // ---- ports ----
 
     /// Reads a byte of the 8259A pair, which needs to know no time; `None` for other ports.
-    #[inline]
+    #[inline(always)]
     pub fn pic_read(&mut self, port: u16) -> Option<u8> {
         let value = map::is_pic(port).then(|| self.devices.pic.read(port))?;
         self.carry_pic();
@@ -265,7 +265,7 @@ impl Board {
     }
 
     /// Writes a byte to the 8259A pair, which needs to know no time; `false` for other ports.
-    #[inline]
+    #[inline(always)]
     pub fn pic_write(&mut self, port: u16, value: u8) -> bool {
         let own = map::is_pic(port);
         if own {
@@ -676,7 +676,7 @@ impl Board {
         self.set_irq(irq, level);
     }
 
-    #[inline]
+    #[inline(always)]
     fn carry_pic(&mut self) {
         let output = self.devices.pic.interrupt();
         if output != self.extint {

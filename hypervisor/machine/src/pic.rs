@@ -94,7 +94,7 @@ impl Chip {
     }
 
     /// The input that may interrupt now.
-    #[inline]
+    #[inline(always)]
     fn resolve(&self, cascades: u8) -> Option<u8> {
         let pending = self.irr & !self.imr;
         if pending == 0 || self.step != Step::Ready {
@@ -103,6 +103,7 @@ impl Chip {
         self.highest(pending, cascades)
     }
 
+    #[inline(never)]
     fn highest(&self, pending: u8, cascades: u8) -> Option<u8> {
         // In special mask mode a masked input in service holds nothing back.
         let serving = if self.special_mask {
@@ -282,7 +283,7 @@ impl PicPair {
     }
 
     /// Reads 0x20, 0x21, 0xa0, 0xa1, 0x4d0 or 0x4d1. A read of a chip in poll mode acknowledges.
-    #[inline]
+    #[inline(always)]
     pub fn read(&mut self, port: u16) -> u8 {
         if !(self.master.poll | self.slave.poll) {
             match port {
@@ -294,6 +295,7 @@ impl PicPair {
         self.read_other(port)
     }
 
+    #[inline(never)]
     fn read_other(&mut self, port: u16) -> u8 {
         let cascades = self.cascades();
         let acknowledges = self.master.poll || self.slave.poll;
@@ -311,7 +313,7 @@ impl PicPair {
     }
 
     /// Writes 0x20, 0x21, 0xa0, 0xa1, 0x4d0 or 0x4d1.
-    #[inline]
+    #[inline(always)]
     pub fn write(&mut self, port: u16, value: u8) {
         // The master's mask changes nothing at the slave.
         if port == 0x21 && self.master.step == Step::Ready {
@@ -322,6 +324,7 @@ impl PicPair {
         }
     }
 
+    #[inline(never)]
     fn write_other(&mut self, port: u16, value: u8) {
         match port {
             0x20 | 0x21 => self.master.write(port & 1 != 0, value),

@@ -10,7 +10,7 @@ use crate::xstate::{XState, XStateCaps};
 use arch::{
     Combined, ControlRegister, Cr0, Cr4, CrAccess, CrOp, DebugRegister, DescriptorTable, Efer,
     EntryFailure, Event, Exception, Exit, Gprs, GuestPhysAddr, HostPhysAddr, Interruptibility,
-    RFlags, Segment, SegmentRegister, Vcpu, msr,
+    IoExit, RFlags, Segment, SegmentRegister, Vcpu, msr,
 };
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, _rdtsc};
@@ -525,6 +525,35 @@ impl VmxVcpu {
         }
     }
 
+    #[inline(never)]
+    fn set_other_msr(&mut self, index: u32, value: u64) -> bool {
+        if index == msr::IA32_EFER {
+            self.set_efer(value);
+            return true;
+        }
+        if let Some(field) = vmcs_msr(index) {
+            self.write(field, value);
+            return true;
+        }
+        let spec_ctrl =
+            index == msr::IA32_SPEC_CTRL && self.speculation_control(Features::SPEC_CTRL);
+        let position = self.switched_msr(index);
+        let slot = match position {
+            _ if spec_ctrl => Some(&mut self.switched.spec_ctrl),
+            Some(position) => self.switched.msrs.get_mut(position),
+            None => None,
+        };
+        let Some(slot) = slot else {
+            return false;
+        };
+        *slot = value;
+        if self.loaded() {
+            // SAFETY: while the vCPU is loaded, this MSR is the guest's; the caller checked the value.
+            unsafe { wrmsr(index, value) };
+        }
+        true
+    }
+
     fn set_nmi_blocking(&mut self, on: bool) {
         let blocked = self.read(guest::INTERRUPTIBILITY_STATE) & !BLOCKED_BY_NMI;
         let bit = if on { BLOCKED_BY_NMI } else { 0 };
@@ -580,7 +609,12 @@ impl VmxVcpu {
                     self.rare = Exit::Io(io);
                     Exit::Rare
                 }
-                io => Exit::Io(io),
+                // Said again, so that nobody asks.
+                io => Exit::Io(IoExit {
+                    string: false,
+                    rep: false,
+                    ..io
+                }),
             },
             r::EPT_VIOLATION => {
                 let qualification = self.read(ro::EXIT_QUALIFICATION);
@@ -1402,33 +1436,14 @@ impl Vcpu for VmxVcpu {
         // SAFETY: while the vCPU is loaded, this MSR, which the machine has, is the guest's.
         Some(unsafe { rdmsr(index) })
     }
-    #[inline]
+    #[inline(always)]
     fn set_msr(&mut self, index: u32, value: u64) -> bool {
-        if index == msr::IA32_EFER {
-            self.set_efer(value);
+        // The one that always exits and needs nothing else (EFER changes the mode).
+        if index == msr::IA32_PAT {
+            self.write(guest::IA32_PAT_FULL, value);
             return true;
         }
-        if let Some(field) = vmcs_msr(index) {
-            self.write(field, value);
-            return true;
-        }
-        let spec_ctrl =
-            index == msr::IA32_SPEC_CTRL && self.speculation_control(Features::SPEC_CTRL);
-        let position = self.switched_msr(index);
-        let slot = match position {
-            _ if spec_ctrl => Some(&mut self.switched.spec_ctrl),
-            Some(position) => self.switched.msrs.get_mut(position),
-            None => None,
-        };
-        let Some(slot) = slot else {
-            return false;
-        };
-        *slot = value;
-        if self.loaded() {
-            // SAFETY: while the vCPU is loaded, this MSR is the guest's; the caller checked the value.
-            unsafe { wrmsr(index, value) };
-        }
-        true
+        self.set_other_msr(index, value)
     }
     fn xcr0(&self) -> u64 {
         self.xstate.xcr0()
