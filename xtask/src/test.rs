@@ -348,6 +348,14 @@ fn play_one(factory: &Factory, facts: &Facts, task: Task) -> Outcome {
             if let Some(log) = failure.log {
                 println!("--- the emulator's log: {}", log.display());
             }
+            // A guest's own failed cases may lie far above the tail.
+            for line in failure.console.lines().filter(|l| l.contains("FAILED")) {
+                println!("--- {line}");
+            }
+            let whole = dir.join("console.txt");
+            if fs::write(&whole, &failure.console).is_ok() {
+                println!("--- the whole console: {}", whole.display());
+            }
             failure.error
         })
     });

@@ -29,9 +29,9 @@ pub struct Host {
     pub map: DirectMap,
     /// The TSC's frequency in Hz.
     pub tsc_hz: u64,
-    /// Seconds since 1970 when the TSC read `wall_tsc`.
-    pub wall_seconds: u64,
-    /// See `wall_seconds`.
+    /// Nanoseconds since 1970 when the TSC read `wall_tsc`.
+    pub wall_clock: u64,
+    /// See `wall_clock`.
     pub wall_tsc: u64,
     /// This core's local APIC.
     pub apic: LocalApic,
@@ -283,7 +283,8 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
     Host {
         map,
         tsc_hz: tsc.hz,
-        wall_seconds: wall.unwrap_or(0),
+        // The RTC tells whole seconds: it was read in the middle of one, on average.
+        wall_clock: wall.map_or(0, |seconds| seconds * 1_000_000_000 + 500_000_000),
         wall_tsc,
         apic,
     }

@@ -259,7 +259,7 @@ impl Core<'_> {
             free_bytes: before_frames.saturating_sub(promised),
             tsc: now,
             tsc_hz: host.tsc_hz,
-            wall_seconds: host.wall_seconds + (now - host.wall_tsc) / host.tsc_hz,
+            wall_clock: host.wall_clock + Nanos::from_ticks(now - host.wall_tsc, host.tsc_hz).0,
             enabled: self.backend.enabled(),
             host_cpuid: &|leaf, subleaf| {
                 let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);

@@ -666,11 +666,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             MsrEffect::SystemTime => self.write_time(now),
             MsrEffect::WallClock => {
                 let at = self.msrs.wall_clock();
-                // The RTC was read in the middle of its second, on average.
-                let epoch = self.epoch_seconds.saturating_mul(1_000_000_000);
-                let epoch = epoch.saturating_add(500_000_000);
                 // A guest that names an address without memory gets no clock.
-                let _ = pvclock::write_wall_clock(&mut self.memory, at, epoch);
+                let _ = pvclock::write_wall_clock(&mut self.memory, at, self.epoch);
             }
             MsrEffect::PredictionBarrier => {
                 self.vcpu.set_msr(msr::IA32_PRED_CMD, 1);

@@ -184,7 +184,7 @@ impl Machine {
             free_bytes: self.free_bytes(),
             tsc: ORIGIN,
             tsc_hz: 1_000_000_000,
-            wall_seconds: 1_700_000_000,
+            wall_clock: 1_700_000_000_500_000_000,
             enabled: Enabled {
                 xcr0: 7,
                 ..Enabled::default()

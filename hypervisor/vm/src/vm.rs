@@ -130,8 +130,8 @@ pub struct VmSetup<'a, P, F> {
     pub tsc: u64,
     /// Its frequency in Hz.
     pub tsc_hz: u64,
-    /// The wall clock now, in seconds since 1970 UTC.
-    pub wall_seconds: u64,
+    /// The wall clock now, in nanoseconds since 1970 UTC.
+    pub wall_clock: u64,
     /// What the backend lets guests use.
     pub enabled: Enabled,
     /// The machine's CPUID.
@@ -187,8 +187,8 @@ pub struct Vm<V: Vcpu + ?Sized, P: PhysMemory, F: FrameSource> {
     pub(crate) memory: AddressSpace<P, F>,
     /// Accesses to MSRs that do not exist, for the log's rate limit.
     pub(crate) unknown_msrs: u32,
-    /// The wall clock at the VM's time zero, in seconds since 1970 UTC.
-    pub(crate) epoch_seconds: u64,
+    /// The wall clock at the VM's time zero, in nanoseconds since 1970 UTC.
+    pub(crate) epoch: u64,
     pub(crate) apic_access_page: Option<HostPhysAddr>,
     pub(crate) name: String,
     /// Last, as the language wants it for a `Vm<dyn Vcpu, …>`.
@@ -264,7 +264,7 @@ impl<P: PhysMemory, F: FrameSource> Parts<P, F> {
             low_ram: config.memory - high_ram,
             high_ram,
             hpet: true,
-            wall_clock: setup.wall_seconds.saturating_mul(1_000_000_000),
+            wall_clock: setup.wall_clock,
             debug_exit: config.devices.debug_exit,
             debug_console: config.devices.debug_console,
         });
@@ -300,7 +300,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     /// # Errors
     /// What stands in the way; nothing is left behind.
     pub fn new(setup: VmSetup<'_, P, F>, make_vcpu: MakeVcpu<'_, V>) -> Result<Self, VmError> {
-        let (tsc, epoch_seconds) = (setup.tsc, setup.wall_seconds);
+        let (tsc, epoch) = (setup.tsc, setup.wall_clock);
         let (apic_access_page, name) = (setup.apic_access_page, setup.config.name.clone());
         let Parts {
             cpuid,
@@ -330,7 +330,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             board,
             memory,
             unknown_msrs: 0,
-            epoch_seconds,
+            epoch,
             apic_access_page,
             name,
             vcpu,

@@ -153,7 +153,7 @@ fn a_written_tsc_shows_in_the_offset_and_in_the_clock() {
 #[test]
 fn a_clock_beyond_the_end_of_time_does_not_overflow() {
     let mut world = World::new();
-    world.vm.epoch_seconds = u64::MAX;
+    world.vm.epoch = u64::MAX;
     let gprs = world.gprs();
     (gprs[Gpr::Rcx], gprs[Gpr::Rax]) = (0x4b56_4d00, 0x10_0000);
     assert!(!world.is_gp(Exit::Wrmsr));
