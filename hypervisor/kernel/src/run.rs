@@ -12,7 +12,7 @@ use arch::Nanos;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use hw::{CoreTimer, TIMER_VECTOR};
 use log::{error, info, warn};
-use sched::{Decision, Scheduler, VcpuId};
+use sched::{CoreId, Decision, Policy, Scheduler, VcpuId, VmId};
 use vm::bundle::Bundle;
 use vm::config::{Config, OnReboot, VmConfig};
 use vm::{End, Stop, VmError};
@@ -53,6 +53,22 @@ pub fn host_interrupt(vector: u8) {
         TIMER_FIRED.store(true, Ordering::Relaxed);
     } else {
         SERIAL_FIRED.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The core that runs the guests.
+const CORE: CoreId = CoreId(0);
+
+/// A guest to the scheduler.
+const fn vm_id(number: usize) -> VmId {
+    VmId(number as u16)
+}
+
+/// Its vCPU.
+const fn vcpu_id(number: usize) -> VcpuId {
+    VcpuId {
+        vm: vm_id(number),
+        index: 0,
     }
 }
 
@@ -157,11 +173,12 @@ pub fn run(
             hz: host.tsc_hz,
             origin: hw::rdtsc(),
         },
-        scheduler: Scheduler::default(),
+        scheduler: Scheduler::new(),
         guests: Vec::new(),
         loaded: None,
         failure: None,
     };
+    core.scheduler.add_core(CORE, Nanos::ZERO);
     for entry in &config.vms {
         match entry {
             Ok(config) => core.add(config),
@@ -206,6 +223,14 @@ impl Core<'_> {
         self.start(number);
     }
 
+    /// Makes a guest known to the scheduler, asleep.
+    fn schedule(&mut self, number: usize) {
+        let added = self.scheduler.add_vm(vm_id(number), 1, Policy::default());
+        if let Err(error) = added {
+            error!("{error}");
+        }
+    }
+
     /// Makes a guest's VM and lets it run.
     fn start(&mut self, number: usize) {
         let Some(config) = self.guests.get(number).map(|guest| guest.config.clone()) else {
@@ -223,7 +248,8 @@ impl Core<'_> {
                 if let Some(guest) = self.guests.get_mut(number) {
                     guest.vm = Some(vm);
                     guest.started = now;
-                    self.scheduler.wake(VcpuId(number));
+                    self.schedule(number);
+                    self.scheduler.wake(vcpu_id(number), now);
                 }
             }
             Err(error) => {
@@ -294,12 +320,21 @@ impl Core<'_> {
                 0 => {}
                 count => warn!("{count} NMI: the machine reports a fault that it does not name"),
             }
+            if self
+                .guests
+                .iter()
+                .all(|guest| guest.vm.is_none() && !guest.waits())
+            {
+                return false;
+            }
             let now = self.clock.now();
             let polling = POLL_SERIAL.load(Ordering::Relaxed);
             let poll = if polling { now + POLL } else { Nanos::NEVER };
-            match self.scheduler.next(now) {
-                Decision::Run(VcpuId(number), until) => self.turn(number, until.min(poll)),
-                Decision::Idle(until) => {
+            match self.scheduler.next(CORE, now) {
+                Decision::Run { vcpu, until } => {
+                    self.turn(usize::from(vcpu.vm.0), until.min(poll));
+                }
+                Decision::Idle { until } => {
                     self.unload();
                     self.timer.arm(self.clock.tsc_at(until.min(poll)));
                     // What came since the console was looked at ends the halt at once.
@@ -307,7 +342,6 @@ impl Core<'_> {
                     TIMER_FIRED.store(false, Ordering::Relaxed);
                     self.timer.fired();
                 }
-                Decision::Nothing => return false,
             }
         }
     }
@@ -341,7 +375,7 @@ impl Core<'_> {
                     vm.vm_mut().stop();
                 }
                 if taken > 0 || sound.is_err() {
-                    self.scheduler.wake(VcpuId(number));
+                    self.scheduler.wake(vcpu_id(number), self.clock.now());
                 }
             }
         }
@@ -370,7 +404,7 @@ impl Core<'_> {
             .and_then(|guest| guest.vm.as_mut())
         else {
             // Either it is over, or its wait before the next start is.
-            self.scheduler.remove(VcpuId(number));
+            self.scheduler.remove_vm(vm_id(number));
             if self.guests.get(number).is_some_and(Guest::waits) {
                 self.start(number);
             }
@@ -388,15 +422,14 @@ impl Core<'_> {
             slice_end,
         };
         let result = cpu::guard::run(|| stop = Some(vm.run(&mut host)));
-        let vcpu = VcpuId(number);
+        let vcpu = vcpu_id(number);
         match stop {
-            Some(Stop::Preempted) => {
-                if self.clock.now() >= until {
-                    self.scheduler.yield_now(vcpu);
-                }
+            Some(Stop::Preempted) => {}
+            Some(Stop::Yield) => self.scheduler.yield_now(vcpu, self.clock.now()),
+            Some(Stop::Halted { until }) => {
+                let until = self.clock.at(until);
+                self.scheduler.sleep(vcpu, until, self.clock.now());
             }
-            Some(Stop::Yield) => self.scheduler.yield_now(vcpu),
-            Some(Stop::Halted { until }) => self.scheduler.sleep(vcpu, self.clock.at(until)),
             Some(Stop::Ended(end)) => self.finish(number, end, result.is_ok()),
             None => {
                 let cause = "the hypervisor failed while it worked for this VM".to_string();
@@ -409,7 +442,7 @@ impl Core<'_> {
     /// work was abandoned is `sound` no more: its structures are given up, not walked.
     fn finish(&mut self, number: usize, end: End, sound: bool) {
         self.unload();
-        self.scheduler.remove(VcpuId(number));
+        self.scheduler.remove_vm(vm_id(number));
         console::flush(number);
         let Some(guest) = self.guests.get_mut(number) else {
             return;
@@ -436,7 +469,8 @@ impl Core<'_> {
             lost => core::mem::forget(lost),
         }
         if restarts && wait > 0 {
-            self.scheduler.sleep(VcpuId(number), now + wait);
+            self.schedule(number);
+            self.scheduler.sleep(vcpu_id(number), now + wait, now);
             return;
         }
         if restarts {
@@ -464,7 +498,7 @@ impl Core<'_> {
             && let Some(guest) = self.guests.get_mut(number).filter(|guest| guest.waits())
         {
             guest.end = Some(End::Stopped);
-            self.scheduler.remove(VcpuId(number));
+            self.scheduler.remove_vm(vm_id(number));
             return false;
         }
         let vm = found.and_then(|number| self.guests.get_mut(number)?.vm.as_mut());
@@ -485,7 +519,7 @@ impl Core<'_> {
                 .get(number)
                 .is_some_and(|guest| guest.vm.is_some())
         {
-            self.scheduler.wake(VcpuId(number));
+            self.scheduler.wake(vcpu_id(number), self.clock.now());
         }
         false
     }
