@@ -12,9 +12,11 @@
 //! empty. So a core that has nothing to do takes what waits anywhere, cores with unequal queues
 //! even out, and who is home on a core mostly stays there.
 //!
-//! **Sleepers** come back no further than [`CREDIT`] behind the core's virtual time: they mostly
-//! run at once, but save nothing up, and one that sleeps and wakes without end, or just before it
-//! is looked at, gets its share and no more.
+//! **Sleepers** come back with what they had not had when they went, but ahead of those that have
+//! had the same by [`CREDIT`]: they mostly run at once, and save nothing up. One that had more
+//! than its part when it went to sleep lingers: until the others have had theirs, its VM's weight
+//! is split with it. So vCPUs that sleep and wake without end, in turns, or just before they are
+//! looked at, get their share and no more.
 //!
 //! **Ahead of the fair** go real-time vCPUs (a constant-bandwidth server each, bound to a core,
 //! earliest deadline first), then those whose VM has reservation left. **Dedicated** vCPUs own
@@ -30,6 +32,10 @@ mod cores;
 mod forest;
 mod policy;
 mod scheduler;
+#[cfg(any(test, feature = "simulate"))]
+pub mod simulate;
+#[cfg(test)]
+mod tests;
 mod vm;
 
 use arch::Nanos;
@@ -53,7 +59,8 @@ pub const MIN_TURN: u64 = 100_000;
 /// of its own.
 pub const PATIENCE: u64 = SLICE / 4;
 
-/// What a vCPU that slept is let off, in nanoseconds of its own.
+/// How much a vCPU that slept may have had more than others and still go first, and the most that
+/// it keeps of what it had not had, in nanoseconds of its own.
 pub const CREDIT: u64 = 2 * SLICE;
 
 /// How far cores may differ for one that changes between them, in nanoseconds of its own.

@@ -50,6 +50,10 @@ struct Slot {
     stolen: u64,
     migrations: u64,
     ran_on: u16,
+    /// It slept and did not run since.
+    fresh: bool,
+    /// What it had not had when it went to sleep, in virtual time.
+    lag: u128,
     /// End of the turn granted by the cap.
     grant: Nanos,
     /// Real time: the deadline, and what is left of the budget until then.
@@ -62,6 +66,8 @@ struct Core {
     yielded: bool,
     /// When the current slice began.
     turn: Nanos,
+    /// When it ends if others wait.
+    slice_end: Nanos,
     /// Until when it will not look again; zero while it is about to.
     until: Nanos,
     virtual_time: u128,
@@ -196,6 +202,7 @@ impl Scheduler {
             current: None,
             yielded: false,
             turn: now,
+            slice_end: now,
             until: Nanos::ZERO,
             virtual_time: 0,
             queue: Queue::EMPTY,
@@ -250,6 +257,8 @@ impl Scheduler {
             stolen: 0,
             migrations: 0,
             ran_on: u16::MAX,
+            fresh: false,
+            lag: 0,
             grant: Nanos::NEVER,
             deadline: Nanos::ZERO,
             budget: 0,
@@ -303,13 +312,14 @@ impl Scheduler {
         self.vm(number).advance(now);
         for &slot in &slots {
             deadlines.push(self.disarm(slot));
-            match self.slot(slot).state {
+            match self.slots[slot as usize].state {
                 State::Running(core) => {
                     self.charge(slot, now);
                     let end = core::mem::replace(&mut self.slot(slot).grant, Nanos::NEVER);
                     self.vm(number).settle(end, now);
                     self.kick(core.0);
                 }
+                _ if self.lingers(slot) => self.forget(slot, now),
                 _ => self.dequeue(slot),
             }
             self.unbind(slot);
@@ -571,6 +581,9 @@ impl Scheduler {
             } = self.slots[slot as usize];
             let timed = self.forest.queued(in_timers(slot));
             if pool != NONE && !self.pools[pool as usize].cores.contains(CoreId(home)) {
+                if self.lingers(slot) {
+                    self.forget(slot, now);
+                }
                 let waits = self.forest.queued(in_pool(slot));
                 let until = if timed { Some(self.disarm(slot)) } else { None };
                 if waits {
@@ -629,16 +642,34 @@ impl Scheduler {
         self.disarm(slot);
         let home = self.slot(slot).home;
         let time = self.virtual_now(home, now);
-        let vm = self.vm_of(slot);
-        vm.advance(now);
-        vm.runnable += 1;
-        let least = time.saturating_sub(vm.rate() * u128::from(CREDIT));
+        if self.lingers(slot) {
+            self.dequeue(slot);
+        } else {
+            let vm = self.vm_of(slot);
+            vm.advance(now);
+            vm.runnable += 1;
+        }
         let entry = self.slot(slot);
-        entry.paid = entry.paid.max(least);
+        entry.paid = entry.paid.max(time.saturating_sub(entry.lag));
         entry.state = State::Waiting;
         entry.since = now;
+        entry.fresh = true;
         self.refill(slot, now);
         self.enqueue(slot, now);
+    }
+
+    /// Whether a vCPU sleeps and is still in the queue of its core, since it had more than its
+    /// part: its VM's weight is split with it until the others have had theirs.
+    fn lingers(&self, slot: u32) -> bool {
+        self.slots[slot as usize].state == State::Asleep && self.forest.queued(in_queue(slot))
+    }
+
+    /// Lets a vCPU linger no more.
+    fn forget(&mut self, slot: u32, now: Nanos) {
+        self.dequeue(slot);
+        let vm = self.vm_of(slot);
+        vm.advance(now);
+        vm.runnable -= 1;
     }
 
     /// Gives a real-time vCPU that begins a new budget, unless what it has left is within its
@@ -677,13 +708,31 @@ impl Scheduler {
         }
         self.disarm(slot);
         if self.slot(slot).state != State::Asleep {
-            let vm = self.vm_of(slot);
-            vm.advance(now);
-            vm.runnable -= 1;
-            self.slot(slot).state = State::Asleep;
+            self.fall_asleep(slot, now);
         }
         if until != Nanos::NEVER {
             self.arm(slot, until);
+        }
+    }
+
+    fn fall_asleep(&mut self, slot: u32, now: Nanos) {
+        self.slot(slot).state = State::Asleep;
+        let Slot {
+            pool, home, paid, ..
+        } = self.slots[slot as usize];
+        let vm = self.vm_of(slot);
+        vm.advance(now);
+        let most = vm.rate() * u128::from(CREDIT);
+        let time = self.virtual_now(home, now);
+        self.slot(slot).lag = time.saturating_sub(paid).min(most);
+        let here = self
+            .pools
+            .get(pool as usize)
+            .is_some_and(|p| p.cores.contains(CoreId(home)));
+        if here && paid > time {
+            self.push_queues(slot, (Tier::Fair as u128) << TIER_SHIFT | paid);
+        } else {
+            self.vm_of(slot).runnable -= 1;
         }
     }
 
@@ -797,8 +846,10 @@ impl Scheduler {
             (None, Some(rival)) => rival,
             (Some(_), Some(rival)) if yielded => rival,
             (Some((slot, key)), Some(rival)) => {
-                let turn = self.core(core).turn;
-                let better = self.beats(rival, key, now >= turn + SLICE);
+                let Core {
+                    turn, slice_end, ..
+                } = *self.core(core);
+                let better = self.beats(rival, key, now >= slice_end);
                 if !better {
                     slot
                 } else if now >= turn + MIN_TURN || self.slot(rival).tier == Tier::RealTime {
@@ -810,8 +861,10 @@ impl Scheduler {
             }
         };
         if current == Some(chosen) {
-            if now >= self.core(core).turn + SLICE {
-                self.core(core).turn = now;
+            let core = self.core(core);
+            if now >= core.slice_end {
+                core.turn = now;
+                core.slice_end = now + SLICE;
             }
         } else {
             self.dequeue(chosen);
@@ -836,7 +889,7 @@ impl Scheduler {
         if tier == Tier::RealTime {
             until = until.min(now + budget);
         } else if self.contested(core) {
-            until = until.min(turn + SLICE);
+            until = until.min(self.core(core).slice_end);
         } else {
             self.open.insert(CoreId(core));
         }
@@ -901,6 +954,13 @@ impl Scheduler {
                 }
             }
             let slot = best?;
+            if self.lingers(slot) {
+                if stays.zip(least).is_some_and(|(stays, least)| stays < least) {
+                    return None;
+                }
+                self.forget(slot, now);
+                continue;
+            }
             if !self.outdated(slot, now) {
                 return Some(slot);
             }
@@ -919,11 +979,12 @@ impl Scheduler {
             && (!vm.may_run() || (tier == Tier::Reserved && !vm.goes_ahead(true)))
     }
 
-    /// The key of one that runs.
+    /// The key of one that runs or is about to wait.
     fn key(&mut self, slot: u32, now: Nanos) -> u128 {
         let vm = self.vm_of(slot);
         vm.advance(now);
         let real_time = vm.bandwidth() != 0;
+        let credit = vm.rate() * u128::from(CREDIT);
         let entry = &self.slots[slot as usize];
         let ahead = self
             .vm_ref(entry.vm)
@@ -936,6 +997,8 @@ impl Scheduler {
         };
         let value = if real_time {
             u128::from(entry.deadline.0)
+        } else if entry.fresh {
+            entry.paid.saturating_sub(credit)
         } else {
             entry.paid
         };
@@ -987,14 +1050,19 @@ impl Scheduler {
                 let ready = vm.next_change(now, false);
                 self.arm_vm(timer, ready);
             }
-            let queue = &mut self.pools[pool as usize].queue;
-            self.forest.push(queue, in_pool(slot), key);
         }
-        let home = self.slot(slot).home;
+        self.push_queues(slot, key);
+        true
+    }
+
+    fn push_queues(&mut self, slot: u32, key: u128) {
+        let Slot { pool, home, .. } = self.slots[slot as usize];
+        if let Some(pool) = self.pools.get_mut(pool as usize) {
+            self.forest.push(&mut pool.queue, in_pool(slot), key);
+        }
         let mut queue = self.core(home).queue;
         self.forest.push(&mut queue, in_queue(slot), key);
         self.core(home).queue = queue;
-        true
     }
 
     /// Takes a vCPU out of the queues.
@@ -1082,12 +1150,23 @@ impl Scheduler {
         vm.running += 1;
         let (grant, mark) = (vm.grant(now), vm.virtual_time);
         let slack = vm.rate() * u128::from(LIMIT);
-        let Slot { home, tier, .. } = self.slots[slot as usize];
+        let credit = vm.rate() * u128::from(CREDIT);
+        let Slot {
+            home,
+            tier,
+            fresh,
+            index,
+            ..
+        } = self.slots[slot as usize];
+        // The first slice after a sleep is a part of one, so that siblings woken together do not
+        // go in step.
+        let part = if fresh { u64::from(index) % 16 + 1 } else { 16 };
         self.core(home).homes -= 1;
         let entry = self.core(core);
         entry.homes += 1;
         entry.current = Some(slot);
         entry.turn = now;
+        entry.slice_end = now + SLICE / 16 * part;
         let time = entry.virtual_time;
         let entry = self.slot(slot);
         entry.grant = grant;
@@ -1096,14 +1175,16 @@ impl Scheduler {
         entry.since = now;
         entry.state = State::Running(CoreId(core));
         entry.home = core;
+        entry.fresh = false;
+        entry.lag = 0;
         if entry.ran_on != core {
             entry.migrations += u64::from(entry.ran_on != u16::MAX);
             entry.ran_on = core;
         }
         entry.paid = entry.paid.max(time.saturating_sub(slack));
-        let paid = entry.paid;
         if tier == Tier::Fair {
-            self.core(core).virtual_time = time.max(paid);
+            let begin = entry.paid.saturating_sub(if fresh { credit } else { 0 });
+            self.core(core).virtual_time = time.max(begin);
         }
     }
 
@@ -1264,7 +1345,7 @@ impl Scheduler {
         let ahead = self.vm(vm).goes_ahead(false);
         for at in 0..self.vm(vm).vcpus.len() {
             let slot = self.vm(vm).vcpus[at];
-            if self.slot(slot).tier != Tier::Fair || !self.forest.queued(in_pool(slot)) {
+            if self.slot(slot).tier != Tier::Fair || self.slot(slot).state != State::Waiting {
                 continue;
             }
             if !ahead {
