@@ -83,7 +83,7 @@ impl CoreSet {
     }
 
     /// The cores in order.
-    pub fn iter(&self) -> impl Iterator<Item = CoreId> {
+    pub fn iter(&self) -> impl Iterator<Item = CoreId> + use<> {
         let words = (0u16..).zip(self.0);
         words.flat_map(|(number, mut word)| {
             core::iter::from_fn(move || {

@@ -603,8 +603,12 @@ impl Scheduler {
                 self.arm_vm(slot, until);
             }
         }
-        for core in owned.iter() {
-            self.kick(core.0);
+        for core in self.present.iter() {
+            let work = self.idle.contains(core) && self.contested(core.0);
+            let Core { owner, current, .. } = *self.core(core.0);
+            if work || (owner.is_some() && current.is_some() && owner != current) {
+                self.kick(core.0);
+            }
         }
     }
 
@@ -942,7 +946,7 @@ impl Scheduler {
                 let local = least.into_iter().chain(stays).min();
                 let further = local.is_none_or(|local| {
                     let margin = if key >> TIER_SHIFT == local >> TIER_SHIFT {
-                        self.vm_ref(self.slots[slot as usize].vm).rate() * u128::from(SLICE)
+                        self.vm_ref(self.slots[slot as usize].vm).rate() * u128::from(SLICE / 2)
                     } else {
                         0
                     };
@@ -1411,6 +1415,13 @@ impl Scheduler {
     pub fn running(&self, core: CoreId) -> Option<VcpuId> {
         let core = self.cores.get(usize::from(core.0))?.as_ref()?;
         core.current.map(|slot| self.name(slot))
+    }
+
+    /// The dedicated vCPU that owns a core.
+    #[must_use]
+    pub fn owner(&self, core: CoreId) -> Option<VcpuId> {
+        let core = self.cores.get(usize::from(core.0))?.as_ref()?;
+        core.owner.map(|slot| self.name(slot))
     }
 
     /// Nodes of queues that were visited since the start: the cost of decisions, in steps.

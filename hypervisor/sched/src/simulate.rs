@@ -382,6 +382,7 @@ impl World {
             .zip(&self.cores)
             .filter(|(_, core)| core.idle)
             .map(|(core, _)| CoreId(core))
+            .filter(|core| self.scheduler.owner(*core).is_none())
             .collect();
         for task in &self.tasks {
             let Some(view) = self.scheduler.view(task.vcpu, Nanos(self.now)) else {

@@ -216,7 +216,10 @@ fn a_cap_is_never_exceeded_by_more_than_a_slice() {
             let able = whole.min(u64::from(cores) * SECOND * 9 / 10);
             let got = samples[4_000];
             if load == Load::Busy && cap != 100 {
-                assert!(got >= able * 97 / 100, "{cap} {vcpus}: {got} of {whole}");
+                assert!(
+                    got + SLICE >= able * 97 / 100,
+                    "{cap} {vcpus}: {got} of {whole}"
+                );
             }
         }
     }
@@ -290,7 +293,8 @@ fn a_reservation_is_served_before_weights() {
             got[0] > due * 98 / 100 && got[0] < due * 110 / 100,
             "{percent}: {got:?}"
         );
-        let rest = vec![(u64::from(cores) * SECOND - got[0]) / 8; 8];
+        let got = usage(&mut world, 9, 4 * SECOND);
+        let rest = vec![(4 * u64::from(cores) * SECOND - got[0]) / 8; 8];
         assert!(error(&got[1..], &rest) < 2 * PERCENT, "{got:?}");
     }
 }
@@ -330,7 +334,10 @@ fn a_dedicated_vcpu_owns_its_core() {
     }
     assert!(world.set_policy(9, &Policy::default()));
     let got = usage(&mut world, 10, SECOND);
-    assert!(got[9] < SECOND * 11 / 10, "{got:?}");
+    assert!(
+        got[9] < SECOND * 13 / 10 && got[..4].iter().all(|got| *got > SECOND * 6 / 10),
+        "{got:?}"
+    );
 }
 
 #[test]
@@ -442,12 +449,11 @@ fn the_shares_of_thousands_over_a_million_decisions() {
     let mut world = World::new(64);
     world.check_every = 4096;
     for vm in 0..32 {
-        let loads = if vm % 4 == 3 {
-            [Load::Dodges; 64]
-        } else {
-            [Load::Busy; 64]
-        };
-        world.add(vm, &weight(100 * (1 + u32::from(vm) % 2)), &loads);
+        world.add(
+            vm,
+            &weight(100 * (1 + u32::from(vm) % 2)),
+            &[Load::Busy; 64],
+        );
     }
     world.run(SECOND / 2);
     let mut before: Vec<u64> = world
