@@ -49,7 +49,7 @@ pub use scheduler::Scheduler;
 
 /// How long a vCPU runs before another gets its turn, in nanoseconds. Over any time at all a
 /// capped VM uses no more than its cap and one slice for each core that the cap is worth.
-pub const SLICE: u64 = 2_000_000;
+pub const SLICE: u64 = 1_000_000;
 
 /// How long a vCPU runs at the least before one that is not real-time takes its core, in
 /// nanoseconds: changing over must stay cheap against running.

@@ -882,6 +882,9 @@ impl Scheduler {
                 self.dispatch(chosen, core, now);
             }
         }
+        if !self.idle.is_empty() {
+            self.pass_on(core, now);
+        }
         let Slot {
             tier,
             grant,
@@ -904,6 +907,24 @@ impl Scheduler {
         Decision::Run {
             vcpu: self.name(chosen),
             until,
+        }
+    }
+
+    /// Finds a core that idles for who still waits where this one chose another: it may have been
+    /// this one that was interrupted for it.
+    fn pass_on(&mut self, core: u16, now: Nanos) {
+        for at in 0..self.core(core).pools.len() {
+            let pool = self.core(core).pools[at] as usize;
+            let Some(idle) = self.idle.and(&self.pools[pool].cores).iter().next() else {
+                continue;
+            };
+            while let Some(slot) = self.pools[pool].queue.first().map(slot_of) {
+                if !self.lingers(slot) {
+                    self.kick(idle.0);
+                    break;
+                }
+                self.forget(slot, now);
+            }
         }
     }
 
