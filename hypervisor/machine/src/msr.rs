@@ -55,7 +55,7 @@ pub enum MsrFault {
 pub enum MsrEffect {
     /// Nothing.
     None,
-    /// Hand it to [`ApicFabric::apply`](crate::apic::ApicFabric::apply).
+    /// For [`ApicFabric::apply`](crate::apic::ApicFabric::apply).
     Apic(ApicEffect),
     /// The local APIC's mode or address may have changed.
     ApicBase,

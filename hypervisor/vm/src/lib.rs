@@ -14,4 +14,4 @@ mod run;
 mod testing;
 mod vm;
 
-pub use vm::{End, Host, MakeVcpu, Stop, Vm, VmError, VmSetup};
+pub use vm::{End, Host, MakeVcpu, Order, Processor, Stop, VcpuParts, Vm, VmError, VmSetup};

@@ -23,7 +23,7 @@ use document::{Data, Node, Table};
 /// Most VMs in a configuration.
 pub const MAX_VMS: usize = 16;
 /// Most virtual CPUs of a VM.
-pub const MAX_VCPUS: u64 = 1;
+pub const MAX_VCPUS: u64 = 64;
 /// Least memory of a VM: the legacy megabyte.
 pub const MIN_MEMORY: u64 = 1 << 20;
 /// Most memory of a VM.
