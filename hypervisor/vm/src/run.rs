@@ -669,6 +669,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 // A guest that names an address without memory gets no clock.
                 let _ = pvclock::write_wall_clock(&mut self.memory, at, self.epoch);
             }
+            MsrEffect::StealTime => {
+                if let Some(at) = pvclock::record_address(self.msrs.steal_time()) {
+                    let _ = pvclock::write_steal_time(&mut self.memory, at, 0, false);
+                }
+            }
             MsrEffect::PredictionBarrier => {
                 self.vcpu.set_msr(msr::IA32_PRED_CMD, 1);
             }

@@ -1,7 +1,7 @@
 //! One VM: its configuration made into an address space, a virtual PC and a vCPU.
 
 use crate::bundle::{Bundle, BundleError};
-use crate::config::{ImageName, VmConfig};
+use crate::config::{Class, ImageName, VmConfig};
 use crate::layout::MemoryLayout;
 use crate::load::{self, Boot, EntryState, Image, LoadError};
 use alloc::string::String;
@@ -252,6 +252,7 @@ impl<P: PhysMemory, F: FrameSource> Parts<P, F> {
             setup.host_cpuid,
             &CpuidConfig {
                 vcpus: config.vcpus,
+                dedicated: config.scheduling.class == Class::Dedicated,
                 tsc_khz: khz,
                 enabled: setup.enabled,
             },
