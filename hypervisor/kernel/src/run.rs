@@ -14,7 +14,7 @@ use hw::{CoreTimer, TIMER_VECTOR};
 use log::{error, info, warn};
 use sched::{Decision, Scheduler, VcpuId};
 use vm::bundle::Bundle;
-use vm::config::{Config, OnReboot, VmConfig};
+use vm::config::{Config, OnEnd, VmConfig};
 use vm::{End, Stop, VmError};
 
 /// Exit status for a VM that crashed.
@@ -420,7 +420,7 @@ impl Core<'_> {
             _ => console::say(format_args!("vm {name}: ended: {end}")),
         }
         let now = self.clock.now();
-        let restarts = end == End::Reset && config.on_reboot == OnReboot::Restart;
+        let restarts = end == End::Reset && config.on_reboot == OnEnd::Restart;
         guest.wait = if restarts && now.since(guest.started) < SHORT_LIFE {
             (guest.wait * 2).clamp(FIRST_WAIT, LONGEST_WAIT)
         } else {

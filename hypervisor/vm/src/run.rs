@@ -284,7 +284,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         }
         self.kick_others(host);
         if self.vm.fabric.is_signalled(self.id()) {
-            self.vm.fabric.collect(&mut self.apic);
+            if self.vm.fabric.collect(&mut self.apic) {
+                // A kick ends the halt, or else the next one.
+                self.kicked = !self.attention.contains(Attention::HALTED);
+                self.attention.remove(Attention::HALTED);
+            }
             let extint = self.vm.fabric.extint_for(&self.apic);
             self.attention.set(Attention::EXTINT, extint);
             if self.vm.order() != Order::Run {
@@ -725,7 +729,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         if let Some(next) = self.next_rip(Expected::Hlt)? {
             self.retire(next)?;
             // A single-step trap ends the halt as it begins (SDM Vol. 2A, HLT).
-            let halts = self.vcpu.pending_event().is_none();
+            let kicked = core::mem::take(&mut self.kicked);
+            let halts = !kicked && self.vcpu.pending_event().is_none();
             self.attention.set(Attention::HALTED, halts);
         }
         Ok(Next::Prepare)
@@ -906,9 +911,25 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 // A guest that names an address without memory gets no clock.
                 let _ = pvclock::write_wall_clock(&mut *self.vm.memory()?, at, self.vm.epoch);
             }
+            MsrEffect::StealTime => {
+                self.stolen_shown = None;
+                self.show_stolen(false)?;
+            }
             MsrEffect::PredictionBarrier => {
                 self.vcpu.set_msr(msr::IA32_PRED_CMD, 1);
             }
+        }
+        Ok(())
+    }
+
+    /// Writes how much time was taken from the vCPU where the guest wants it.
+    pub(crate) fn show_stolen(&mut self, preempted: bool) -> Result<(), Over> {
+        if self.stolen_shown != Some((self.stolen, preempted))
+            && let Some(at) = pvclock::record_address(self.msrs.steal_time())
+        {
+            self.stolen_shown = Some((self.stolen, preempted));
+            let memory = &mut *self.vm.memory()?;
+            let _ = pvclock::write_steal_time(memory, at, self.stolen, preempted);
         }
         Ok(())
     }
@@ -981,20 +1002,36 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         } else if self.vcpu.gprs()[Gpr::Rax] == abi::hypercall::VERSION {
             abi::VERSION.into()
         } else {
-            self.other_hypercall()
+            return self.other_hypercall(next);
         };
         self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
         self.retire(next)
     }
 
-    #[inline]
-    fn other_hypercall(&self) -> i64 {
-        match (self.vcpu.gprs()[Gpr::Rax], self.vcpu.control_accesses()) {
+    #[inline(never)]
+    fn other_hypercall(&mut self, next: u64) -> Handled {
+        let gprs = self.vcpu.gprs();
+        let (number, target) = (gprs[Gpr::Rax], gprs[Gpr::Rcx]);
+        let mut then = Next::Enter;
+        let result = match (number, self.vcpu.control_accesses()) {
+            (abi::hypercall::YIELD, _) => {
+                then = Next::Yield;
+                0
+            }
+            (abi::hypercall::KICK_CPU, _) => {
+                self.vm.fabric.unhalt(target as usize);
+                self.attention.insert(Attention::KICKS);
+                then = Next::Prepare;
+                0
+            }
             (abi::hypercall::VMCS_ACCESSES, Some([reads, writes])) => {
                 ((writes & 0x7fff_ffff) << 32 | reads & 0xffff_ffff) as i64
             }
             _ => abi::hypercall::ERROR_UNKNOWN,
-        }
+        };
+        self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
+        let retired = self.retire(next)?;
+        Ok(if then == Next::Enter { retired } else { then })
     }
 
     /// The guest shut down.

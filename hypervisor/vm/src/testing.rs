@@ -272,9 +272,6 @@ impl World {
         self.cpu.run(&mut self.core)
     }
 
-    pub fn board(&self) -> spin::MutexGuard<'_, machine::board::Board> {
-        self.cpu.vm().board().unwrap()
-    }
 
     pub fn memory(&self) -> spin::MutexGuard<'_, memory::AddressSpace<Phys, Frames>> {
         self.cpu.vm().memory().unwrap()

@@ -1,7 +1,7 @@
 //! One VM: its configuration made into an address space, a virtual PC and vCPUs.
 
 use crate::bundle::{Bundle, BundleError};
-use crate::config::{ImageName, VmConfig};
+use crate::config::{Class, ImageName, VmConfig};
 use crate::layout::MemoryLayout;
 use crate::load::{self, Boot, EntryState, Image, LoadError};
 use alloc::string::String;
@@ -286,6 +286,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             setup.host_cpuid,
             &CpuidConfig {
                 vcpus: config.vcpus,
+                dedicated: config.scheduling.class == Class::Dedicated,
                 tsc_khz: khz,
                 enabled: setup.enabled,
             },
@@ -515,6 +516,12 @@ pub struct Processor<V: Vcpu, P: PhysMemory, F: FrameSource> {
     pub(crate) shown_tpr: (u8, u8),
     /// What the next entry must look at besides the local APIC.
     pub(crate) attention: Attention,
+    /// Another vCPU asked that its next halt be none.
+    pub(crate) kicked: bool,
+    /// How long it was kept from running, in nanoseconds.
+    pub(crate) stolen: u64,
+    /// What the guest was told of that, and whether it was being preempted.
+    pub(crate) stolen_shown: Option<(u64, bool)>,
     /// How the VM ended, on the way out of the run loop.
     pub(crate) end: Option<End>,
     /// Where the guest's code was found last.
@@ -573,6 +580,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             armed: None,
             shown_tpr: (0, 0),
             attention,
+            kicked: false,
+            stolen: 0,
+            stolen_shown: None,
             end: None,
             code_page: CodePage::NONE,
             apic,
@@ -622,13 +632,18 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         self.apic.id() as usize
     }
 
-    /// Puts the vCPU's state on the calling core.
-    pub fn load(&mut self) {
+    /// Puts the vCPU's state on the calling core. It has been kept from running for `stolen`
+    /// nanoseconds so far.
+    pub fn load(&mut self, stolen: u64) {
         self.vcpu.load();
+        self.stolen = stolen;
+        // A VM that is given up has no use for it.
+        let _ = self.show_stolen(false);
     }
 
-    /// Takes the vCPU's state off the core.
-    pub fn unload(&mut self) {
+    /// Takes the vCPU's state off the core, which another may have `preempted` it from.
+    pub fn unload(&mut self, preempted: bool) {
+        let _ = self.show_stolen(preempted);
         self.vcpu.unload();
     }
 }

@@ -27,6 +27,8 @@ const START_UP: u32 = 1 << 2;
 const ERROR: u32 = 1 << 3;
 /// The 8259's output changed.
 const LINT0: u32 = 1 << 4;
+/// A halt is to end.
+const UNHALT: u32 = 1 << 5;
 /// The page of a start-up.
 const PAGE_SHIFT: u32 = 8;
 
@@ -107,14 +109,14 @@ impl ApicFabric {
         }
     }
 
-    /// Moves what came for `apic` into it.
-    pub fn collect(&self, apic: &mut LocalApic) {
+    /// Moves what came for `apic` into it. `true`: its vCPU was asked to leave its halt.
+    pub fn collect(&self, apic: &mut LocalApic) -> bool {
         let Some(mailbox) = self.mailboxes.get(apic.id() as usize) else {
-            return;
+            return false;
         };
         // First the flag: what comes later sets it again.
         if !mailbox.signalled.swap(false, SeqCst) {
-            return;
+            return false;
         }
         for (word, (requested, level)) in (0..).zip(mailbox.requested.iter().zip(&mailbox.level)) {
             if requested.load(Relaxed) == 0 {
@@ -129,7 +131,7 @@ impl ApicFabric {
             }
         }
         if mailbox.signals.load(Relaxed) == 0 {
-            return;
+            return false;
         }
         let signals = mailbox.signals.swap(0, SeqCst);
         if signals & LINT0 != 0 {
@@ -143,6 +145,7 @@ impl ApicFabric {
             startup: (signals & START_UP != 0).then_some((signals >> PAGE_SHIFT) as u8),
             nmi: signals & NMI != 0,
         });
+        signals & UNHALT != 0
     }
 
     /// Whether the 8259's output is up and would be taken by this vCPU: through LINT0, or through
@@ -304,10 +307,19 @@ impl ApicFabric {
         Message::from_msi(address, data).is_some_and(|message| self.deliver(&message))
     }
 
-    /// Presses the NMI button, which is wired to LINT1 of the boot CPU.
+    /// Raises an NMI at a vCPU.
     pub fn inject_nmi(&self, vcpu: usize) {
+        self.post(vcpu, NMI);
+    }
+
+    /// Asks a vCPU to leave its halt, whatever its interrupt flag says.
+    pub fn unhalt(&self, vcpu: usize) {
+        self.post(vcpu, UNHALT);
+    }
+
+    fn post(&self, vcpu: usize, signal: u32) {
         if let Some(mailbox) = self.mailboxes.get(vcpu) {
-            mailbox.signals.fetch_or(NMI, SeqCst);
+            mailbox.signals.fetch_or(signal, SeqCst);
             self.signal(vcpu);
         }
     }
