@@ -8,6 +8,7 @@ extern crate alloc;
 pub mod bundle;
 pub mod config;
 pub mod layout;
+pub mod life;
 pub mod load;
 mod run;
 #[cfg(test)]
