@@ -33,7 +33,7 @@ const PATIENCE: u64 = 2_000_000;
 /// How often each core compares its TSC with the boot core's, and for how long at the most in
 /// microseconds.
 const EXCHANGES: u32 = 500;
-const EXCHANGE_LIMIT: u64 = 200_000;
+const EXCHANGE_LIMIT: u64 = 1_000_000;
 /// How long a core may go without a sign of life, in seconds.
 const SILENCE: u64 = 10;
 /// How often a core looks after another, in seconds.
@@ -67,6 +67,8 @@ struct Seat {
     behind: AtomicU64,
     ahead: AtomicU64,
     compared: AtomicBool,
+    /// Its memory types are not the boot core's.
+    unlike: AtomicBool,
 }
 
 /// What a core needs before there is a [`Host`].
@@ -97,6 +99,7 @@ impl Seat {
             behind: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             compared: AtomicBool::new(false),
+            unlike: AtomicBool::new(false),
         }
     }
 
@@ -161,6 +164,13 @@ pub fn start(
         took * 1000 / (host.tsc_hz / 1000)
     );
     console::say(format_args!("bench cores-up {took} tsc"));
+    let unlike = ready().filter(|seat| seat.unlike.load(Ordering::Relaxed));
+    match unlike.count() {
+        0 => {}
+        count => warn!(
+            "cores: on {count} the firmware set other memory types (MTRRs) than on the boot core"
+        ),
+    }
     if !hw::tsc_is_invariant() {
         warn!("TSC: not invariant (CPUID 8000_0007h: EDX bit 8): time may drift when cores sleep");
     }
@@ -286,9 +296,7 @@ extern "C" fn arrive(ticket: u64) -> ! {
     bring_up::install_tables(ticket + 1);
     // SAFETY: this core's timer is ours.
     let timer = unsafe { start.timer.like() };
-    if !alike {
-        warn!("core with APIC id {id}: its memory types (MTRRs) are not those of the boot core");
-    }
+    seat.unlike.store(!alike, Ordering::Relaxed);
     if let Err(error) = start.backend.enable_core(start.map) {
         error!("core with APIC id {id}: {error}; left out");
         seat.goes(state::HERE, state::FAILED);
@@ -369,6 +377,11 @@ fn compare_clocks(seats: &[Seat], host: &Host) {
         let ahead = seat.ahead.load(Ordering::Relaxed);
         behind.max(ahead)
     };
+    let missed = ready().filter(|seat| !seat.compared.load(Ordering::Acquire));
+    match missed.count() {
+        0 => {}
+        count => warn!("TSC: {count} cores took too long to be compared"),
+    }
     let worst = ready().max_by_key(|seat| offset(seat));
     let Some((seat, ticks)) = worst.map(|seat| (seat, offset(seat))) else {
         return;
