@@ -18,7 +18,13 @@ use memory::Format;
 use vm::{Stop, Vm, VmError, VmSetup};
 
 /// One vendor's way to make VMs.
-pub trait Backend {
+pub trait Backend: Sync {
+    /// Turns the extension on for the calling core, which is not the boot core, and makes it ready
+    /// for guests' extended state.
+    ///
+    /// # Errors
+    /// Why not; among others that the core is unlike the boot core.
+    fn enable_core(&self, map: DirectMap) -> Result<(), VirtUnavailable>;
     /// The format of its nested tables.
     fn format(&self) -> Format;
     /// What its guests may use of the machine.
@@ -95,19 +101,26 @@ fn back(page: HostPage) {
     Frames.free(page.phys(), PageSize::Size4K);
 }
 
-fn pages<const N: usize>(host: &Host) -> Option<[HostPage; N]> {
-    host_pages(host.map, N as u64)?.try_into().ok()
+fn pages<const N: usize>(map: DirectMap) -> Option<[HostPage; N]> {
+    host_pages(map, N as u64)?.try_into().ok()
 }
 
 /// Two single pages: a whole run is hard to come by when memory is in pieces.
-fn two_pages(host: &Host) -> Option<(HostPage, HostPage)> {
-    let first = host_page(host.map)?;
-    match host_page(host.map) {
+fn two_pages(map: DirectMap) -> Option<(HostPage, HostPage)> {
+    let first = host_page(map)?;
+    match host_page(map) {
         Some(second) => Some((first, second)),
         None => {
             back(first);
             None
         }
+    }
+}
+
+fn unlike(extension: Extension) -> VirtUnavailable {
+    VirtUnavailable::EnableFailed {
+        extension,
+        step: "the core's capabilities are not those of the boot core",
     }
 }
 
@@ -172,7 +185,7 @@ impl VmxBackend {
         cr4: u64,
     ) -> Result<VmxVcpu, String> {
         let (vmcs, msr_bitmap) =
-            two_pages(host).ok_or("there is no memory for its control pages")?;
+            two_pages(host.map).ok_or("there is no memory for its control pages")?;
         let frames = [vmcs.phys(), msr_bitmap.phys()];
         let cr4_guest = Cr4::from_bits_retain(cr4) & VmxConfig::CR4_GUEST;
         let config = VmxConfig {
@@ -199,6 +212,17 @@ impl VmxBackend {
 }
 
 impl Backend for VmxBackend {
+    fn enable_core(&self, map: DirectMap) -> Result<(), VirtUnavailable> {
+        // SAFETY: ring 0.
+        let caps = unsafe { Vmx::detect() }?;
+        if caps != self.caps || extended_state() != self.xstate {
+            return Err(unlike(Extension::Vmx));
+        }
+        let region = host_page(map).ok_or(out_of_memory(Extension::Vmx))?;
+        // SAFETY: this core, once, with a page of its own, for good.
+        unsafe { Vmx::enable(&caps, region) }.map(drop)
+    }
+
     fn format(&self) -> Format {
         Format::Ept
     }
@@ -244,11 +268,11 @@ impl SvmBackend {
         let caps = Svm::detect()?;
         let missing = || out_of_memory(Extension::Svm);
         let (iopm, msrpm) = (
-            pages(host).ok_or_else(missing)?,
-            pages(host).ok_or_else(missing)?,
+            pages(host.map).ok_or_else(missing)?,
+            pages(host.map).ok_or_else(missing)?,
         );
         let bitmaps = SvmBitmaps::new(&caps, iopm, msrpm).map_err(|_| missing())?;
-        let save = pages(host).ok_or_else(missing)?;
+        let save = two_pages(host.map).ok_or_else(missing)?.into();
         let xstate = extended_state();
         // SAFETY: the boot core, once, with pages of its own.
         let on = unsafe { Svm::enable(&caps, save) }?;
@@ -281,6 +305,16 @@ impl SvmBackend {
 }
 
 impl Backend for SvmBackend {
+    fn enable_core(&self, map: DirectMap) -> Result<(), VirtUnavailable> {
+        let caps = Svm::detect()?;
+        if caps != self.caps || extended_state() != self.xstate {
+            return Err(unlike(Extension::Svm));
+        }
+        let save = two_pages(map).ok_or(out_of_memory(Extension::Svm))?.into();
+        // SAFETY: this core, once, with pages of its own, for good.
+        unsafe { Svm::enable(&caps, save) }.map(drop)
+    }
+
     fn format(&self) -> Format {
         Format::Npt
     }

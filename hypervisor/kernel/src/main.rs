@@ -8,7 +8,9 @@ extern crate alloc;
 mod backend;
 mod bring_up;
 mod console;
+mod cores;
 mod frames;
+mod lock;
 mod panic;
 mod run;
 
