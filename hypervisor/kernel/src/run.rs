@@ -117,12 +117,6 @@ impl Live {
         self.seats.iter().filter_map(|seat| seat.vcpu.lock().take())
     }
 
-    /// Looks at a vCPU that sits in its place.
-    pub fn with_vcpu<T>(&self, index: usize, look: impl FnOnce(&mut dyn Guest) -> T) -> Option<T> {
-        let mut vcpu = self.seats.get(index)?.vcpu.lock();
-        vcpu.as_deref_mut().map(look)
-    }
-
     fn vcpu_id(&self, index: usize) -> VcpuId {
         VcpuId {
             vm: self.id,
