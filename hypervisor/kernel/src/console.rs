@@ -1,12 +1,12 @@
 //! The machine's console: the log and all guests' consoles on one serial line (and the log on the
 //! screen), with a prefix key to choose whom the keyboard belongs to.
 
+use crate::lock::Lock;
 use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::{self, Write};
 use hw::{Screen, Serial};
-use spin::Mutex;
 
 /// Ctrl-T.
 const PREFIX: u8 = 0x14;
@@ -15,7 +15,7 @@ const LINE_LIMIT: usize = 256;
 /// Keys that wait for a guest which does not read them.
 const INPUT_LIMIT: usize = 4096;
 
-static CONSOLE: Mutex<Option<Console>> = Mutex::new(None);
+static CONSOLE: Lock<Option<Console>> = Lock::new(None);
 
 /// Who has the keyboard, and whose output goes through raw.
 #[derive(Clone, Copy, PartialEq)]
@@ -93,17 +93,21 @@ pub fn guest_output(guest: usize, bytes: &[u8]) {
     with(|console| console.guest_output(guest, bytes));
 }
 
-/// Takes what was typed for a guest. `take` gets a slice and says how much of it it used.
-pub fn guest_input(guest: usize, take: &mut dyn FnMut(&[u8]) -> usize) {
+/// Copies what was typed for a guest and waits, as far as it fits; gives how much.
+pub fn peek_input(guest: usize, keys: &mut [u8]) -> usize {
+    with(|console| {
+        let input = console.guests.get(guest).map(|guest| guest.input.iter());
+        let copied = keys.iter_mut().zip(input.into_iter().flatten());
+        copied.map(|(to, from)| *to = *from).count()
+    })
+    .unwrap_or(0)
+}
+
+/// The guest took so much of it.
+pub fn consume_input(guest: usize, count: usize) {
     with(|console| {
         if let Some(guest) = console.guests.get_mut(guest) {
-            while !guest.input.is_empty() {
-                let used = take(guest.input.make_contiguous());
-                if used == 0 {
-                    break;
-                }
-                guest.input.drain(..used.min(guest.input.len()));
-            }
+            guest.input.drain(..count.min(guest.input.len()));
         }
     });
 }
@@ -141,15 +145,22 @@ pub fn poll() -> Option<Request> {
     None
 }
 
-/// Opens the console again after a panic that happened while it was held.
+/// Opens the console again if this core holds it, after a panic that happened meanwhile.
 ///
 /// # Safety
-/// The holder is gone.
-pub unsafe fn force_unlock() {
-    if CONSOLE.is_locked() {
-        // SAFETY: promised by the caller.
-        unsafe { CONSOLE.force_unlock() };
-    }
+/// What this core did with it will not go on.
+pub unsafe fn release() {
+    // SAFETY: promised by the caller.
+    unsafe { CONSOLE.release() };
+}
+
+/// Opens the console again whoever holds it.
+///
+/// # Safety
+/// All other cores have stopped for good.
+pub unsafe fn break_open() {
+    // SAFETY: promised by the caller.
+    unsafe { CONSOLE.break_open() };
 }
 
 fn with<T>(work: impl FnOnce(&mut Console) -> T) -> Option<T> {
