@@ -177,7 +177,7 @@ struct TestArgs {
 
 #[derive(Args)]
 struct BenchArgs {
-    /// The bench [default: all; known: exits]
+    /// The bench [default: all; known: exits, sched]
     name: Option<String>,
     /// Measure on this one only [default: Bochs and QEMU's own emulation]
     #[arg(long, value_enum)]

@@ -80,7 +80,10 @@ fn create<V: OwnsPages + Send + 'static>(
     match Processor::create_all(setup, make, &mut made) {
         Ok(vm) => {
             let vcpus = made.into_iter();
-            Ok((vm, vcpus.map(|vcpu| Box::new(vcpu) as Box<dyn Guest>).collect()))
+            Ok((
+                vm,
+                vcpus.map(|vcpu| Box::new(vcpu) as Box<dyn Guest>).collect(),
+            ))
         }
         Err(error) => {
             for vcpu in made {
@@ -198,12 +201,7 @@ impl VmxBackend {
         })
     }
 
-    fn create_vcpu(
-        &self,
-        host: &Host,
-        number: u16,
-        parts: &VcpuParts,
-    ) -> Result<VmxVcpu, String> {
+    fn create_vcpu(&self, host: &Host, number: u16, parts: &VcpuParts) -> Result<VmxVcpu, String> {
         let (vmcs, msr_bitmap) =
             two_pages(host.map).ok_or("there is no memory for its control pages")?;
         let frames = [vmcs.phys(), msr_bitmap.phys()];
@@ -247,12 +245,7 @@ impl Backend for VmxBackend {
         Format::Ept
     }
 
-    fn create(
-        &self,
-        host: &Host,
-        numbers: &[u16],
-        setup: Setup<'_>,
-    ) -> Result<Made, VmError> {
+    fn create(&self, host: &Host, numbers: &[u16], setup: Setup<'_>) -> Result<Made, VmError> {
         create(setup, &mut |parts| {
             let number = numbers.get(parts.id as usize).copied();
             self.create_vcpu(host, number.unwrap_or(0), &parts)
@@ -338,12 +331,7 @@ impl Backend for SvmBackend {
         Format::Npt
     }
 
-    fn create(
-        &self,
-        host: &Host,
-        numbers: &[u16],
-        setup: Setup<'_>,
-    ) -> Result<Made, VmError> {
+    fn create(&self, host: &Host, numbers: &[u16], setup: Setup<'_>) -> Result<Made, VmError> {
         create(setup, &mut |parts| {
             let number = numbers.get(parts.id as usize).copied();
             self.create_vcpu(host, number.unwrap_or(0), parts.root)

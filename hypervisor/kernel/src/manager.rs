@@ -403,7 +403,11 @@ impl Manager {
 
     /// Types on a guest's console what waits for it.
     fn pass_input(&self, number: usize) {
-        let Some(live) = self.machine.live(number).filter(|_| console::has_input(number)) else {
+        let Some(live) = self
+            .machine
+            .live(number)
+            .filter(|_| console::has_input(number))
+        else {
             return;
         };
         let mut keys = [0; 64];

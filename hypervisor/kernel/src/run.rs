@@ -365,7 +365,11 @@ impl Worker {
 
     fn idle(&mut self, until: Nanos) {
         self.put_back();
-        let until = self.machine.clock.tsc_at(until).min(watch(self.machine.host));
+        let until = self
+            .machine
+            .clock
+            .tsc_at(until)
+            .min(watch(self.machine.host));
         self.timer.arm(until);
         self.core.rest();
         // What was left for the core since it looked ends the halt at once.
@@ -413,8 +417,7 @@ impl Worker {
             }
             core::hint::spin_loop();
         };
-        seat.core
-            .store(self.core.number() as u32, Ordering::SeqCst);
+        seat.core.store(self.core.number() as u32, Ordering::SeqCst);
         taken.load(stolen);
         self.loaded = Some(Loaded {
             live,
@@ -453,7 +456,9 @@ impl Worker {
             timer: &mut self.timer,
             slice_end,
         };
-        self.core.vm.store(u32::from(vcpu.vm.0) + 1, Ordering::Relaxed);
+        self.core
+            .vm
+            .store(u32::from(vcpu.vm.0) + 1, Ordering::Relaxed);
         let sound = cpu::guard::run(|| stop = Some(loaded.vcpu.run(&mut host))).is_ok();
         self.core.vm.store(0, Ordering::Relaxed);
         loaded.runnable = matches!(stop, Some(Stop::Preempted | Stop::Yield));

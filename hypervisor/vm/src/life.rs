@@ -184,9 +184,7 @@ impl Life {
     pub const fn is_active(&self) -> bool {
         !matches!(
             self.state,
-            State::Defined
-                | State::Stopped { held: false }
-                | State::Crashed { held: false }
+            State::Defined | State::Stopped { held: false } | State::Crashed { held: false }
         )
     }
 

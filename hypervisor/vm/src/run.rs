@@ -454,8 +454,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         let mut board = self.vm.board()?;
         let vector = board.pic_interrupt().then(|| board.pic_acknowledge());
         Self::left(&mut self.attention, &self.vm, &board);
-        self.attention
-            .set(Attention::EXTINT, board.pic_interrupt());
+        self.attention.set(Attention::EXTINT, board.pic_interrupt());
         Ok(vector)
     }
 
@@ -672,11 +671,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         };
         let mut board = self.vm.board()?;
         if io.input {
-            let pic = if byte {
-                board.pic_read(io.port)
-            } else {
-                None
-            };
+            let pic = if byte { board.pic_read(io.port) } else { None };
             let value = match pic {
                 Some(value) => value.into(),
                 None => {
@@ -1239,11 +1234,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     }
 
     /// Writes a control register by the rules of SDM Vol. 3A §2.5; `false` means #GP(0).
-    fn write_control(
-        &mut self,
-        register: ControlRegister,
-        mut value: u64,
-    ) -> Result<bool, Over> {
+    fn write_control(&mut self, register: ControlRegister, mut value: u64) -> Result<bool, Over> {
         let vcpu = &self.vcpu;
         let efer = arch::Efer::from_bits_retain(vcpu.efer());
         let cr4 = Cr4::from_bits_retain(vcpu.cr(ControlRegister::Cr4));
@@ -1360,7 +1351,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         let gprs = self.vcpu.gprs();
         let index = gprs[Gpr::Rcx] as u32;
         let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
-        if index != 0 || self.vcpu.cpl() != 0 || !xcr0_is_legal(value, self.vm.cpuid.features().xcr0) {
+        if index != 0
+            || self.vcpu.cpl() != 0
+            || !xcr0_is_legal(value, self.vm.cpuid.features().xcr0)
+        {
             return self.inject(Event::GP0);
         }
         self.vcpu.set_xcr0(value);

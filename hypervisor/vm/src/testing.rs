@@ -272,7 +272,6 @@ impl World {
         self.cpu.run(&mut self.core)
     }
 
-
     pub fn memory(&self) -> spin::MutexGuard<'_, memory::AddressSpace<Phys, Frames>> {
         self.cpu.vm().memory().unwrap()
     }

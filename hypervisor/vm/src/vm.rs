@@ -13,8 +13,8 @@ use core::sync::atomic::{
     AtomicU8, AtomicU32, AtomicU64,
     Ordering::{Acquire, Relaxed, SeqCst},
 };
-use machine::apic::{ApicFabric, LocalApic};
 use machine::acpi::{self, AcpiConfig};
+use machine::apic::{ApicFabric, LocalApic};
 use machine::board::{Board, BoardConfig};
 use machine::clock::TscClock;
 use machine::cpuid::{CpuidConfig, CpuidPolicy, Enabled};
@@ -557,7 +557,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             apic.virtual_wire();
         }
         vm.fabric.publish(&mut apic);
-        let root = vm.memory().map_err(|Over| VmError::Vcpu(String::new()))?.root();
+        let root = vm
+            .memory()
+            .map_err(|Over| VmError::Vcpu(String::new()))?
+            .root();
         let mut vcpu = make(VcpuParts {
             id,
             root,

@@ -8,7 +8,8 @@
 
 use super::io::PINS;
 use super::{
-    Address, ApicEffect, ApicMode, DeliveryMode, IoApic, Ipi, LocalApic, Message, Shorthand, Signals,
+    Address, ApicEffect, ApicMode, DeliveryMode, IoApic, Ipi, LocalApic, Message, Shorthand,
+    Signals,
 };
 use alloc::{boxed::Box, sync::Arc};
 use arch::Vector;
@@ -152,8 +153,7 @@ impl ApicFabric {
     /// pin 0 of the I/O APIC programmed as ExtINT.
     #[must_use]
     pub fn extint_for(&self, apic: &LocalApic) -> bool {
-        self.extint.load(Acquire)
-            && (apic.accepts_extint() || self.is_routed(apic.address()))
+        self.extint.load(Acquire) && (apic.accepts_extint() || self.is_routed(apic.address()))
     }
 
     fn is_routed(&self, address: Address) -> bool {
@@ -446,7 +446,6 @@ impl Router {
         });
         self.fabric.extint_route.store(route, Release);
         // Who hears the 8259 has changed.
-        self.fabric
-            .set_extint(self.fabric.extint.load(Acquire));
+        self.fabric.set_extint(self.fabric.extint.load(Acquire));
     }
 }

@@ -328,7 +328,11 @@ impl Address {
     /// Whether `message` is for this APIC (§11.6.2).
     #[must_use]
     pub const fn is_destination(self, message: &Message) -> bool {
-        let (dest, own, id) = (message.dest, self.0 as u32, (self.0 >> Self::ID_SHIFT) as u32);
+        let (dest, own, id) = (
+            message.dest,
+            self.0 as u32,
+            (self.0 >> Self::ID_SHIFT) as u32,
+        );
         match self.mode() {
             ApicMode::Disabled => false,
             _ if dest == Message::ALL => true,

@@ -13,7 +13,8 @@ mod tests;
 pub use fabric::{ApicFabric, MAX_VCPUS, Router};
 pub use io::IoApic;
 pub use local::{
-    Address, ApicEffect, ApicMode, ApicPage, Gp, LocalApic, LocalApicState, RestoreError, Signals, TIMER_HZ,
+    Address, ApicEffect, ApicMode, ApicPage, Gp, LocalApic, LocalApicState, RestoreError, Signals,
+    TIMER_HZ,
 };
 
 use arch::Vector;

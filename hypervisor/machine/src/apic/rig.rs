@@ -58,7 +58,11 @@ impl Apics {
     }
 
     pub fn write_msr(&mut self, vcpu: usize, index: u32, value: u64, now: Nanos) -> Result<(), Gp> {
-        let effect = self.local.get_mut(vcpu).ok_or(Gp)?.write_msr(index, value, now)?;
+        let effect = self
+            .local
+            .get_mut(vcpu)
+            .ok_or(Gp)?
+            .write_msr(index, value, now)?;
         self.apply(vcpu, effect);
         Ok(())
     }

@@ -476,9 +476,18 @@ fn logical_destinations() {
     assert!(!apic.address().is_destination(&to(0x14)) && !apic.address().is_destination(&to(0x28)));
     assert!(apic.address().is_destination(&to(Message::ALL)));
     let apic = x2apic(0x13);
-    assert!(apic.address().is_destination(&to(0x0001_0008)) && apic.address().is_destination(&to(0x0001_ffff)));
-    assert!(!apic.address().is_destination(&to(0x0001_0004)) && !apic.address().is_destination(&to(0x0000_0008)));
-    assert!(apic.address().is_destination(&fixed(0x40, 0x13)) && !apic.address().is_destination(&fixed(0x40, 0xff)));
+    assert!(
+        apic.address().is_destination(&to(0x0001_0008))
+            && apic.address().is_destination(&to(0x0001_ffff))
+    );
+    assert!(
+        !apic.address().is_destination(&to(0x0001_0004))
+            && !apic.address().is_destination(&to(0x0000_0008))
+    );
+    assert!(
+        apic.address().is_destination(&fixed(0x40, 0x13))
+            && !apic.address().is_destination(&fixed(0x40, 0xff))
+    );
 }
 
 #[test]
@@ -552,7 +561,11 @@ fn nothing_is_lost_between_threads() {
         let mut taken = 0;
         let mut idle = 0;
         while idle < 2 {
-            idle = if done.load(Ordering::SeqCst) { idle + 1 } else { 0 };
+            idle = if done.load(Ordering::SeqCst) {
+                idle + 1
+            } else {
+                0
+            };
             if kicked.swap(0, Ordering::SeqCst) & 0b10 != 0 {
                 fabric.collect(&mut apic);
                 while apic.pending().is_some() {

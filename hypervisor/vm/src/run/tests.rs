@@ -191,7 +191,8 @@ fn a_port_access_without_a_length_crashes_the_vm_alone() {
 fn strings_go_out_as_a_whole() {
     let mut world = World::new();
     world.code(b"\xf3\x6e");
-    world.memory()
+    world
+        .memory()
         .write(GuestPhysAddr::new(0x1000), b"hello\n")
         .unwrap();
     let gprs = world.gprs();
@@ -1017,10 +1018,7 @@ fn the_vm_ends_when_its_last_cpu_goes_deaf() {
     assert!(matches!(stop, Stop::Halted { .. }), "{stop:?}");
     assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
     pair.worlds[1].open(false);
-    assert_eq!(
-        pair.worlds[1].run(&[Exit::Hlt]),
-        Stop::Ended(End::Halted)
-    );
+    assert_eq!(pair.worlds[1].run(&[Exit::Hlt]), Stop::Ended(End::Halted));
 }
 
 #[test]
