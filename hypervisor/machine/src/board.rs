@@ -8,7 +8,7 @@
 //! What happens outside of the board is asked for in [`Actions`]. Deadlines are kept per device,
 //! so that [`Board::next_event`] is a load.
 
-use alloc::{vec, vec::Vec};
+use alloc::{boxed::Box, vec, vec::Vec};
 use core::ops::Range;
 
 use arch::{Nanos, Vector};
@@ -21,12 +21,13 @@ use crate::{
     hpet::{Hpet, Output, Route},
     i8042::{I8042, Request},
     map,
-    pci::{Pci, PciState},
+    pci::{DeviceFunction, Pci, PciState},
     pic::PicPair,
     pit::Pit,
     pm::{Pm, ResetControl},
     rtc::Rtc,
     uart::Uart,
+    watchdog::Watchdog,
 };
 
 /// What a board is made of.
@@ -50,6 +51,8 @@ pub struct BoardConfig {
     pub debug_exit: bool,
     /// Whether port 0xe9 prints.
     pub debug_console: bool,
+    /// Whether there is a watchdog.
+    pub watchdog: bool,
 }
 
 /// Who asked for a reset.
@@ -75,6 +78,8 @@ pub struct Actions {
     pub reset: Option<ResetCause>,
     /// The guest ends with this code, by port 0xf4.
     pub exit_code: Option<u32>,
+    /// The watchdog ran out.
+    pub watchdog: bool,
     /// There is something for [`Board::console_output`].
     pub console: bool,
 }
@@ -197,6 +202,13 @@ impl Board {
             deadlines: [Nanos::NEVER; TIMED],
             next: Nanos::NEVER,
         };
+        if config.watchdog
+            && let Some(place) = DeviceFunction::new(map::WATCHDOG_DEVICE, 0)
+            && let Some(watchdog) = Watchdog::new()
+        {
+            // The bus is empty.
+            let _ = board.pci.plug(place, Box::new(watchdog));
+        }
         board.carry_all(Nanos::ZERO);
         board
     }
@@ -601,6 +613,9 @@ impl Board {
             hpet.tick(now);
         }
         self.pci.tick(now);
+        if self.pci.take_expiry() {
+            self.act(|actions| actions.watchdog = true);
+        }
         self.carry_lines();
         self.next = self.next.max(now + MIN_TICK);
     }
@@ -832,6 +847,7 @@ impl Board {
                 power_off: false,
                 reset: None,
                 exit_code: None,
+                watchdog: false,
                 console: false,
             },
         )
@@ -891,6 +907,7 @@ mod tests {
         hpet: true,
         debug_exit: true,
         debug_console: true,
+        watchdog: false,
     };
     const T: Nanos = Nanos(1_000_000);
 

@@ -273,6 +273,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             if let Some(code) = actions.exit_code {
                 return Some(Stop::Ended(End::DebugExit(code)));
             }
+            if actions.watchdog {
+                return Some(Stop::Ended(self.report("its watchdog ran out")));
+            }
             if actions.power_off {
                 return Some(Stop::Ended(End::PoweredOff));
             }
