@@ -287,12 +287,13 @@ fn wdat() -> Sdt {
     const WRITE_VALUE: u8 = 2;
     const WRITE_COUNTDOWN: u8 = 3;
     const PRESERVE: u8 = 0x80;
+    /// What to do, with which register, the value, and the bits that count.
+    type Instruction = (u8, u16, u32, u32);
     /// In place of an instruction: the sequence that opens the registers for one write.
-    const OPEN: (u8, u16, u32, u32) = (u8::MAX, 0, 0, 0);
-    // Action, and its instructions: what to do, register, value, and the bits that count.
+    const OPEN: Instruction = (u8::MAX, 0, 0, 0);
     let enabled = |what, value| (what, LOCK_PORT, value, ENABLE);
     let restart = (WRITE_VALUE, RELOAD, RELOAD_NOW, RELOAD_NOW);
-    let actions: [(u8, &[(u8, u16, u32, u32)]); 9] = [
+    let actions: [(u8, &[Instruction]); 9] = [
         (0x01, &[OPEN, restart]),
         (0x05, &[(READ_COUNTDOWN, PRELOAD_1, 0, PRELOAD_MASK)]),
         (
@@ -312,7 +313,7 @@ fn wdat() -> Sdt {
         (0x21, &[OPEN, (WRITE_VALUE, RELOAD, TIMED_OUT, TIMED_OUT)]),
     ];
     let (mut count, mut entries) = (0, Vec::new());
-    let mut entry = |action, (what, register, value, mask): (u8, u16, u32, u32)| {
+    let mut entry = |action, (what, register, value, mask): Instruction| {
         count += 1;
         let shift = mask.trailing_zeros();
         let (bits, access) = match register {

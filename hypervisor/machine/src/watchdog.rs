@@ -112,7 +112,7 @@ impl Watchdog {
         self.second_stage = second || self.is_set(LOCK, FREE_RUNNING);
         let ticks = u64::from(self.preload[usize::from(self.second_stage)].max(1));
         let shift = if self.is_set(CONFIG, FAST) { 10 } else { 0 };
-        self.deadline = now + (ticks * 1_000_000 >> shift);
+        self.deadline = now + ((ticks * 1_000_000) >> shift);
     }
 
     fn register(&self, offset: u16) -> u32 {
@@ -481,7 +481,7 @@ mod tests {
                         .pci
                         .write(true, 0x640 + random.next() % 24, size, value, world.now)
                 }
-                3 => _ = world.wait(random.next() >> (random.next() % 64) >> 20),
+                3 => _ = world.wait((random.next() >> (random.next() % 64)) >> 20),
                 _ => {
                     _ = world
                         .pci
