@@ -470,7 +470,7 @@ mod tests {
             match random.next() % 5 {
                 0 => world
                     .pci
-                    .write_ecam(29 << 15 | 0x60 | random.next() % 12, size, value),
+                    .write_ecam(29 << 15 | 0x60 | (random.next() % 12), size, value),
                 1 => drop(
                     world
                         .pci
