@@ -225,6 +225,20 @@ pub(super) const CASES: &[Case] = &[
         ],
         ..LINUX
     },
+    // Without one it stands still, and the keys still leave.
+    Case {
+        name: "panic-and-leave",
+        steps: &[
+            UP,
+            PROMPT,
+            Send("echo c >/proc/sysrq-trigger\n"),
+            Expect(r"end Kernel panic - not syncing: sysrq triggered crash"),
+            Send("\x14x"),
+            Expect(r"^tessera\| end: status="),
+        ],
+        end: Ending::Dialogue,
+        ..LINUX
+    },
     // The kernel's own driver for ACPI's watchdog table drives ours: nothing happens while somebody
     // strokes it, and the VM has crashed when nobody does.
     Case {
@@ -259,20 +273,6 @@ devices.watchdog = true
             Expect(r"^tessera\| vm linux: crashed: its watchdog ran out"),
         ],
         end: Ending::Closing(101),
-        ..LINUX
-    },
-    // Without one it stands still, and the keys still leave.
-    Case {
-        name: "panic-and-leave",
-        steps: &[
-            UP,
-            PROMPT,
-            Send("echo c >/proc/sysrq-trigger\n"),
-            Expect(r"end Kernel panic - not syncing: sysrq triggered crash"),
-            Send("\x14x"),
-            Expect(r"^tessera\| end: status="),
-        ],
-        end: Ending::Dialogue,
         ..LINUX
     },
 ];
