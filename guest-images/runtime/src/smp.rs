@@ -55,6 +55,7 @@ static IDS: [AtomicU32; MAX] = [const { AtomicU32::new(0) }; MAX];
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 static STATES: [AtomicU32; MAX] = [const { AtomicU32::new(PARKED) }; MAX];
 static WORK: [AtomicPtr<Work>; MAX] = [const { AtomicPtr::new(core::ptr::null_mut()) }; MAX];
+static FIRST: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
 static KEPT: Page = Page::zero();
 
 type Work = &'static (dyn Fn() + Sync);
@@ -289,9 +290,20 @@ pub fn start_all() -> usize {
     count()
 }
 
+/// Calls `first` on each CPU that starts from now on, before it touches its local APIC.
+pub fn on_start(first: Option<fn()>) {
+    let first = first.map_or(core::ptr::null_mut(), |first| first as *mut ());
+    FIRST.store(first, Ordering::SeqCst);
+}
+
 extern "C" fn ap_start(cpu: usize) -> ! {
     segments::init_cpu(cpu);
     interrupts::load_idt();
+    let first = FIRST.load(Ordering::SeqCst);
+    if !first.is_null() {
+        // SAFETY: only `on_start` stores here.
+        unsafe { core::mem::transmute::<*mut (), fn()>(first)() };
+    }
     // INIT leaves an x2APIC in that mode (SDM Vol. 3A §11.12.5.1).
     if in_x2apic() {
         set_x2apic(false);
@@ -426,6 +438,7 @@ pub fn park(cpu: usize) {
 
 /// Takes all CPUs but this, which is the one that booted, back into wait-for-SIPI.
 pub fn park_others() {
+    on_start(None);
     let states = || (1..MAX).filter(|cpu| STATES[*cpu].load(Ordering::SeqCst) != PARKED);
     if states().next().is_some() {
         send(0, INIT | OTHERS);
