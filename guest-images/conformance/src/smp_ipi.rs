@@ -3,7 +3,7 @@
 
 use crate::ioapic::{LEVEL, PIN, REMOTE_IRR, UART_PIN, edge, uart_line};
 use crate::smp_start::need_two;
-use crate::util::{PATIENCE, need, wait, wait_with_interrupts};
+use crate::util::{PATIENCE, need, on_tcg, wait, wait_with_interrupts};
 use core::sync::atomic::{AtomicU64, Ordering};
 use guest_runtime::cpu::outb;
 use guest_runtime::pc::{
@@ -198,7 +198,10 @@ fn smp_xapic_logical_cluster() {
             });
         }
     }
-    brings(VECTOR, |_| true, || send(0xff, LOGICAL | u32::from(VECTOR)));
+    // QEMU's emulation has the broadcast in the flat model only.
+    if !on_tcg() {
+        brings(VECTOR, |_| true, || send(0xff, LOGICAL | u32::from(VECTOR)));
+    }
 }
 
 #[guest_test]
