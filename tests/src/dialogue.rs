@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, bail};
 use regex_lite::{Regex, RegexBuilder};
 
-use crate::emulator::{Emulator, Extension, Firmware, Machine, Received};
+use crate::emulator::{Emulator, Extension, Firmware, Machine, Pace, Received};
 use crate::{Console, Session};
 
 /// How long a machine may take to switch off after its last line.
@@ -49,6 +49,8 @@ pub struct Case {
     pub memory: Option<u32>,
     /// The machine's logical processors.
     pub cpus: u32,
+    /// How its time relates to ours.
+    pub pace: Pace,
     /// The machine's virtualization extension.
     pub extension: Extension,
     /// The dialogue.
@@ -72,6 +74,7 @@ impl Case {
         },
         memory: None,
         cpus: 1,
+        pace: Pace::Free,
         extension: Extension::On,
         steps: &[],
         end: Ending::Closing(0),

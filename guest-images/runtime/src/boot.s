@@ -130,7 +130,9 @@ guest_gdt:
     .quad 0x000093000000ffff    // 38: 16-bit data for real mode
     .quad 0x00cf13000000ffff    // 40: data, not present
     .skip 16 * 64               // 48: a TSS for each CPU
+.globl guest_gdt_end
 guest_gdt_end:
+.globl guest_gdt_pointer
 guest_gdt_pointer:
     .word guest_gdt_end - guest_gdt - 1
     .quad guest_gdt

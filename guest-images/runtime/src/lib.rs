@@ -7,6 +7,7 @@
 #![no_std]
 
 pub mod acpi;
+pub mod clock;
 pub mod cpu;
 mod interrupts;
 mod paging;

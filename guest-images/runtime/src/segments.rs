@@ -51,6 +51,7 @@ static AREAS: Areas = Areas(UnsafeCell::new(
 ));
 
 unsafe extern "C" {
+    static guest_gdt_pointer: u8;
     static mut guest_gdt: [u64; GDT_BYTES / 8];
 }
 
@@ -77,6 +78,14 @@ pub(crate) fn init_cpu(cpu: usize) {
         slot.add(1).write_volatile(address >> 32);
         asm!("ltr {:x}", in(reg) selector, options(nostack));
     }
+}
+
+/// Loads the runtime's GDT and this CPU's TSS again, for whoever has loaded others on the CPU that
+/// booted.
+pub fn restore() {
+    // SAFETY: the pointer and what it points to live for ever.
+    unsafe { asm!("lgdt [{}]", in(reg) &raw const guest_gdt_pointer, options(nostack)) };
+    init_cpu(0);
 }
 
 /// The index of this CPU, which its task register tells; 0 when that is something else.
