@@ -47,6 +47,8 @@ pub struct Case {
     pub load: Load,
     /// The machine's memory in MiB, when not what the configuration needs.
     pub memory: Option<u32>,
+    /// How many processors the machine has.
+    pub cores: u32,
     /// The machine's virtualization extension.
     pub extension: Extension,
     /// The dialogue.
@@ -69,6 +71,7 @@ impl Case {
             spoil: None,
         },
         memory: None,
+        cores: 1,
         extension: Extension::On,
         steps: &[],
         end: Ending::Closing(0),

@@ -386,6 +386,7 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     let disk = dir.join("disk.img");
     let mut machine = Machine::new(emulator, firmware, &disk, 512);
     machine.extension = case.extension;
+    machine.cpus = case.cores;
     machine.watched = case.steps.iter().any(|s| matches!(s, Step::Told(_)));
     match case.load {
         Load::Bundle {
