@@ -566,7 +566,6 @@ mod tests {
     use super::*;
     use crate::{
         board::{Board, BoardConfig},
-        clock::TscClock,
     };
     use arch::Nanos;
 
@@ -696,8 +695,6 @@ mod tests {
     fn a_driver_that_knows_the_table_alone_can_use_the_watchdog() {
         let mut board = Board::new(&BoardConfig {
             vcpus: 1,
-            phys_bits: 36,
-            clock: TscClock::new(1_000_000),
             low_ram: 1 << 20,
             high_ram: 0,
             wall_clock: 0,
