@@ -559,13 +559,9 @@ fn nothing_is_lost_between_threads() {
             });
         }
         let mut taken = 0;
-        let mut idle = 0;
-        while idle < 2 {
-            idle = if done.load(Ordering::SeqCst) {
-                idle + 1
-            } else {
-                0
-            };
+        let mut last = false;
+        while !last {
+            last = done.load(Ordering::SeqCst) == 2;
             if kicked.swap(0, Ordering::SeqCst) & 0b10 != 0 {
                 fabric.collect(&mut apic);
                 while apic.pending().is_some() {
