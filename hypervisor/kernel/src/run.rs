@@ -269,8 +269,9 @@ impl vm::Host for CoreHost<'_> {
     fn tsc(&self) -> u64 {
         hw::rdtsc()
     }
-    fn kick(&mut self, vcpus: u64) {
+    fn kick(&mut self, vcpus: u64) -> bool {
         self.machine.kick(self.live, vcpus);
+        self.core.reschedule.load(Ordering::Relaxed)
     }
     fn arm(&mut self, deadline: u64) {
         self.timer.arm(deadline.min(self.slice_end));

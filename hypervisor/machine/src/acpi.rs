@@ -564,9 +564,7 @@ mod tests {
     use std::{fs, process::Command, string::String};
 
     use super::*;
-    use crate::{
-        board::{Board, BoardConfig},
-    };
+    use crate::board::{Board, BoardConfig};
     use arch::Nanos;
 
     const ONE: AcpiConfig = AcpiConfig {

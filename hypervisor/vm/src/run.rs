@@ -282,7 +282,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 return Some(end);
             }
         }
-        self.kick_others(host);
+        let wanted = self.kick_others(host);
         if self.vm.fabric.is_signalled(self.id()) {
             if self.vm.fabric.collect(&mut self.apic) {
                 // A kick ends the halt, or else the next one.
@@ -295,15 +295,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 return Some(Stop::Ordered);
             }
         }
-        None
+        wanted.then_some(Stop::Preempted)
     }
 
-    fn kick_others(&mut self, host: &mut impl Host) {
+    /// Tells others what came for them; `true`: the core is wanted.
+    fn kick_others(&mut self, host: &mut impl Host) -> bool {
         self.attention.remove(Attention::KICKS);
         let kicks = self.vm.fabric.take_kicks();
-        if kicks != 0 {
-            host.kick(kicks);
-        }
+        kicks != 0 && host.kick(kicks)
     }
 
     /// Does what the board wants of the host.
@@ -386,10 +385,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     #[cold]
     fn attend(&mut self) -> Option<Stop> {
         let signals = self.apic.signals();
-        if signals.init {
-            if let Some(stop) = self.init() {
-                return Some(stop);
-            }
+        if signals.init
+            && let Some(stop) = self.init()
+        {
+            return Some(stop);
         }
         if self.attention.contains(Attention::WAITS) {
             // NMIs and interrupts wait with it (SDM Vol. 3A §9.4.1, Vol. 3C §26.2).

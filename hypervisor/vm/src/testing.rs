@@ -113,8 +113,9 @@ impl Host for Core {
     fn tsc(&self) -> u64 {
         self.tsc
     }
-    fn kick(&mut self, vcpus: u64) {
+    fn kick(&mut self, vcpus: u64) -> bool {
         self.kicked |= vcpus;
+        false
     }
     fn arm(&mut self, deadline: u64) {
         self.armed.push(deadline);

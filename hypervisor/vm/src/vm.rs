@@ -29,8 +29,8 @@ pub trait Host {
     /// The core's TSC.
     fn tsc(&self) -> u64;
     /// Has these vCPUs of the VM look at what came for them: wakes them, or has them leave guest
-    /// mode.
-    fn kick(&mut self, vcpus: u64);
+    /// mode. `true`: the core is wanted for one of them.
+    fn kick(&mut self, vcpus: u64) -> bool;
     /// Takes the core back when its TSC reaches this value (`u64::MAX`: no need to).
     fn arm(&mut self, deadline: u64);
     /// Serves the machine's interrupts that wait. `true`: the core is wanted for something else.

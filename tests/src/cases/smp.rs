@@ -65,7 +65,9 @@ vcpus = 4
             Step::Refuse(linux::FAULTS),
             linux::PROMPT,
             // A process on each, one after the other, and the parent moved along.
-            Step::Send("for c in 0 1 2 3; do taskset -p $((1 << c)) $$ >/dev/null; sh -c 'cut -d\" \" -f39 /proc/self/stat'; done\n"),
+            Step::Send(
+                "for c in 0 1 2 3; do taskset -p $((1 << c)) $$ >/dev/null; sh -c 'cut -d\" \" -f39 /proc/self/stat'; done\n",
+            ),
             Step::Expect("^0$"),
             Step::Expect("^1$"),
             Step::Expect("^2$"),
