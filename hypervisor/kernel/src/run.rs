@@ -216,6 +216,7 @@ impl Core<'_> {
         // Images are copied and summed up for seconds: no case for the watchdog.
         cpu::percpu::this().rest();
         let sound = cpu::guard::run(|| made = Some(self.create(number, &config)));
+        cpu::percpu::this().beat();
         let failed = || VmError::Vcpu("the hypervisor failed while it made this VM".to_string());
         match made
             .filter(|_| sound.is_ok())
