@@ -173,8 +173,11 @@ pub trait Vcpu {
         None
     }
 
-    /// Puts the vCPU into the state after RESET or INIT (Intel SDM Vol. 3A table 9-1).
+    /// Puts the vCPU into the state after RESET (Intel SDM Vol. 3A table 9-1).
     fn reset(&mut self);
+    /// Puts the vCPU into the state after INIT: as after RESET, but extended state with XCR0, and
+    /// MSRs that INIT leaves alone, stay (ibid.; AMD APM Vol. 2 table 14-1).
+    fn init(&mut self);
 
     /// A general-purpose register by number, RSP included.
     fn gpr(&self, gpr: Gpr) -> u64 {

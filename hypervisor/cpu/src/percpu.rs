@@ -26,6 +26,8 @@ pub struct Core {
     pub timer_fired: AtomicBool,
     /// Another core wants this one's attention: see [`Core::take_kick`].
     pub kicked: AtomicBool,
+    /// The core is to ask for its next decision.
+    pub reschedule: AtomicBool,
     /// NMIs that came and were not told of yet.
     pub nmis: AtomicU32,
     /// The VM the core works for, plus one; 0 for none. For reports only.
@@ -62,6 +64,7 @@ impl Core {
             panicking: AtomicBool::new(false),
             timer_fired: AtomicBool::new(false),
             kicked: AtomicBool::new(false),
+            reschedule: AtomicBool::new(false),
             nmis: AtomicU32::new(0),
             vm: AtomicU32::new(0),
             heartbeat: AtomicU64::new(0),

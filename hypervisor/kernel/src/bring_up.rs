@@ -2,6 +2,8 @@
 
 use crate::backend::{self, Backend};
 use crate::frames::{self, Frames};
+use crate::manager::Manager;
+use crate::run::{Machine, Worker};
 use crate::{console, cores, panic, run};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -288,7 +290,7 @@ fn on_interrupt(frame: &mut InterruptFrame) {
                 _ => {}
             }
             if vector != hw::KICK_VECTOR {
-                run::host_interrupt(vector);
+                run::host_interrupt();
             }
             if let Some(apic) = APIC.get() {
                 apic.end_of_interrupt();
@@ -424,15 +426,18 @@ fn start(
     machine::emulate::prepare();
     let base = frames::heap_used();
     console::say(format_args!("bench hypervisor-heap {base} bytes"));
-    cores::release(host);
-    let (status, reason) = run::run(
-        backend,
-        host,
-        timer,
-        &bundle,
-        &config,
-        START.load(Ordering::Relaxed),
-    );
+    let bundle = Box::leak(Box::new(bundle));
+    let machine = Box::leak(Box::new(Machine::new(host, backend)));
+    let mut manager = Manager::new(machine, bundle, &config);
+    console::say(format_args!(
+        "bench boot-to-guest {} tsc",
+        hw::rdtsc() - START.load(Ordering::Relaxed)
+    ));
+    cores::release(machine);
+    if Worker::new(machine, timer).manage(&mut manager) {
+        end(0, "left at the console");
+    }
+    let (status, reason) = manager.verdict();
     end(status, &reason)
 }
 

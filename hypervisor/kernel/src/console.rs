@@ -93,17 +93,21 @@ pub fn guest_output(guest: usize, bytes: &[u8]) {
     with(|console| console.guest_output(guest, bytes));
 }
 
-/// Takes what was typed for a guest. `take` gets a slice and says how much of it it used.
-pub fn guest_input(guest: usize, take: &mut dyn FnMut(&[u8]) -> usize) {
+/// Copies what was typed for a guest and waits, as far as it fits; gives how much.
+pub fn peek_input(guest: usize, keys: &mut [u8]) -> usize {
+    with(|console| {
+        let input = console.guests.get(guest).map(|guest| guest.input.iter());
+        let copied = keys.iter_mut().zip(input.into_iter().flatten());
+        copied.map(|(to, from)| *to = *from).count()
+    })
+    .unwrap_or(0)
+}
+
+/// The guest took so much of it.
+pub fn consume_input(guest: usize, count: usize) {
     with(|console| {
         if let Some(guest) = console.guests.get_mut(guest) {
-            while !guest.input.is_empty() {
-                let used = take(guest.input.make_contiguous());
-                if used == 0 {
-                    break;
-                }
-                guest.input.drain(..used.min(guest.input.len()));
-            }
+            guest.input.drain(..count.min(guest.input.len()));
         }
     });
 }

@@ -1,6 +1,6 @@
 //! All cores of the machine: started together, compared, watched by one another, and stopped.
 //!
-//! A core that is started goes through [`arrive`] to [`core_main`]. Those that do not come in time,
+//! A core that is started goes through [`arrive`] to [`Worker::work`]. Those that do not come in time,
 //! or are unlike the boot core, are told of and left out; one that comes later halts for good.
 //!
 //! **The watchdog.** Interrupts are off while a core handles an exit, so each interrupt that it
@@ -12,6 +12,7 @@
 
 use crate::backend::Backend;
 use crate::bring_up::{self, BOOT_CORE, Host, passed};
+use crate::run::{Machine, Worker};
 use crate::{console, panic};
 use alloc::vec::Vec;
 use arch::HostPhysAddr;
@@ -85,7 +86,7 @@ static START: Once<Start> = Once::new();
 static STAGE: AtomicU32 = AtomicU32::new(stage::STARTING);
 /// The boot core's TSC, for the others to compare.
 static BEACON: AtomicU64 = AtomicU64::new(0);
-static HOST: Once<&'static Host> = Once::new();
+static MACHINE: Once<&'static Machine> = Once::new();
 /// The core that stops all others, by the address of its [`Core`]; 0 while nobody does.
 static STOPPER: AtomicU64 = AtomicU64::new(0);
 static STOPPED: AtomicU32 = AtomicU32::new(0);
@@ -308,8 +309,8 @@ extern "C" fn arrive(ticket: u64) -> ! {
     wait_for(stage::COMPARING);
     compare_clock(seat);
     wait_for(stage::RUNNING);
-    match HOST.get() {
-        Some(host) => core_main(host, seat.core.number(), timer),
+    match MACHINE.get() {
+        Some(machine) => Worker::new(machine, timer).work(),
         None => cpu::host::stop(),
     }
 }
@@ -332,10 +333,10 @@ fn announce(stage: u32, host: &Host) {
     }
 }
 
-/// Lets the cores go on to [`core_main`].
-pub fn release(host: &'static Host) {
-    HOST.call_once(|| host);
-    announce(stage::RUNNING, host);
+/// Lets the cores go to work.
+pub fn release(machine: &'static Machine) {
+    MACHINE.call_once(|| machine);
+    announce(stage::RUNNING, machine.host);
 }
 
 /// The part of the comparison on a core beside the boot core: a value that the boot core read
@@ -398,19 +399,6 @@ fn compare_clocks(seats: &[Seat], host: &Host) {
             seat.core.apic_id(),
             if ahead { "ahead of" } else { "behind" }
         );
-    }
-}
-
-/// The life of a core beside the boot core: it halts, and looks after the next one.
-fn core_main(host: &'static Host, _number: usize, mut timer: CoreTimer) -> ! {
-    let core = this();
-    loop {
-        core.take_kick();
-        timer.arm(watch(host));
-        cpu::host::wait_for_interrupt();
-        if core.timer_fired.swap(false, Ordering::Relaxed) {
-            timer.fired();
-        }
     }
 }
 
@@ -493,7 +481,7 @@ pub fn stop_others() {
         Err(stopper) if stopper == me => return,
         Err(_) => cpu::host::stop(),
     }
-    if let Some(host) = HOST.get() {
+    if let Some(host) = MACHINE.get().map(|machine| machine.host) {
         let others = || {
             host.cores
                 .iter()

@@ -11,6 +11,7 @@ mod console;
 mod cores;
 mod frames;
 mod lock;
+mod manager;
 mod panic;
 mod run;
 

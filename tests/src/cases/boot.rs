@@ -78,27 +78,27 @@ pub(super) const CASES: &[Case] = &[
     Case {
         name: "two-cores",
         on: &[QEMU_BIOS, QEMU_UEFI, BOCHS_BIOS],
-        cores: 2,
+        cpus: 2,
         steps: all_come!("2"),
         ..CORES
     },
     Case {
         name: "four-cores",
         on: &[QEMU_BIOS, BOCHS_BIOS],
-        cores: 4,
+        cpus: 4,
         steps: all_come!("4"),
         ..CORES
     },
     Case {
         name: "sixteen-cores",
-        cores: 16,
+        cpus: 16,
         steps: all_come!("16"),
         ..CORES
     },
     Case {
         name: "sixty-four-cores",
         on: &[QEMU_BIOS, QEMU_UEFI],
-        cores: 64,
+        cpus: 64,
         steps: all_come!("64"),
         ..CORES
     },

@@ -5,11 +5,12 @@ mod boot;
 mod guests;
 mod hostile;
 mod linux;
+mod smp;
 
 use crate::dialogue::Case;
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 6] = [
+pub const GROUPS: [(&str, &str); 7] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -20,6 +21,7 @@ pub const GROUPS: [(&str, &str); 6] = [
         "linux",
         "Debian's kernel to a shell, and a dialogue with it",
     ),
+    ("smp", "several CPUs in one guest"),
     ("hostile", "guests that try everything, and harm nobody"),
     (
         "bad-input",
@@ -33,6 +35,7 @@ pub fn all() -> Vec<&'static Case> {
         linux::CASES,
         guests::CASES,
         boot::CASES,
+        smp::CASES,
         hostile::CASES,
         bad_input::CASES,
     ];

@@ -982,22 +982,40 @@ impl Vcpu for SvmVcpu {
     /// §14.1.3, table 14-1. CR0.CD is set as there: a loader that starts a kernel directly clears
     /// it, or the guest's memory is uncached. RDX, which tells the processor's signature, is 0.
     fn reset(&mut self) {
-        self.gprs = Gprs::default();
-        self.dr = [0; 4];
-        self.tsc_aux = 0;
-        self.nmi = Nmi::default();
-        self.window = false;
-        self.tpr_threshold = 0;
         self.xstate.reset();
+        self.tsc_aux = 0;
         if self.loaded() {
             // SAFETY: the state on the core is this vCPU's; see `load`.
             unsafe {
                 self.xstate.restore();
-                entry::load_debug(&self.dr);
                 if self.features.contains(SvmFeatures::TSC_AUX) {
                     Msr::new(msr::IA32_TSC_AUX).write(0);
                 }
             }
+        }
+        self.restart();
+    }
+
+    fn init(&mut self) {
+        let kept = msr::KEPT_BY_INIT.map(|index| self.msr(index));
+        self.restart();
+        for (index, value) in msr::KEPT_BY_INIT.into_iter().zip(kept) {
+            value.map(|value| self.set_msr(index, value));
+        }
+    }
+}
+
+impl SvmVcpu {
+    /// What RESET and INIT have in common.
+    fn restart(&mut self) {
+        self.gprs = Gprs::default();
+        self.dr = [0; 4];
+        self.nmi = Nmi::default();
+        self.window = false;
+        self.tpr_threshold = 0;
+        if self.loaded() {
+            // SAFETY: the debug registers on the core are this vCPU's; see `load`.
+            unsafe { entry::load_debug(&self.dr) };
         }
         let mut int_ctl = IntCtl::V_INTR_MASKING;
         if self.features.contains(SvmFeatures::VGIF) {

@@ -867,6 +867,13 @@ impl VmxVcpu {
 
     /// Exchanges what the guest reaches without exits.
     fn load_switched(&mut self) {
+        self.load_registers();
+        // SAFETY: the vCPU becomes the core's, and the host uses no extended state.
+        unsafe { self.xstate.restore() };
+    }
+
+    /// [`Self::load_switched`] but for the extended state.
+    fn load_registers(&mut self) {
         let state = &self.switched;
         let msrs = SWITCHED_MSRS.iter().zip(state.msrs);
         // SAFETY: the values came from the guest by the same MSRs or were checked by the caller of
@@ -884,7 +891,6 @@ impl VmxVcpu {
             }
             asm!("mov cr2, {}", in(reg) state.cr2, options(nomem, nostack));
             state.load_debug();
-            self.xstate.restore();
         }
     }
 
@@ -1568,6 +1574,23 @@ impl Vcpu for VmxVcpu {
             self.load_switched();
         } else {
             self.core = 0;
+        }
+    }
+
+    fn init(&mut self) {
+        let kept = msr::KEPT_BY_INIT.map(|index| self.msr(index));
+        self.context.gprs = Gprs::default();
+        self.context.gprs[arch::Gpr::Rdx] = __cpuid(1).eax.into();
+        self.pending = None;
+        self.with_current(Self::reset_vmcs);
+        self.switched = Switched::new();
+        if self.loaded() {
+            self.load_registers();
+        } else {
+            self.core = 0;
+        }
+        for (index, value) in msr::KEPT_BY_INIT.into_iter().zip(kept) {
+            value.map(|value| self.set_msr(index, value));
         }
     }
 }
