@@ -381,6 +381,21 @@ mod tests {
     }
 
     #[test]
+    fn a_core_that_comes_after_the_gate_was_closed_gets_no_ticket() {
+        let tickets = AtomicU32::new(0);
+        // What the code does in real mode: `lock xadd`, then the comparison without sign.
+        let comes = || tickets.fetch_add(1, Ordering::AcqRel) < 3;
+        let gate = Gate {
+            tickets: &raw const tickets,
+            limit: 3,
+        };
+        assert!(comes() && comes());
+        assert_eq!(gate.taken(), 2);
+        assert_eq!(gate.close(), 2);
+        assert!(!comes() && !comes());
+    }
+
+    #[test]
     fn far_pointers_and_the_gdt_are_where_the_page_is() {
         extern "C" fn main(_: u64) -> ! {
             unreachable!("only its address is used")
