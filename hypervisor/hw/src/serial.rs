@@ -4,8 +4,19 @@ use uart_16550::backend::PioBackend;
 use uart_16550::spec::registers::{FifoTriggerLevel, IER, LSR};
 use uart_16550::{BaudRate, Config, Uart16550};
 
-/// COM1's I/O base.
-const COM1: u16 = 0x3f8;
+/// A PC's serial ports and their I/O bases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum ComPort {
+    /// The first: the machine's console.
+    Com1 = 0x3f8,
+    /// The second.
+    Com2 = 0x2f8,
+    /// The third.
+    Com3 = 0x3e8,
+    /// The fourth.
+    Com4 = 0x2e8,
+}
 
 /// 115200 baud, eight data bits, no parity, one stop bit, FIFOs on, and an interrupt for each
 /// byte that comes in.
@@ -36,7 +47,7 @@ impl Serial {
     #[must_use]
     pub unsafe fn com1() -> Self {
         // SAFETY: promised by the caller.
-        let port = unsafe { Uart16550::new_port(COM1) };
+        let port = unsafe { Uart16550::new_port(ComPort::Com1 as u16) };
         let port = port.ok();
         Self {
             port: port.and_then(|mut uart| uart.init(CONFIG).ok().map(|()| uart)),

@@ -5,7 +5,8 @@ use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::{self, Write};
-use hw::{Screen, Serial};
+use hw::{ComPort, Screen, Serial};
+use monitor::command::Command;
 use spin::Mutex;
 
 /// Ctrl-T.
@@ -45,8 +46,8 @@ struct Console {
 pub enum Request {
     /// End all VMs and power off.
     Leave,
-    /// A line typed at the monitor.
-    Command(String),
+    /// What was typed at the monitor; `help`, `console` and `log` are served here.
+    Command(Command),
 }
 
 /// Takes the serial port and, if there is one, the screen.
@@ -65,8 +66,10 @@ pub fn init(serial: Serial, screen: Option<Screen>) {
     }
 }
 
-/// Adds a guest's console; guests are numbered in this order.
-pub fn add_guest(name: &str) -> usize {
+/// Adds a guest's console, on the shared line or on a port of its own; guests are numbered in
+/// this order.
+pub fn add_guest(name: &str, port: Option<ComPort>) -> usize {
+    let _ = port;
     let mut console = CONSOLE.lock();
     let Some(console) = console.as_mut() else {
         return 0;
@@ -267,7 +270,7 @@ impl Console {
             (_, Focus::Guest(_)) => self.input(byte),
             (b'\r' | b'\n', Focus::Monitor) => {
                 self.raw(b"\r\n");
-                return Some(Request::Command(core::mem::take(&mut self.command)));
+                return self.command();
             }
             (8 | 127, Focus::Monitor) if self.command.pop().is_some() => self.raw(b"\x08 \x08"),
             (b' '..=b'~', Focus::Monitor) if self.command.len() < LINE_LIMIT => {
@@ -275,6 +278,24 @@ impl Console {
                 self.raw(&[byte]);
             }
             _ => {}
+        }
+        None
+    }
+
+    /// Reads the typed line and serves what is the console's own.
+    fn command(&mut self) -> Option<Request> {
+        let line = core::mem::take(&mut self.command);
+        let names: Vec<String> = self.guests.iter().map(|guest| guest.name.clone()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        match monitor::command::parse(&line, &names) {
+            Ok(None) => {}
+            Ok(Some(Command::Console(guest))) => self.set_focus(Focus::Guest(guest)),
+            Ok(Some(command)) => return Some(Request::Command(command)),
+            Err(error) => {
+                let mut text = String::new();
+                let _ = write!(text, "{error}");
+                self.log(&text);
+            }
         }
         None
     }
@@ -304,6 +325,11 @@ impl log::Log for Logger {
         say(format_args!("{tag}{}", record.args()));
     }
     fn flush(&self) {}
+}
+
+/// Answers at the monitor: like a line of the log, but not kept in it.
+pub fn reply(text: fmt::Arguments<'_>) {
+    say(text);
 }
 
 /// Writes a line of the log whatever the log level.

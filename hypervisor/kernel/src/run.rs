@@ -12,6 +12,7 @@ use arch::Nanos;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use hw::{CoreTimer, TIMER_VECTOR};
 use log::{error, info, warn};
+use monitor::command::Command;
 use sched::{Decision, Scheduler, VcpuId};
 use vm::bundle::Bundle;
 use vm::config::{Config, OnReboot, VmConfig};
@@ -195,7 +196,7 @@ impl Core<'_> {
 
     /// Adds a guest and starts it.
     fn add(&mut self, config: &VmConfig) {
-        let number = console::add_guest(&config.name);
+        let number = console::add_guest(&config.name, None);
         self.guests.push(Guest {
             config: config.clone(),
             vm: None,
@@ -318,8 +319,8 @@ impl Core<'_> {
         while let Some(request) = console::poll() {
             match request {
                 Request::Leave => return true,
-                Request::Command(line) => {
-                    if self.monitor(&line) {
+                Request::Command(command) => {
+                    if self.monitor(command) {
                         return true;
                     }
                 }
@@ -451,42 +452,33 @@ impl Core<'_> {
         }
     }
 
-    /// Carries out a line typed at the monitor; `true` means leave.
-    fn monitor(&mut self, line: &str) -> bool {
-        let mut words = line.split_whitespace();
-        let (verb, name) = (words.next().unwrap_or(""), words.next());
-        let mut found = self
-            .guests
-            .iter_mut()
-            .position(|guest| Some(guest.config.name.as_str()) == name);
-        if verb == "stop"
-            && let Some(number) = found
-            && let Some(guest) = self.guests.get_mut(number).filter(|guest| guest.waits())
-        {
+    /// Carries out what was typed at the monitor; `true` means leave.
+    fn monitor(&mut self, command: Command) -> bool {
+        let (Command::Shutdown(number) | Command::Stop(number)) = command else {
+            match command {
+                Command::Quit | Command::PowerOff => return true,
+                Command::List => self.list(),
+                _ => console::reply(format_args!("not there yet")),
+            }
+            return false;
+        };
+        let Some(guest) = self.guests.get_mut(number) else {
+            return false;
+        };
+        if command == Command::Stop(number) && guest.waits() {
             guest.end = Some(End::Stopped);
             self.scheduler.remove(VcpuId(number));
             return false;
         }
-        let vm = found.and_then(|number| self.guests.get_mut(number)?.vm.as_mut());
-        match (verb, name, vm) {
-            ("", ..) => found = None,
-            ("quit" | "exit", None, _) => return true,
-            ("list", None, _) => self.list(),
-            ("button", Some(_), Some(vm)) => vm.vm_mut().power_button(),
-            ("stop", Some(_), Some(vm)) => vm.vm_mut().stop(),
-            ("button" | "stop", Some(name), None) => warn!("no VM `{name}` is running"),
-            _ => console::say(format_args!(
-                "list | button VM (press its power button) | stop VM (end it now) | quit"
-            )),
+        match (command, &mut guest.vm) {
+            (Command::Stop(_), Some(vm)) => vm.vm_mut().stop(),
+            (_, Some(vm)) => vm.vm_mut().power_button(),
+            (_, None) => {
+                console::reply(format_args!("vm {}: is not running", guest.config.name));
+                return false;
+            }
         }
-        if let Some(number) = found
-            && self
-                .guests
-                .get(number)
-                .is_some_and(|guest| guest.vm.is_some())
-        {
-            self.scheduler.wake(VcpuId(number));
-        }
+        self.scheduler.wake(VcpuId(number));
         false
     }
 

@@ -1,0 +1,494 @@
+//! What can be typed at the monitor: one table of verbs, from which parsing, help and completion
+//! are made, and the errors that tell a person what would have been right.
+//!
+//! The verbs are those that users of `xl` and `virsh` know. A verb may be cut short as long as it
+//! is unique, except for those that end the machine. A VM is named as in the configuration, or by
+//! its number in `list`.
+
+use core::fmt;
+
+/// A line at the monitor, understood. VMs are numbers, from 0 in the order of the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Explain all verbs, or one.
+    Help(Option<&'static Verb>),
+    /// The VMs and their states.
+    List,
+    /// All about one VM.
+    Info(usize),
+    /// Start a VM that is not running.
+    Start(usize),
+    /// Stop its vCPUs where they are.
+    Pause(usize),
+    /// Let them go on.
+    Resume(usize),
+    /// Press its ACPI power button.
+    Shutdown(usize),
+    /// Pull its reset line.
+    Reset(usize),
+    /// End it now.
+    Stop(usize),
+    /// Give it the keyboard.
+    Console(usize),
+    /// CPU time, exits by reason, share and stolen time.
+    Top,
+    /// The machine's memory and who has it.
+    Mem,
+    /// The last lines of the log; a page without a number.
+    Log(Option<usize>),
+    /// Inject a non-maskable interrupt.
+    InjectNmi(usize),
+    /// Registers and a backtrace.
+    Dump(usize),
+    /// Change how a VM is scheduled; nothing to change means: show.
+    Sched(usize, Share),
+    /// End all VMs and restart the machine.
+    Reboot,
+    /// End all VMs and switch the machine off.
+    PowerOff,
+    /// End all VMs and leave as the configuration says.
+    Quit,
+}
+
+/// What `sched` changes; `None` leaves it as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Share {
+    /// Weight against other VMs, [`WEIGHTS`].
+    pub weight: Option<u32>,
+    /// Per cent of one core, [`CAPS`]; 0 lifts the cap.
+    pub cap: Option<u32>,
+    /// The cores it may run on. Whether they are there is for the machine to say.
+    pub pin: Option<Cores>,
+}
+
+/// Weights that `sched` takes.
+pub const WEIGHTS: core::ops::RangeInclusive<u32> = 1..=65535;
+/// Caps that `sched` takes, in per cent of one core.
+pub const CAPS: core::ops::RangeInclusive<u32> = 0..=25600;
+/// Cores that `pin=` can name.
+pub const CORES: u32 = 256;
+
+/// A set of cores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cores([u64; CORES as usize / 64]);
+
+impl Cores {
+    /// Every core, there or not.
+    pub const ALL: Self = Self([u64::MAX; CORES as usize / 64]);
+
+    /// The set as words of 64 cores, the lowest first.
+    #[must_use]
+    pub const fn words(&self) -> &[u64; CORES as usize / 64] {
+        &self.0
+    }
+
+    /// Whether a core is in the set.
+    #[must_use]
+    pub fn contains(&self, core: usize) -> bool {
+        self.0
+            .get(core / 64)
+            .is_some_and(|word| word >> (core % 64) & 1 != 0)
+    }
+
+    /// The highest core in the set, to be checked against those that are there.
+    #[must_use]
+    pub fn highest(&self) -> Option<usize> {
+        (0..CORES as usize).rev().find(|core| self.contains(*core))
+    }
+
+    /// Reads `0-3,8` or `all`.
+    fn parse(text: &str) -> Option<Self> {
+        if text == "all" {
+            return Some(Self::ALL);
+        }
+        let mut words = [0; CORES as usize / 64];
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last) = (number(first)?, number(last)?);
+            if first > last || last >= CORES {
+                return None;
+            }
+            for core in first..=last {
+                *words.get_mut(core as usize / 64)? |= 1 << (core % 64);
+            }
+        }
+        Some(Self(words))
+    }
+}
+
+/// Digits alone: Rust's own parser takes a sign as well.
+fn number(text: &str) -> Option<u32> {
+    text.bytes()
+        .all(|byte| byte.is_ascii_digit())
+        .then(|| text.parse().ok())?
+}
+
+/// What follows a verb, and what that makes of it.
+#[derive(Clone, Copy)]
+enum Takes {
+    Nothing(Command),
+    Vm(fn(usize) -> Command),
+    /// `nmi VM`
+    Inject,
+    /// `[VERB]`
+    Verb,
+    /// `[LINES]`
+    Lines,
+    /// `VM [weight=N] [cap=N] [pin=CORES]`
+    Share,
+}
+
+/// An entry of the table of verbs.
+pub struct Verb {
+    name: &'static str,
+    takes: Takes,
+    /// It ends the machine, so it must be typed whole.
+    whole: bool,
+    help: &'static str,
+}
+
+impl Verb {
+    const fn new(name: &'static str, takes: Takes, help: &'static str) -> Self {
+        Self {
+            name,
+            takes,
+            whole: false,
+            help,
+        }
+    }
+
+    const fn whole(self) -> Self {
+        Self {
+            whole: true,
+            ..self
+        }
+    }
+
+    /// The verb and its arguments.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Its arguments, as help shows them.
+    #[must_use]
+    pub const fn arguments(&self) -> &'static str {
+        match self.takes {
+            Takes::Nothing(_) => "",
+            Takes::Vm(_) => " VM",
+            Takes::Inject => " nmi VM",
+            Takes::Verb => " [VERB]",
+            Takes::Lines => " [LINES]",
+            Takes::Share => " VM [weight=1-65535] [cap=PERCENT] [pin=CORES]",
+        }
+    }
+
+    /// What it does.
+    #[must_use]
+    pub const fn help(&self) -> &'static str {
+        self.help
+    }
+
+    /// Whether the word at this place is a VM's name.
+    fn names_vm(&self, place: usize) -> bool {
+        match self.takes {
+            Takes::Vm(_) | Takes::Share => place == 1,
+            Takes::Inject => place == 2,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Debug for Verb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+impl PartialEq for Verb {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+impl Eq for Verb {}
+
+/// All verbs, as help lists them.
+pub static VERBS: [Verb; 22] = {
+    use Command as C;
+    use Takes::{Nothing, Vm};
+    [
+        Verb::new("help", Takes::Verb, "this list, or one verb"),
+        Verb::new("list", Nothing(C::List), "the VMs and their states"),
+        Verb::new("info", Vm(C::Info), "all about one VM"),
+        Verb::new("start", Vm(C::Start), "start a VM that is not running"),
+        Verb::new("pause", Vm(C::Pause), "stop its vCPUs where they are"),
+        Verb::new("resume", Vm(C::Resume), "let a paused VM go on"),
+        Verb::new("shutdown", Vm(C::Shutdown), "press its ACPI power button"),
+        Verb::new("button", Vm(C::Shutdown), "the same as shutdown"),
+        Verb::new("reset", Vm(C::Reset), "reset it as the button on a PC does"),
+        Verb::new("stop", Vm(C::Stop), "end it now, without asking its system"),
+        Verb::new("destroy", Vm(C::Stop), "the same as stop"),
+        Verb::new("console", Vm(C::Console), "give it the keyboard"),
+        Verb::new(
+            "top",
+            Nothing(C::Top),
+            "CPU time, exits, share, stolen time",
+        ),
+        Verb::new(
+            "mem",
+            Nothing(C::Mem),
+            "the machine's memory and who has it",
+        ),
+        Verb::new("log", Takes::Lines, "the last lines of the log"),
+        Verb::new("inject", Takes::Inject, "inject a non-maskable interrupt"),
+        Verb::new("dump", Vm(C::Dump), "its registers and a backtrace"),
+        Verb::new(
+            "sched",
+            Takes::Share,
+            "show or change its share of the cores",
+        ),
+        Verb::new(
+            "reboot",
+            Nothing(C::Reboot),
+            "end all VMs and restart the machine",
+        )
+        .whole(),
+        Verb::new(
+            "poweroff",
+            Nothing(C::PowerOff),
+            "end all VMs, switch the machine off",
+        )
+        .whole(),
+        Verb::new("quit", Nothing(C::Quit), "end all VMs, leave as configured").whole(),
+        Verb::new("exit", Nothing(C::Quit), "the same as quit").whole(),
+    ]
+};
+
+/// What is wrong with a line, and what would be right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommandError<'a> {
+    /// No verb begins like this; perhaps another was meant.
+    UnknownVerb(&'a str, Option<&'static str>),
+    /// More than one verb begins like this.
+    Ambiguous(&'a str),
+    /// The verb ends the machine and is cut short.
+    TypeWhole(&'a str, &'static str),
+    /// No VM has this name or number.
+    UnknownVm(&'a str, &'a [&'a str]),
+    /// A word is missing.
+    Missing(&'static Verb),
+    /// This word is too much.
+    TooMany(&'a str, &'static Verb),
+    /// The word is not what the verb takes at this place.
+    Wrong(&'a str, &'static Verb),
+    /// A setting's value is out of range.
+    OutOfRange {
+        /// `name=value` as typed.
+        word: &'a str,
+        /// What it may be.
+        right: &'static str,
+    },
+}
+
+impl fmt::Display for CommandError<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let usage = |f: &mut fmt::Formatter<'_>, verb: &Verb| {
+            write!(f, "; it is `{}{}`", verb.name, verb.arguments())
+        };
+        match self {
+            Self::UnknownVerb(word, near) => {
+                write!(f, "unknown verb `{}`", Shown(word))?;
+                if let Some(near) = near {
+                    write!(f, ": did you mean `{near}`?")?;
+                }
+                f.write_str(" (`help` lists all)")
+            }
+            Self::Ambiguous(word) => {
+                write!(f, "`{}` is short for more than one verb:", Shown(word))?;
+                let fit = VERBS.iter().filter(|verb| verb.name.starts_with(word));
+                fit.fold(Ok(()), |done, verb| {
+                    done.and_then(|()| write!(f, " {}", verb.name))
+                })
+            }
+            Self::TypeWhole(word, verb) => {
+                write!(
+                    f,
+                    "`{}` ends the machine: type `{verb}` in full",
+                    Shown(word)
+                )
+            }
+            Self::UnknownVm(word, names) => {
+                write!(f, "no VM is named `{}`; there are:", Shown(word))?;
+                let done = names.iter().try_for_each(|name| write!(f, " {name}"));
+                done.and(if names.is_empty() {
+                    f.write_str(" none")
+                } else {
+                    Ok(())
+                })
+            }
+            Self::Missing(verb) => {
+                write!(f, "`{}` needs more", verb.name)?;
+                usage(f, verb)
+            }
+            Self::TooMany(word, verb) => {
+                write!(f, "`{}` is one word too many", Shown(word))?;
+                usage(f, verb)
+            }
+            Self::Wrong(word, verb) => {
+                write!(f, "`{}` does not belong there", Shown(word))?;
+                usage(f, verb)
+            }
+            Self::OutOfRange { word, right } => {
+                write!(f, "`{}` is out of range: {right}", Shown(word))
+            }
+        }
+    }
+}
+
+/// A typed word, cut where it would fill the screen.
+struct Shown<'a>(&'a str);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.char_indices().nth(32) {
+            Some((end, _)) => write!(f, "{}...", self.0.get(..end).unwrap_or("")),
+            None => f.write_str(self.0),
+        }
+    }
+}
+
+/// Reads a line; `None` when it is empty. `names` are the VMs in the order of their numbers.
+///
+/// # Errors
+/// What is wrong, and what would be right.
+pub fn parse<'a>(line: &'a str, names: &'a [&'a str]) -> Result<Option<Command>, CommandError<'a>> {
+    let mut words = line.split_ascii_whitespace();
+    let Some(word) = words.next() else {
+        return Ok(None);
+    };
+    let verb = find(word)?;
+    let mut need = || words.next().ok_or(CommandError::Missing(verb));
+    let vm = |word: &'a str| find_vm(word, names).ok_or(CommandError::UnknownVm(word, names));
+    let command = match &verb.takes {
+        Takes::Nothing(command) => *command,
+        Takes::Vm(command) => command(vm(need()?)?),
+        Takes::Inject => match need()? {
+            "nmi" => Command::InjectNmi(vm(need()?)?),
+            other => return Err(CommandError::Wrong(other, verb)),
+        },
+        Takes::Verb => Command::Help(match words.next() {
+            Some(word) => Some(find_any(word)?),
+            None => None,
+        }),
+        Takes::Lines => Command::Log(match words.next() {
+            Some(word) => match number(word) {
+                Some(lines) => Some(lines as usize),
+                None => return Err(CommandError::Wrong(word, verb)),
+            },
+            None => None,
+        }),
+        Takes::Share => {
+            let vm = vm(need()?)?;
+            let mut share = Share::default();
+            for word in words.by_ref() {
+                set(&mut share, word, verb)?;
+            }
+            Command::Sched(vm, share)
+        }
+    };
+    match words.next() {
+        Some(word) => Err(CommandError::TooMany(word, verb)),
+        None => Ok(Some(command)),
+    }
+}
+
+/// Reads one `name=value` of `sched`.
+fn set<'a>(share: &mut Share, word: &'a str, verb: &'static Verb) -> Result<(), CommandError<'a>> {
+    let Some((key, value)) = word.split_once('=') else {
+        return Err(CommandError::Wrong(word, verb));
+    };
+    let right = match key {
+        "weight" => {
+            share.weight = number(value).filter(|weight| WEIGHTS.contains(weight));
+            share.weight.is_none().then_some("a weight is 1 to 65535")
+        }
+        "cap" => {
+            share.cap = number(value).filter(|cap| CAPS.contains(cap));
+            let right = "a cap is in per cent of one core, up to 25600, and 0 lifts it";
+            share.cap.is_none().then_some(right)
+        }
+        "pin" => {
+            share.pin = Cores::parse(value);
+            let right = "cores are like `0-3,8`, each below 256, or `all`";
+            share.pin.is_none().then_some(right)
+        }
+        _ => return Err(CommandError::Wrong(word, verb)),
+    };
+    right.map_or(Ok(()), |right| {
+        Err(CommandError::OutOfRange { word, right })
+    })
+}
+
+/// The VM of a name, or of a number as `list` has it.
+fn find_vm(word: &str, names: &[&str]) -> Option<usize> {
+    let named = names.iter().position(|name| *name == word);
+    named.or_else(|| {
+        let index = (number(word)? as usize).checked_sub(1)?;
+        (index < names.len()).then_some(index)
+    })
+}
+
+/// The verb of a word that is to be carried out.
+fn find(word: &str) -> Result<&'static Verb, CommandError<'_>> {
+    let verb = find_any(word)?;
+    if verb.whole && verb.name != word {
+        return Err(CommandError::TypeWhole(word, verb.name));
+    }
+    Ok(verb)
+}
+
+/// The verb of a word.
+fn find_any(word: &str) -> Result<&'static Verb, CommandError<'_>> {
+    if let Some(verb) = VERBS.iter().find(|verb| verb.name == word) {
+        return Ok(verb);
+    }
+    let mut fit = VERBS.iter().filter(|verb| verb.name.starts_with(word));
+    match (fit.next(), fit.next()) {
+        (Some(verb), None) => Ok(verb),
+        (Some(_), Some(_)) => Err(CommandError::Ambiguous(word)),
+        (None, _) => Err(CommandError::UnknownVerb(word, nearest(word))),
+    }
+}
+
+/// The longest verb there is, with room for a slip.
+const LONGEST: usize = 12;
+
+/// The verb that takes the fewest slips of the fingers to get from, if few.
+fn nearest(word: &str) -> Option<&'static str> {
+    let distances = VERBS
+        .iter()
+        .map(|verb| (distance(word, verb.name), verb.name));
+    let (slips, name) = distances.min_by_key(|(slips, _)| *slips)?;
+    (slips <= 2 && slips < word.len()).then_some(name)
+}
+
+/// Insertions, deletions and replacements from one word to the other.
+fn distance(a: &str, b: &str) -> usize {
+    if a.len() > LONGEST || b.len() > LONGEST {
+        return usize::MAX;
+    }
+    let mut row: [usize; LONGEST + 1] = core::array::from_fn(|index| index);
+    for (i, x) in a.bytes().enumerate() {
+        let (mut diagonal, mut left) = (i, i + 1);
+        for (cell, y) in row.iter_mut().skip(1).zip(b.bytes()) {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = *cell;
+            left = replaced.min(left + 1).min(*cell + 1);
+            *cell = left;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.get(b.len()).copied().unwrap_or(usize::MAX)
+}
