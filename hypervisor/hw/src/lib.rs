@@ -18,4 +18,4 @@ pub use clock::{ClockError, TscFrequency, calibrate, rdtsc};
 pub use direct_map::DirectMap;
 pub use rtc::wall_clock;
 pub use screen::{Framebuffer, Screen};
-pub use serial::{ComPort, Serial};
+pub use serial::{ComPort, Serial, SerialError};

@@ -188,15 +188,6 @@ impl Verb {
     pub const fn help(&self) -> &'static str {
         self.help
     }
-
-    /// Whether the word at this place is a VM's name.
-    fn names_vm(&self, place: usize) -> bool {
-        match self.takes {
-            Takes::Vm(_) | Takes::Share => place == 1,
-            Takes::Inject => place == 2,
-            _ => false,
-        }
-    }
 }
 
 impl fmt::Debug for Verb {
@@ -305,10 +296,8 @@ impl fmt::Display for CommandError<'_> {
             }
             Self::Ambiguous(word) => {
                 write!(f, "`{}` is short for more than one verb:", Shown(word))?;
-                let fit = VERBS.iter().filter(|verb| verb.name.starts_with(word));
-                fit.fold(Ok(()), |done, verb| {
-                    done.and_then(|()| write!(f, " {}", verb.name))
-                })
+                let mut fit = VERBS.iter().filter(|verb| verb.name.starts_with(word));
+                fit.try_for_each(|verb| write!(f, " {}", verb.name))
             }
             Self::TypeWhole(word, verb) => {
                 write!(
@@ -427,6 +416,35 @@ fn set<'a>(share: &mut Share, word: &'a str, verb: &'static Verb) -> Result<(), 
     right.map_or(Ok(()), |right| {
         Err(CommandError::OutOfRange { word, right })
     })
+}
+
+/// Gives all words that the last word of an unfinished line could become, and says how much of
+/// it is typed.
+pub fn complete<'a>(line: &str, names: &[&'a str], give: &mut dyn FnMut(&'a str)) -> usize {
+    let (before, word) = line.rsplit_once(' ').unwrap_or(("", line));
+    let mut words = before.split_ascii_whitespace();
+    let verb = words.next();
+    let place = usize::from(verb.is_some()) + words.count();
+    let mut offer = |candidate: &'a str| {
+        if candidate.starts_with(word) {
+            give(candidate);
+        }
+    };
+    let verbs = || VERBS.iter().map(|verb| verb.name);
+    match verb.map(find_any) {
+        None => verbs().for_each(offer),
+        Some(Ok(verb)) => match (&verb.takes, place) {
+            (Takes::Verb, 1) => verbs().for_each(offer),
+            (Takes::Inject, 1) => offer("nmi"),
+            (Takes::Vm(_) | Takes::Share, 1) | (Takes::Inject, 2) => {
+                names.iter().for_each(|name| offer(name));
+            }
+            (Takes::Share, _) => ["weight=", "cap=", "pin="].into_iter().for_each(offer),
+            _ => {}
+        },
+        Some(Err(_)) => {}
+    }
+    word.len()
 }
 
 /// The VM of a name, or of a number as `list` has it.

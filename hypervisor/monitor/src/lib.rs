@@ -10,4 +10,9 @@
 extern crate alloc;
 
 pub mod command;
+pub mod contain;
+pub mod keys;
+pub mod line;
+pub mod mux;
+pub mod scroll;
 pub mod table;

@@ -1,0 +1,82 @@
+//! Keys from the bytes that terminals send for them.
+
+/// A key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// A byte: a character or a control character.
+    Byte(u8),
+    /// Cursor up.
+    Up,
+    /// Cursor down.
+    Down,
+    /// Cursor left.
+    Left,
+    /// Cursor right.
+    Right,
+    /// To the start of the line.
+    Home,
+    /// To the end of the line.
+    End,
+    /// Remove the character under the cursor.
+    Delete,
+    /// A page up.
+    PageUp,
+    /// A page down.
+    PageDown,
+    /// Any other.
+    Other,
+}
+
+/// The reader of keys.
+#[derive(Debug, Default)]
+pub struct Keys {
+    /// 0: no sequence; 1: after ESC; 2: after `ESC [` or `ESC O`.
+    inside: u8,
+    /// The first digit of a sequence's parameter.
+    digit: u8,
+}
+
+impl Keys {
+    /// Whether a sequence is under way.
+    #[must_use]
+    pub const fn inside(&self) -> bool {
+        self.inside > 0
+    }
+
+    /// Reads a byte and gives the key that it completes.
+    pub fn push(&mut self, byte: u8) -> Option<Key> {
+        match (self.inside, byte) {
+            (_, 0x1b) => {
+                *self = Self {
+                    inside: 1,
+                    digit: 0,
+                }
+            }
+            (0, _) => return Some(Key::Byte(byte)),
+            (1, b'[' | b'O') => self.inside = 2,
+            (2, b'0'..=b'9' | b';') => {
+                if self.digit == 0 {
+                    self.digit = byte;
+                }
+            }
+            (_, last) => {
+                let digit = self.digit;
+                let begun = core::mem::take(&mut self.inside);
+                self.digit = 0;
+                return Some(match (begun, last, digit) {
+                    (2, b'A', _) => Key::Up,
+                    (2, b'B', _) => Key::Down,
+                    (2, b'C', _) => Key::Right,
+                    (2, b'D', _) => Key::Left,
+                    (2, b'H', _) | (2, b'~', b'1' | b'7') => Key::Home,
+                    (2, b'F', _) | (2, b'~', b'4' | b'8') => Key::End,
+                    (2, b'~', b'3') => Key::Delete,
+                    (2, b'~', b'5') => Key::PageUp,
+                    (2, b'~', b'6') => Key::PageDown,
+                    _ => Key::Other,
+                });
+            }
+        }
+        None
+    }
+}
