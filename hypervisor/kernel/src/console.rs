@@ -267,16 +267,22 @@ fn on_line(work: impl FnOnce(&mut Mux, &mut dyn FnMut(&[u8]))) {
     with(|line| {
         // What was said before stands before it.
         line.take_all();
-        work(&mut line.mux, &mut |bytes| line.queue.extend(bytes));
+        work(&mut line.mux, &mut |bytes| add(&mut line.queue, bytes));
         line.serve();
     });
+}
+
+/// One copy of the loop for all.
+#[inline(never)]
+fn add(ring: &mut VecDeque<u8>, bytes: &[u8]) {
+    ring.extend(bytes);
 }
 
 /// Puts as much into a ring as there is room for, and says how much.
 fn put(ring: &Mutex<VecDeque<u8>>, limit: usize, bytes: &[u8]) -> usize {
     let mut ring = ring.lock();
     let count = bytes.len().min(limit.saturating_sub(ring.len()));
-    ring.extend(bytes.iter().take(count));
+    add(&mut ring, bytes.get(..count).unwrap_or_default());
     drop(ring);
     WAITING.store(true, Ordering::SeqCst);
     count
@@ -304,7 +310,7 @@ impl Line {
         for _ in 0..TURNS {
             while let Some(byte) = self.serial.receive() {
                 let queue = &mut self.queue;
-                let request = self.mux.key(byte, &mut |bytes| queue.extend(bytes));
+                let request = self.mux.key(byte, &mut |bytes| add(queue, bytes));
                 if let Some(request) = request.filter(|_| self.requests.len() < REQUESTS) {
                     self.requests.push_back(request);
                 }
@@ -352,7 +358,7 @@ impl Line {
             source.before_log.store(left, Ordering::Release);
             if taken == 0 {
                 let queue = &mut self.queue;
-                self.mux.flush(number, &mut |bytes| queue.extend(bytes));
+                self.mux.flush(number, &mut |bytes| add(queue, bytes));
             }
             return true;
         }
@@ -381,7 +387,7 @@ impl Line {
         let queue = &mut self.queue;
         let bytes = bytes.get(..count).unwrap_or_default();
         self.mux
-            .output(number, bytes, &mut |bytes| queue.extend(bytes));
+            .output(number, bytes, &mut |bytes| add(queue, bytes));
         count
     }
 
@@ -398,7 +404,7 @@ impl Line {
         let text = bytes.get(1..end).unwrap_or_default();
         let text = core::str::from_utf8(text).unwrap_or("");
         let queue = &mut self.queue;
-        let mut out = |bytes: &[u8]| queue.extend(bytes);
+        let mut out = |bytes: &[u8]| add(queue, bytes);
         if bytes.first() == Some(&KEPT) {
             self.mux.log(text, &mut out);
         } else {
@@ -517,7 +523,7 @@ fn write(kind: u8, text: fmt::Arguments<'_>) {
             }
             if ring.len() + line.len() + 2 <= LOG_RING {
                 ring.push_back(kind);
-                ring.extend(line.as_bytes());
+                add(&mut ring, line.as_bytes());
                 ring.push_back(b'\n');
                 break;
             }

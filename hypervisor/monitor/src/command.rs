@@ -126,7 +126,7 @@ fn number(text: &str) -> Option<u32> {
 /// What follows a verb, and what that makes of it.
 #[derive(Clone, Copy)]
 enum Takes {
-    Nothing(Command),
+    Nothing(fn() -> Command),
     Vm(fn(usize) -> Command),
     /// `nmi VM`
     Inject,
@@ -209,7 +209,7 @@ pub static VERBS: [Verb; 22] = {
     use Takes::{Nothing, Vm};
     [
         Verb::new("help", Takes::Verb, "this list, or one verb"),
-        Verb::new("list", Nothing(C::List), "the VMs and their states"),
+        Verb::new("list", Nothing(|| C::List), "the VMs and their states"),
         Verb::new("info", Vm(C::Info), "all about one VM"),
         Verb::new("start", Vm(C::Start), "start a VM that is not running"),
         Verb::new("pause", Vm(C::Pause), "stop its vCPUs where they are"),
@@ -222,12 +222,12 @@ pub static VERBS: [Verb; 22] = {
         Verb::new("console", Vm(C::Console), "give it the keyboard"),
         Verb::new(
             "top",
-            Nothing(C::Top),
+            Nothing(|| C::Top),
             "CPU time, exits, share, stolen time",
         ),
         Verb::new(
             "mem",
-            Nothing(C::Mem),
+            Nothing(|| C::Mem),
             "the machine's memory and who has it",
         ),
         Verb::new("log", Takes::Lines, "the last lines of the log"),
@@ -240,18 +240,23 @@ pub static VERBS: [Verb; 22] = {
         ),
         Verb::new(
             "reboot",
-            Nothing(C::Reboot),
+            Nothing(|| C::Reboot),
             "end all VMs and restart the machine",
         )
         .whole(),
         Verb::new(
             "poweroff",
-            Nothing(C::PowerOff),
+            Nothing(|| C::PowerOff),
             "end all VMs, switch the machine off",
         )
         .whole(),
-        Verb::new("quit", Nothing(C::Quit), "end all VMs, leave as configured").whole(),
-        Verb::new("exit", Nothing(C::Quit), "the same as quit").whole(),
+        Verb::new(
+            "quit",
+            Nothing(|| C::Quit),
+            "end all VMs, leave as configured",
+        )
+        .whole(),
+        Verb::new("exit", Nothing(|| C::Quit), "the same as quit").whole(),
     ]
 };
 
@@ -350,6 +355,7 @@ impl fmt::Display for Shown<'_> {
 ///
 /// # Errors
 /// What is wrong, and what would be right.
+#[inline(never)]
 pub fn parse<'a>(line: &'a str, names: &'a [&'a str]) -> Result<Option<Command>, CommandError<'a>> {
     let mut words = line.split_ascii_whitespace();
     let Some(word) = words.next() else {
@@ -359,7 +365,7 @@ pub fn parse<'a>(line: &'a str, names: &'a [&'a str]) -> Result<Option<Command>,
     let mut need = || words.next().ok_or(CommandError::Missing(verb));
     let vm = |word: &'a str| find_vm(word, names).ok_or(CommandError::UnknownVm(word, names));
     let command = match &verb.takes {
-        Takes::Nothing(command) => *command,
+        Takes::Nothing(command) => command(),
         Takes::Vm(command) => command(vm(need()?)?),
         Takes::Inject => match need()? {
             "nmi" => Command::InjectNmi(vm(need()?)?),
@@ -420,6 +426,7 @@ fn set<'a>(share: &mut Share, word: &'a str, verb: &'static Verb) -> Result<(), 
 
 /// Gives all words that the last word of an unfinished line could become, and says how much of
 /// it is typed.
+#[inline(never)]
 pub fn complete<'a>(line: &str, names: &[&'a str], give: &mut dyn FnMut(&'a str)) -> usize {
     let (before, word) = line.rsplit_once(' ').unwrap_or(("", line));
     let mut words = before.split_ascii_whitespace();
@@ -509,4 +516,142 @@ fn distance(a: &str, b: &str) -> usize {
         }
     }
     row.get(b.len()).copied().unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::string::{String, ToString};
+    use alloc::vec::Vec;
+
+    const NAMES: [&str; 3] = ["linux", "hello", "2"];
+
+    fn read(line: &str) -> Result<Option<Command>, String> {
+        parse(line, &NAMES).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn verbs_names_and_numbers_are_understood() {
+        let share = |weight, cap, pin| Command::Sched(0, Share { weight, cap, pin });
+        let mut pin = Cores([0; 4]);
+        pin.0[0] = 0b1_0000_1110;
+        for (line, command) in [
+            ("list", Command::List),
+            ("  list  ", Command::List),
+            ("li", Command::List),
+            ("info linux", Command::Info(0)),
+            ("info 1", Command::Info(0)),
+            // A name goes before a number.
+            ("info 2", Command::Info(2)),
+            ("button hello", Command::Shutdown(1)),
+            ("shutdown hello", Command::Shutdown(1)),
+            ("destroy hello", Command::Stop(1)),
+            ("inject nmi linux", Command::InjectNmi(0)),
+            ("log", Command::Log(None)),
+            ("log 5", Command::Log(Some(5))),
+            ("sched linux", share(None, None, None)),
+            (
+                "sched linux weight=512 cap=50",
+                share(Some(512), Some(50), None),
+            ),
+            ("sched linux pin=1-3,8", share(None, None, Some(pin))),
+            ("sched linux pin=all", share(None, None, Some(Cores::ALL))),
+            ("quit", Command::Quit),
+            ("exit", Command::Quit),
+        ] {
+            assert_eq!(read(line), Ok(Some(command)), "{line}");
+        }
+        assert_eq!(read(""), Ok(None));
+        assert_eq!(read(" \t "), Ok(None));
+        assert_eq!(pin.highest(), Some(8));
+        assert!(pin.contains(3) && !pin.contains(0) && !pin.contains(300));
+    }
+
+    #[test]
+    fn errors_say_what_would_be_right() {
+        for (line, error) in [
+            (
+                "lisst",
+                "unknown verb `lisst`: did you mean `list`? (`help` lists all)",
+            ),
+            ("xyzzy", "unknown verb `xyzzy` (`help` lists all)"),
+            (
+                "re",
+                "`re` is short for more than one verb: resume reset reboot",
+            ),
+            ("q", "`q` ends the machine: type `quit` in full"),
+            ("pow", "`pow` ends the machine: type `poweroff` in full"),
+            ("info", "`info` needs more; it is `info VM`"),
+            (
+                "info linus",
+                "no VM is named `linus`; there are: linux hello 2",
+            ),
+            ("info 4", "no VM is named `4`; there are: linux hello 2"),
+            (
+                "info linux hello",
+                "`hello` is one word too many; it is `info VM`",
+            ),
+            ("list all", "`all` is one word too many; it is `list`"),
+            (
+                "inject mce linux",
+                "`mce` does not belong there; it is `inject nmi VM`",
+            ),
+            ("log -1", "`-1` does not belong there; it is `log [LINES]`"),
+            (
+                "sched linux weight=0",
+                "`weight=0` is out of range: a weight is 1 to 65535",
+            ),
+            (
+                "sched linux pin=256",
+                "`pin=256` is out of range: cores are like `0-3,8`, each below 256, or `all`",
+            ),
+        ] {
+            assert_eq!(read(line), Err(error.to_string()), "{line}");
+        }
+        for bad in [
+            "pin=",
+            "pin=3-1",
+            "pin=1-",
+            "pin=a",
+            "pin=,",
+            "cap=+5",
+            "cap=25601",
+            "weight=99999999999",
+            "weight=",
+        ] {
+            let line = alloc::format!("sched linux {bad}");
+            assert!(read(&line).unwrap_err().contains("out of range"), "{bad}");
+        }
+        let long = "x".repeat(200);
+        assert!(read(&long).unwrap_err().len() < 100);
+    }
+
+    #[test]
+    fn completion_offers_what_could_stand_there() {
+        for (line, words) in [
+            ("sh", "shutdown"),
+            ("s", "start shutdown stop sched"),
+            ("info ", "linux hello 2"),
+            ("info l", "linux"),
+            ("info linux ", ""),
+            ("inject ", "nmi"),
+            ("inject nmi h", "hello"),
+            ("sched linux w", "weight="),
+            ("help po", "poweroff"),
+            ("list ", ""),
+            ("nonsense ", ""),
+        ] {
+            let mut found = Vec::new();
+            complete(line, &NAMES, &mut |word| found.push(word));
+            assert_eq!(found.join(" "), words, "{line}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_line_is_too_odd(line in "[a-z0-9=,\\- é]{0,60}") {
+            let _ = read(&line);
+            complete(&line, &NAMES, &mut |_| {});
+        }
+    }
 }

@@ -382,3 +382,114 @@ const fn private_mode(mode: u32, set: bool) -> Option<u8> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec::Vec;
+
+    /// What of a guest's output passes in focus.
+    fn passed(contain: &mut Contain, bytes: &[u8]) -> Vec<u8> {
+        let mut all = Vec::new();
+        for &byte in bytes {
+            contain.push(byte, &mut |piece| match piece {
+                Piece::Text(text) | Piece::Sequence(text, _) => all.extend_from_slice(text),
+                Piece::Control(byte) => all.push(byte),
+            });
+        }
+        all
+    }
+
+    #[test]
+    fn whole_sequences_that_draw_pass_and_nothing_else_does() {
+        for (written, seen) in [
+            (&b"plain\r\n"[..], &b"plain\r\n"[..]),
+            (b"\x1b[1;31mred\x1b[m", b"\x1b[1;31mred\x1b[m"),
+            (
+                b"\x1b[?25l\x1b[?2004h\x1b[6n",
+                b"\x1b[?25l\x1b[?2004h\x1b[6n",
+            ),
+            (
+                b"\x1b7\x1b[r\x1b[999;999H\x1b8",
+                b"\x1b7\x1b[r\x1b[999;999H\x1b8",
+            ),
+            (b"\x9b31mx", b"\x1b[31mx"),
+            (b"\xc2\x9b31mx", b"\x1b[31mx"),
+            // Title, clipboard, device control, application: by 7 and 8 bits, ended or not.
+            (b"\x1b]0;title\x07a\x1b]52;c;aGk=\x1b\\b", b"ab"),
+            (b"\x90q#0\x9ca\x9fx\x1b\\b\x1b^p\x1b\\c", b"abc"),
+            (b"\x1b]0;no end\nhere", b"\nhere"),
+            // Lock the keyboard, print, report the title, hide updates, another character set.
+            (
+                b"\x1b[2h\x1b[5i\x1b[21t\x1b[?2026h\x1b%@\x1b[?25;2026hx",
+                b"x",
+            ),
+            // Enquiry, flow control, DEL, NUL.
+            (b"\x05\x13\x11\x7f\0x", b"x"),
+            // Cut short by another.
+            (b"\x1b[3\x1b[4mx\x1b[\nx\x1b\x1b[mx", b"\x1b[4mx\nx\x1b[mx"),
+            (b"\x1b[1111111111111111111111111111111111111111mx", b"x"),
+            // UTF-8: right, cut, overlong, surrogate, too high, alone, turned around.
+            ("aä€😀".as_bytes(), "aä€😀".as_bytes()),
+            (b"\xe2\x82x", b"?x"),
+            // A terminal without UTF-8 takes the second byte for ESC and a letter.
+            (b"\xc0\x9b0mx", b"?\x1b[0mx"),
+            (b"\xe0\x80\x80x", b"?x"),
+            (b"\xed\xa0\x80 \xf4\x90\x80\x80 \xff", b"? ? ?"),
+            ("a\u{202e}b\u{2028}c".as_bytes(), b"abc"),
+        ] {
+            let all = passed(&mut Contain::default(), written);
+            assert_eq!(
+                all.escape_ascii().collect::<Vec<u8>>(),
+                seen.escape_ascii().collect::<Vec<u8>>(),
+                "{}",
+                written.escape_ascii()
+            );
+        }
+    }
+
+    #[test]
+    fn nobody_but_the_log_writes_its_mark() {
+        for written in [
+            &b"tessera| end: status=0"[..],
+            b"tess\rera| x",
+            b"tes\x1b[1msera\x1b[m| x",
+            b"xtessera| x",
+            b"tesstessera| x",
+            b"tess\x1b]0;t\x07era| x",
+            b"te\0ssera\x7f| x",
+        ] {
+            let all = passed(&mut Contain::default(), written);
+            assert!(all.windows(2).any(|two| two == b"\\|"), "{all:?}");
+        }
+        assert_eq!(passed(&mut Contain::default(), b"tessera |"), b"tessera |");
+        // Designations of odd character sets do not hide a letter.
+        let all = passed(&mut Contain::default(), b"\x1b(tessera| x");
+        assert_eq!(all, b"essera| x");
+    }
+
+    #[test]
+    fn modes_are_taken_back_once_and_only_if_set() {
+        let reset = |written: &[u8], all| {
+            let mut contain = Contain::default();
+            passed(&mut contain, written);
+            let mut bytes = Vec::new();
+            contain.reset(all, &mut |part| bytes.extend_from_slice(part));
+            let mut again = Vec::new();
+            contain.reset(all, &mut |part| again.extend_from_slice(part));
+            assert!(again.is_empty());
+            bytes
+        };
+        assert_eq!(
+            reset(b"plain \x1b[1mbold\x1b[0m \x1b[?7h\x1b[?25h", true),
+            b""
+        );
+        assert_eq!(reset(b"\x1b[31m", false), b"\x1b[m");
+        assert_eq!(reset(b"\x0e", false), b"\x0f\x1b(B");
+        assert_eq!(reset(b"\x1b[?25l", false), b"");
+        assert!(!reset(b"\x1b[?25l", true).is_empty());
+        assert!(reset(b"\x1b[?1049h", false).starts_with(b"\x1b[?1049l"));
+        assert_eq!(reset(b"\x1b[?1049h\x1b[?1049l", false), b"");
+        assert_eq!(reset(b"\x1b[31m\x1b[?6h\x1b[4h\x1bc", true), b"");
+    }
+}

