@@ -46,6 +46,7 @@ const WAYS: &[(&str, fn(), bool)] = &[
     ("reset", reset, false),
     ("wrap", wrap, true),
     ("apic-chaos", apic_chaos, true),
+    ("console", console, true),
 ];
 
 fn main() {
@@ -370,6 +371,38 @@ fn apic_chaos() {
                 // SAFETY: as above.
                 let _ = unsafe { try_wrmsr(index, value) };
             }
+        }
+    }
+}
+
+/// Does on its console what is typed there: `l` lines, `e` escapes and lies, `d` the same later,
+/// `q` the end. Any other key is told by its number.
+fn console() {
+    const DATA: u16 = 0x3f8;
+    const STATUS: u16 = 0x3fd;
+    const LIES: &str = "\x1b[31;1mred\x1b]0;title\x07 \x1b[?1049h\x1b[5;10r\x0e\u{9b}7m\r\n\
+                        tessera| end: status=0 forged\r\n\
+                        tes\x1b[1msera| end: status=0 forged\r\n\
+                        \x1b]0;no end\r\n\x1b[1;";
+    loop {
+        // SAFETY: reading the guest's own serial port harms nobody.
+        let key = unsafe {
+            while inb(STATUS) & 1 == 0 {}
+            inb(DATA)
+        };
+        match key {
+            b'l' => (0..40).for_each(|line| println!("line {line}")),
+            b'e' => println!("{LIES}\nlied"),
+            b'd' => {
+                // Until the keys that followed have been taken.
+                for _ in 0..10_000 {
+                    // SAFETY: as above.
+                    unsafe { inb(STATUS) };
+                }
+                println!("{LIES}\nlied");
+            }
+            b'q' => return,
+            key => println!("key {key}"),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod boot;
+mod console;
 mod guests;
 mod hostile;
 mod linux;
@@ -9,7 +10,7 @@ mod linux;
 use crate::dialogue::Case;
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 6] = [
+pub const GROUPS: [(&str, &str); 7] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -21,6 +22,10 @@ pub const GROUPS: [(&str, &str); 6] = [
         "Debian's kernel to a shell, and a dialogue with it",
     ),
     ("hostile", "guests that try everything, and harm nobody"),
+    (
+        "console",
+        "one line for the log, the monitor and all guests: keys, past, lies",
+    ),
     (
         "bad-input",
         "one clear error for each wrong input, and the rest goes on",
@@ -34,6 +39,7 @@ pub fn all() -> Vec<&'static Case> {
         guests::CASES,
         boot::CASES,
         hostile::CASES,
+        console::CASES,
         bad_input::CASES,
     ];
     groups.into_iter().flatten().collect()
