@@ -376,7 +376,7 @@ fn apic_chaos() {
 }
 
 /// Does on its console what is typed there: `l` lines, `e` escapes and lies, `d` the same later,
-/// `q` the end. Any other key is told by its number.
+/// `q` the end. Any other key is told by its number. Says `#` when it listens.
 fn console() {
     const DATA: u16 = 0x3f8;
     const STATUS: u16 = 0x3fd;
@@ -384,6 +384,7 @@ fn console() {
                         tessera| end: status=0 forged\r\n\
                         tes\x1b[1msera| end: status=0 forged\r\n\
                         \x1b]0;no end\r\n\x1b[1;";
+    println!("#");
     loop {
         // SAFETY: reading the guest's own serial port harms nobody.
         let key = unsafe {

@@ -20,6 +20,18 @@ pub enum ComPort {
 }
 
 impl ComPort {
+    /// The port of this number, from 1.
+    #[must_use]
+    pub const fn new(number: u8) -> Option<Self> {
+        Some(match number {
+            1 => Self::Com1,
+            2 => Self::Com2,
+            3 => Self::Com3,
+            4 => Self::Com4,
+            _ => return None,
+        })
+    }
+
     /// Its name, as in the configuration.
     #[must_use]
     pub const fn name(self) -> &'static str {

@@ -16,13 +16,14 @@
 //! never while waiting for it; only core 0 and those whose ring is full wait for that lock. Order:
 //! line → ring → heap. Nothing is called back under them.
 
+use crate::lock::Lock;
 use alloc::collections::VecDeque;
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use hw::{ComPort, Screen, Serial};
 pub use monitor::mux::Request;
 use monitor::mux::{Focus, Mux};
-use spin::{Mutex, Once};
+use spin::Once;
 use vm::config::MAX_VMS;
 
 /// Bytes of a guest's output that wait for the line.
@@ -44,12 +45,10 @@ const TURN: usize = 64;
 const TURNS: usize = 64;
 /// Requests that core 0 has not taken yet.
 const REQUESTS: usize = 16;
-/// How often a lock is tried for after a panic before its holder counts as gone.
-const PATIENCE: u32 = 10_000_000;
 
-static LINE: Mutex<Option<Line>> = Mutex::new(None);
-static LOG: Mutex<VecDeque<u8>> = Mutex::new(VecDeque::new());
-static SCREEN: Mutex<Option<Screen>> = Mutex::new(None);
+static LINE: Lock<Option<Line>> = Lock::new(None);
+static LOG: Lock<VecDeque<u8>> = Lock::new(VecDeque::new());
+static SCREEN: Lock<Option<Screen>> = Lock::new(None);
 static GUESTS: [Once<Source>; MAX_VMS] = [const { Once::new() }; MAX_VMS];
 /// Something was put into a ring since the line's holder looked.
 static WAITING: AtomicBool = AtomicBool::new(false);
@@ -60,11 +59,11 @@ static URGENT: AtomicBool = AtomicBool::new(false);
 
 /// A guest's end of its console.
 struct Source {
-    ring: Mutex<VecDeque<u8>>,
+    ring: Lock<VecDeque<u8>>,
     /// Bytes of the ring that go before the next line of the log.
     before_log: AtomicUsize,
     /// Its own port and what was typed there.
-    own: Option<Mutex<(Serial, VecDeque<u8>)>>,
+    own: Option<Lock<(Serial, VecDeque<u8>)>>,
 }
 
 /// The shared line.
@@ -100,14 +99,15 @@ pub fn use_interrupt() {
     INTERRUPTS.store(true, Ordering::Relaxed);
 }
 
-/// Adds a guest's console, on the shared line or on a port of its own; guests are numbered in
-/// this order. Where the port does not work, the log says so and the shared line serves.
-pub fn add_guest(name: &str, port: Option<ComPort>) -> usize {
-    let own = port.and_then(|port| {
+/// Adds a guest's console, on the shared line or on a serial port of its own, by its number on a
+/// PC; guests are numbered in this order. Where the port does not work, the log says so and the
+/// shared line serves.
+pub fn add_guest(name: &str, port: Option<u8>) -> usize {
+    let own = port.and_then(ComPort::new).and_then(|port| {
         // SAFETY: the hypervisor's own devices are fixed, and no other serial port is among them;
         // a port that another VM has is refused by the configuration.
         match unsafe { Serial::open(port) } {
-            Ok(serial) => Some(Mutex::new((serial, VecDeque::new()))),
+            Ok(serial) => Some(Lock::new((serial, VecDeque::new()))),
             Err(error) => {
                 log::error!("vm {name}: {error}; its console is on the shared line");
                 None
@@ -120,7 +120,7 @@ pub fn add_guest(name: &str, port: Option<ComPort>) -> usize {
     let number = with(|line| line.mux.add(name, GUEST_KEPT, own.is_some())).unwrap_or(0);
     if let Some(place) = GUESTS.get(number) {
         place.call_once(|| Source {
-            ring: Mutex::new(VecDeque::with_capacity(GUEST_RING)),
+            ring: Lock::new(VecDeque::with_capacity(GUEST_RING)),
             before_log: AtomicUsize::new(0),
             own,
         });
@@ -158,32 +158,27 @@ pub fn guest_output(guest: usize, bytes: &[u8]) {
     }
 }
 
-/// Takes what was typed for a guest. `take` gets a slice and says how much of it it used.
-pub fn guest_input(guest: usize, take: &mut dyn FnMut(&[u8]) -> usize) {
-    let own = source(guest).and_then(|source| source.own.as_ref());
-    let mut bytes = [0; TURN];
-    loop {
-        // `take` works for the guest, so no lock is held meanwhile.
-        let typed = match own {
-            Some(own) => {
-                let pairs = own.lock();
-                let pairs = bytes.iter_mut().zip(&pairs.1);
-                pairs.map(|(to, from)| *to = *from).count()
-            }
-            None => with(|line| line.mux.typed_for(guest, &mut bytes)).unwrap_or(0),
-        };
-        let used = match bytes.get(..typed) {
-            Some(bytes) if typed > 0 => take(bytes).min(typed),
-            _ => 0,
-        };
-        if used == 0 {
-            break;
+/// Copies what was typed for a guest and waits, as far as it fits; gives how much.
+pub fn peek_input(guest: usize, keys: &mut [u8]) -> usize {
+    match source(guest).and_then(|source| source.own.as_ref()) {
+        Some(own) => {
+            let own = own.lock();
+            let pairs = keys.iter_mut().zip(&own.1);
+            pairs.map(|(to, from)| *to = *from).count()
         }
-        match own {
-            Some(own) => drop(own.lock().1.drain(..used)),
-            None => {
-                with(|line| line.mux.taken(guest, used));
-            }
+        None => with(|line| line.mux.typed_for(guest, keys)).unwrap_or(0),
+    }
+}
+
+/// The guest took so much of it.
+pub fn consume_input(guest: usize, count: usize) {
+    match source(guest).and_then(|source| source.own.as_ref()) {
+        Some(own) => {
+            let typed = &mut own.lock().1;
+            typed.drain(..count.min(typed.len()));
+        }
+        None => {
+            with(|line| line.mux.taken(guest, count));
         }
     }
 }
@@ -232,28 +227,49 @@ pub fn poll() -> Option<Request> {
     })?
 }
 
-/// Opens the console again after a panic. A lock that is held for long is its own holder's, or of
-/// a core that does not go on.
+/// Opens what this core holds of the console, after a panic that happened meanwhile.
 ///
 /// # Safety
-/// The holders of locks that stay locked are gone.
-pub unsafe fn force_unlock() {
-    fn open<T>(lock: &Mutex<T>) {
-        for _ in 0..PATIENCE {
-            if !lock.is_locked() {
-                return;
+/// What this core did with it will not go on.
+pub unsafe fn release() {
+    // SAFETY: promised by the caller.
+    unsafe { open(false) };
+}
+
+/// Opens the console whoever holds it.
+///
+/// # Safety
+/// All other cores have stopped for good.
+pub unsafe fn break_open() {
+    // SAFETY: promised by the caller.
+    unsafe { open(true) };
+}
+
+/// Opens all locks, or those of this core.
+///
+/// # Safety
+/// Their holders will not go on.
+unsafe fn open(all: bool) {
+    unsafe fn one<T>(lock: &Lock<T>, all: bool) {
+        // SAFETY: promised by the caller of `open`.
+        unsafe {
+            match all {
+                true => lock.break_open(),
+                false => lock.release(),
             }
-            core::hint::spin_loop();
         }
-        // SAFETY: promised by the caller of `force_unlock`.
-        unsafe { lock.force_unlock() };
     }
-    open(&LINE);
-    open(&LOG);
-    open(&SCREEN);
-    for source in GUESTS.iter().filter_map(Once::get) {
-        open(&source.ring);
-        source.own.iter().for_each(open);
+    // SAFETY: promised by the caller.
+    unsafe {
+        one(&LINE, all);
+        one(&LOG, all);
+        one(&SCREEN, all);
+        for source in GUESTS.iter().filter_map(Once::get) {
+            one(&source.ring, all);
+            if let Some(own) = &source.own {
+                one(own, all);
+            }
+        }
     }
     URGENT.store(true, Ordering::Relaxed);
 }
@@ -279,7 +295,7 @@ fn add(ring: &mut VecDeque<u8>, bytes: &[u8]) {
 }
 
 /// Puts as much into a ring as there is room for, and says how much.
-fn put(ring: &Mutex<VecDeque<u8>>, limit: usize, bytes: &[u8]) -> usize {
+fn put(ring: &Lock<VecDeque<u8>>, limit: usize, bytes: &[u8]) -> usize {
     let mut ring = ring.lock();
     let count = bytes.len().min(limit.saturating_sub(ring.len()));
     add(&mut ring, bytes.get(..count).unwrap_or_default());
@@ -415,7 +431,7 @@ impl Line {
 }
 
 /// Moves bytes out of a ring.
-fn get<'a>(ring: &Mutex<VecDeque<u8>>, to: impl Iterator<Item = &'a mut u8>) -> usize {
+fn get<'a>(ring: &Lock<VecDeque<u8>>, to: impl Iterator<Item = &'a mut u8>) -> usize {
     let mut ring = ring.lock();
     let mut count = 0;
     for place in to {
@@ -429,7 +445,7 @@ fn get<'a>(ring: &Mutex<VecDeque<u8>>, to: impl Iterator<Item = &'a mut u8>) -> 
 impl Source {
     /// Moves bytes both ways at a guest's own port.
     fn serve_own(&self) {
-        let Some(mut own) = self.own.as_ref().and_then(Mutex::try_lock) else {
+        let Some(mut own) = self.own.as_ref().and_then(Lock::try_lock) else {
             return;
         };
         let (serial, typed) = &mut *own;

@@ -62,11 +62,11 @@ pub struct Share {
 }
 
 /// Weights that `sched` takes.
-pub const WEIGHTS: core::ops::RangeInclusive<u32> = 1..=65535;
+pub const WEIGHTS: core::ops::RangeInclusive<u32> = 1..=10_000;
 /// Caps that `sched` takes, in per cent of one core.
-pub const CAPS: core::ops::RangeInclusive<u32> = 0..=25600;
+pub const CAPS: core::ops::RangeInclusive<u32> = 0..=6400;
 /// Cores that `pin=` can name.
-pub const CORES: u32 = 256;
+pub const CORES: u32 = 1024;
 
 /// A set of cores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,12 +76,6 @@ impl Cores {
     /// Every core, there or not.
     pub const ALL: Self = Self([u64::MAX; CORES as usize / 64]);
 
-    /// The set as words of 64 cores, the lowest first.
-    #[must_use]
-    pub const fn words(&self) -> &[u64; CORES as usize / 64] {
-        &self.0
-    }
-
     /// Whether a core is in the set.
     #[must_use]
     pub fn contains(&self, core: usize) -> bool {
@@ -90,10 +84,9 @@ impl Cores {
             .is_some_and(|word| word >> (core % 64) & 1 != 0)
     }
 
-    /// The highest core in the set, to be checked against those that are there.
-    #[must_use]
-    pub fn highest(&self) -> Option<usize> {
-        (0..CORES as usize).rev().find(|core| self.contains(*core))
+    /// The cores of the set.
+    pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..CORES as usize).filter(|core| self.contains(*core))
     }
 
     /// Reads `0-3,8` or `all`.
@@ -179,7 +172,7 @@ impl Verb {
             Takes::Inject => " nmi VM",
             Takes::Verb => " [VERB]",
             Takes::Lines => " [LINES]",
-            Takes::Share => " VM [weight=1-65535] [cap=PERCENT] [pin=CORES]",
+            Takes::Share => " VM [weight=1-10000] [cap=PERCENT] [pin=CORES]",
         }
     }
 
@@ -405,16 +398,16 @@ fn set<'a>(share: &mut Share, word: &'a str, verb: &'static Verb) -> Result<(), 
     let right = match key {
         "weight" => {
             share.weight = number(value).filter(|weight| WEIGHTS.contains(weight));
-            share.weight.is_none().then_some("a weight is 1 to 65535")
+            share.weight.is_none().then_some("a weight is 1 to 10000")
         }
         "cap" => {
             share.cap = number(value).filter(|cap| CAPS.contains(cap));
-            let right = "a cap is in per cent of one core, up to 25600, and 0 lifts it";
+            let right = "a cap is in per cent of one core, up to 6400, and 0 lifts it";
             share.cap.is_none().then_some(right)
         }
         "pin" => {
             share.pin = Cores::parse(value);
-            let right = "cores are like `0-3,8`, each below 256, or `all`";
+            let right = "cores are like `0-3,8`, each below 1024, or `all`";
             share.pin.is_none().then_some(right)
         }
         _ => return Err(CommandError::Wrong(word, verb)),
@@ -533,7 +526,7 @@ mod tests {
     #[test]
     fn verbs_names_and_numbers_are_understood() {
         let share = |weight, cap, pin| Command::Sched(0, Share { weight, cap, pin });
-        let mut pin = Cores([0; 4]);
+        let mut pin = Cores([0; CORES as usize / 64]);
         pin.0[0] = 0b1_0000_1110;
         for (line, command) in [
             ("list", Command::List),
@@ -563,8 +556,8 @@ mod tests {
         }
         assert_eq!(read(""), Ok(None));
         assert_eq!(read(" \t "), Ok(None));
-        assert_eq!(pin.highest(), Some(8));
-        assert!(pin.contains(3) && !pin.contains(0) && !pin.contains(300));
+        assert!(pin.iter().eq([1, 2, 3, 8]));
+        assert!(pin.contains(3) && !pin.contains(0) && !pin.contains(3000));
     }
 
     #[test]
@@ -599,11 +592,11 @@ mod tests {
             ("log -1", "`-1` does not belong there; it is `log [LINES]`"),
             (
                 "sched linux weight=0",
-                "`weight=0` is out of range: a weight is 1 to 65535",
+                "`weight=0` is out of range: a weight is 1 to 10000",
             ),
             (
-                "sched linux pin=256",
-                "`pin=256` is out of range: cores are like `0-3,8`, each below 256, or `all`",
+                "sched linux pin=1024",
+                "`pin=1024` is out of range: cores are like `0-3,8`, each below 1024, or `all`",
             ),
         ] {
             assert_eq!(read(line), Err(error.to_string()), "{line}");
@@ -615,7 +608,7 @@ mod tests {
             "pin=a",
             "pin=,",
             "cap=+5",
-            "cap=25601",
+            "cap=6401",
             "weight=99999999999",
             "weight=",
         ] {
