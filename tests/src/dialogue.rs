@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, bail};
 use regex_lite::{Regex, RegexBuilder};
 
-use crate::emulator::{Emulator, Extension, Firmware, Machine, Received};
+use crate::emulator::{Emulator, Extension, Firmware, Machine, Pace, Received};
 use crate::{Console, Session};
 
 /// How long a machine may take to switch off after its last line.
@@ -47,6 +47,10 @@ pub struct Case {
     pub load: Load,
     /// The machine's memory in MiB, when not what the configuration needs.
     pub memory: Option<u32>,
+    /// The machine's logical processors.
+    pub cpus: u32,
+    /// How its time relates to ours.
+    pub pace: Pace,
     /// The machine's virtualization extension.
     pub extension: Extension,
     /// The dialogue.
@@ -69,6 +73,8 @@ impl Case {
             spoil: None,
         },
         memory: None,
+        cpus: 1,
+        pace: Pace::Free,
         extension: Extension::On,
         steps: &[],
         end: Ending::Closing(0),

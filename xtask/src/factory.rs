@@ -26,7 +26,8 @@ const MULTIBOOT2_STUB: &str = "boot-multiboot2";
 /// Stands in for the hypervisor in the tests of the loaders.
 const PROBE: &str = "boot-probe";
 /// The Rust guests: package and program have the same name.
-const GUESTS: [&str; 4] = [
+const GUESTS: [&str; 5] = [
+    "guest-heartbeat",
     "guest-hello",
     "guest-conformance",
     "guest-bench",
@@ -59,9 +60,10 @@ struct State {
 
 impl Factory {
     /// The files that a configuration may name without having them.
-    pub const MADE: [&str; 6] = [
+    pub const MADE: [&str; 7] = [
         "vmlinuz",
         "initrd.cpio",
+        "guest-heartbeat",
         "guest-hello",
         "guest-conformance",
         "guest-bench",

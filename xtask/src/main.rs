@@ -88,7 +88,7 @@ struct Where {
     #[arg(long, value_enum, default_value_t)]
     firmware: FirmwareArg,
     /// Logical processors of the machine
-    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, visible_alias = "cores", default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
     /// Kill the run after this many seconds, with status 124
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]

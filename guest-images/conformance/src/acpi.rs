@@ -4,82 +4,12 @@
 use crate::util::{
     PATIENCE, PIT_HZ, PM_HZ, assert_measures, pm_between, pm_timer, wait, wait_until,
 };
+use guest_runtime::acpi::{Table, byte, madt, number, rsdp, table, tables};
 use guest_runtime::cpu::{cpuid, inb, inw, outb, outw};
-use guest_runtime::{guest_test, pc, start_info};
-
-fn byte(address: u64) -> u8 {
-    // SAFETY: tables lie in mapped memory below 4 GiB.
-    unsafe { (address as *const u8).read_volatile() }
-}
-
-fn number(address: u64, bytes: u64) -> u64 {
-    (0..bytes)
-        .map(|i| u64::from(byte(address + i)) << (8 * i))
-        .sum()
-}
+use guest_runtime::{guest_test, pc};
 
 fn sum(address: u64, length: u64) -> u8 {
     (0..length).fold(0, |sum, i| sum.wrapping_add(byte(address + i)))
-}
-
-/// A system description table.
-#[derive(Clone, Copy)]
-pub struct Table(u64);
-
-impl Table {
-    fn signature(self) -> [u8; 4] {
-        (number(self.0, 4) as u32).to_le_bytes()
-    }
-
-    fn length(self) -> u64 {
-        number(self.0 + 4, 4)
-    }
-
-    fn field(self, offset: u64, bytes: u64) -> u64 {
-        if offset + bytes <= self.length() {
-            number(self.0 + offset, bytes)
-        } else {
-            0
-        }
-    }
-
-    /// The I/O port of the ACPI timer.
-    pub fn pm_timer_port(self) -> u16 {
-        self.field(76, 4) as u16
-    }
-}
-
-fn rsdp() -> u64 {
-    let found = start_info().rsdp;
-    if found != 0 {
-        return found;
-    }
-    (0xe_0000..0x10_0000)
-        .step_by(16)
-        .find(|&at| number(at, 8) == u64::from_le_bytes(*b"RSD PTR "))
-        .unwrap_or(0)
-}
-
-/// The tables that XSDT or RSDT list.
-fn tables() -> impl Iterator<Item = Table> {
-    let rsdp = rsdp();
-    let xsdt = if byte(rsdp + 15) >= 2 {
-        number(rsdp + 24, 8)
-    } else {
-        0
-    };
-    let (root, width) = if xsdt != 0 {
-        (xsdt, 8)
-    } else {
-        (number(rsdp + 16, 4), 4)
-    };
-    let count = (Table(root).length() - 36) / width;
-    (0..count).map(move |i| Table(number(root + 36 + i * width, width)))
-}
-
-/// The table with this signature.
-pub fn table(signature: &[u8; 4]) -> Option<Table> {
-    tables().find(|table| table.signature() == *signature)
 }
 
 /// The FADT.
@@ -106,18 +36,9 @@ pub fn ecam() -> Option<(u64, u8, u8)> {
     ))
 }
 
-/// The entries of the MADT: kind and address.
-fn madt() -> impl Iterator<Item = (u8, u64)> {
-    let Some(madt) = table(b"APIC") else {
-        panic!("no MADT")
-    };
-    let mut at = madt.0 + 44;
-    let end = madt.0 + madt.length();
-    core::iter::from_fn(move || {
-        let here = at;
-        at += u64::from(byte(here + 1)).max(2);
-        (at <= end).then(|| (byte(here), here))
-    })
+/// The I/O port of the ACPI timer.
+pub fn pm_timer_port() -> u16 {
+    fadt().field(76, 4) as u16
 }
 
 #[guest_test]

@@ -9,10 +9,10 @@ use guest_runtime::pc::{
 };
 use guest_runtime::{Frame, count, guest_test, on_interrupt};
 
-const PIN: u32 = 2;
-const UART_PIN: u32 = 4;
-const LEVEL: u32 = 1 << 15;
-const REMOTE_IRR: u32 = 1 << 14;
+pub const PIN: u32 = 2;
+pub const UART_PIN: u32 = 4;
+pub const LEVEL: u32 = 1 << 15;
+pub const REMOTE_IRR: u32 = 1 << 14;
 
 fn out(port: u16, value: u8) {
     // SAFETY: timer and UART are the guest's own; what they raise has handlers.
@@ -20,14 +20,14 @@ fn out(port: u16, value: u8) {
 }
 
 /// An edge on IRQ 0, some microseconds later.
-fn edge() {
+pub fn edge() {
     for (port, value) in [(0x43, 0x30), (0x40, 50), (0x40, 0)] {
         out(port, value);
     }
 }
 
 /// Raises or lowers IRQ 4: the transmitter is empty, and that is enabled or not.
-fn uart_line(on: bool) {
+pub fn uart_line(on: bool) {
     assert!(wait_until(PATIENCE, || {
         // SAFETY: reading the line status takes nothing that is wanted.
         unsafe { inb(0x3fd) & 0x60 == 0x60 }

@@ -85,7 +85,7 @@ fn tsc_is_invariant() {
 static RECORD: Page = Page::zero();
 
 /// The base of the KVM leaves, and their features.
-fn kvm() -> Option<u32> {
+pub fn kvm() -> Option<u32> {
     (0x4000_0000..0x4001_0000).step_by(0x100).find_map(|base| {
         let [last, b, c, d] = cpuid(base, 0);
         let signature = (b, c, d)
@@ -98,10 +98,13 @@ fn kvm() -> Option<u32> {
     })
 }
 
-/// `struct pvclock_vcpu_time_info` as nanoseconds now.
 fn pv_nanos() -> u64 {
-    let at = RECORD.address();
-    // SAFETY: the page is this module's own; the hypervisor writes it between versions.
+    pv_nanos_at(RECORD.address())
+}
+
+/// `struct pvclock_vcpu_time_info` as nanoseconds now.
+pub fn pv_nanos_at(at: u64) -> u64 {
+    // SAFETY: the record is the caller's; the hypervisor writes it between versions.
     unsafe {
         loop {
             let version = (at as *const u32).read_volatile();

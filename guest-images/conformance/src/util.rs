@@ -3,7 +3,7 @@
 use crate::acpi;
 use core::sync::atomic::{AtomicU64, Ordering};
 use guest_runtime::cpu::{self, cpuid, inb, inl, outb, rdtsc};
-use guest_runtime::{Fault, pc, skip};
+use guest_runtime::{Fault, pc, skip, smp};
 
 /// #UD, #GP and the others by number.
 #[allow(missing_docs, reason = "the names are the manual's")]
@@ -35,6 +35,7 @@ const CR0: u64 = 0x8001_0031;
 
 /// Everything a case may have changed, back to what every case starts from.
 pub fn reset_world() {
+    smp::park_others();
     pc::quiet();
     // SAFETY: these are the values that the runtime booted with, and devices that belong to the
     // guest; nothing uses breakpoints or the FPU between cases.
@@ -115,7 +116,7 @@ pub const PIT_HZ: u64 = 1_193_182;
 /// The ACPI timer: 24 bits.
 pub fn pm_timer() -> u32 {
     // SAFETY: reading the timer has no side effect.
-    unsafe { inl(acpi::fadt().pm_timer_port()) & 0xff_ffff }
+    unsafe { inl(acpi::pm_timer_port()) & 0xff_ffff }
 }
 
 /// ACPI timer ticks between two readings.

@@ -129,8 +129,10 @@ guest_gdt:
     .quad 0x00009b000000ffff    // 30: 16-bit code for real mode
     .quad 0x000093000000ffff    // 38: 16-bit data for real mode
     .quad 0x00cf13000000ffff    // 40: data, not present
-    .quad 0, 0                  // 48: the TSS
+    .skip 16 * 64               // 48: a TSS for each CPU
+.globl guest_gdt_end
 guest_gdt_end:
+.globl guest_gdt_pointer
 guest_gdt_pointer:
     .word guest_gdt_end - guest_gdt - 1
     .quad guest_gdt
@@ -144,9 +146,3 @@ guest_pd: .skip 16384
 guest_stack: .skip 65536
 .globl guest_stack_top
 guest_stack_top:
-guest_stack0: .skip 8192
-.globl guest_stack0_top
-guest_stack0_top:
-guest_ist1: .skip 8192
-.globl guest_ist1_top
-guest_ist1_top:

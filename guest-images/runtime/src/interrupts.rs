@@ -2,6 +2,7 @@
 //! and otherwise the end of the guest.
 
 use crate::segments::{CODE, DATA};
+use crate::smp::{MAX, WAKE, current};
 use core::arch::asm;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
@@ -42,15 +43,31 @@ pub struct Fault {
 pub type Handler = fn(&mut Frame);
 
 static HANDLERS: [AtomicPtr<()>; 256] = [const { AtomicPtr::new(core::ptr::null_mut()) }; 256];
-static COUNTS: [AtomicU64; 256] = [const { AtomicU64::new(0) }; 256];
-/// Stack pointer to go back to when a fault is expected; 0 when none is.
-static RESUME: AtomicU64 = AtomicU64::new(0);
-static CAUGHT: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+
+/// What each CPU has for itself.
+struct Own {
+    counts: [AtomicU64; 256],
+    /// Stack pointer to go back to when a fault is expected; 0 when none is.
+    resume: AtomicU64,
+    caught: [AtomicU64; 3],
+}
+
+static OWN: [Own; MAX] = [const {
+    Own {
+        counts: [const { AtomicU64::new(0) }; 256],
+        resume: AtomicU64::new(0),
+        caught: [const { AtomicU64::new(0) }; 3],
+    }
+}; MAX];
+
+fn own() -> &'static Own {
+    &OWN[current()]
+}
 
 #[repr(C, align(16))]
 struct Table(core::cell::UnsafeCell<[[u64; 2]; 256]>);
 
-// SAFETY: one CPU; `init` fills it before it is loaded, and `set_gate` keeps every entry a gate.
+// SAFETY: `init` fills it before it is loaded, and `set_gate` keeps every entry a gate.
 unsafe impl Sync for Table {}
 
 static IDT: Table = Table(core::cell::UnsafeCell::new([[0; 2]; 256]));
@@ -81,7 +98,7 @@ pub(crate) fn init() {
 /// Sets the interrupt stack (0 for none, else 1) of a vector, and the ring that may call it by
 /// INT n.
 pub fn set_gate(vector: u8, ist: u8, ring: u8) {
-    // SAFETY: one CPU, and the entry stays a valid gate at every moment.
+    // SAFETY: the entry stays a valid gate at every moment.
     unsafe {
         let gate = IDT.0.get().cast::<u64>().add(2 * usize::from(vector));
         let kept = gate.read_volatile() & !(7 << 32 | 3 << 45);
@@ -97,9 +114,11 @@ pub fn reset_interrupts() {
     }
 }
 
-/// What `expect_fault` waited for will not come any more.
+/// What `expect_fault` waited for will not come any more, on any CPU.
 pub(crate) fn abandon() {
-    RESUME.store(0, Ordering::Relaxed);
+    for own in &OWN {
+        own.resume.store(0, Ordering::Relaxed);
+    }
 }
 
 /// Loads the IDT register: for whoever has changed it.
@@ -117,9 +136,14 @@ pub fn on_interrupt(vector: u8, handler: Handler) {
     HANDLERS[usize::from(vector)].store(handler as *mut (), Ordering::Relaxed);
 }
 
-/// How often `vector` came so far.
+/// How often `vector` came to this CPU so far.
 pub fn count(vector: u8) -> u64 {
-    COUNTS[usize::from(vector)].load(Ordering::Relaxed)
+    count_on(current(), vector)
+}
+
+/// How often `vector` came to a CPU so far.
+pub fn count_on(cpu: usize, vector: u8) -> u64 {
+    OWN[cpu].counts[usize::from(vector)].load(Ordering::Relaxed)
 }
 
 /// Runs `work` with interrupts on.
@@ -136,7 +160,7 @@ core::arch::global_asm!(
     ".text",
     ".globl guest_try",
     ".globl guest_resume",
-    "guest_try:", // rdi = work, rsi = argument, rdx = &RESUME
+    "guest_try:", // rdi = work, rsi = argument, rdx = &resume
     "push rbx",
     "push rbp",
     "push r12",
@@ -184,22 +208,26 @@ pub fn expect_fault<F: FnOnce()>(work: F) -> Option<Fault> {
         }
     }
     let mut work = Some(work);
+    let own = own();
     // SAFETY: the routine keeps the ABI, whichever way it is left.
-    let faulted = unsafe { guest_try(call::<F>, (&raw mut work).cast(), &RESUME) };
+    let faulted = unsafe { guest_try(call::<F>, (&raw mut work).cast(), &own.resume) };
     (faulted != 0).then(|| Fault {
-        vector: CAUGHT[0].load(Ordering::Relaxed) as u8,
-        error_code: CAUGHT[1].load(Ordering::Relaxed),
-        address: CAUGHT[2].load(Ordering::Relaxed),
+        vector: own.caught[0].load(Ordering::Relaxed) as u8,
+        error_code: own.caught[1].load(Ordering::Relaxed),
+        address: own.caught[2].load(Ordering::Relaxed),
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn guest_dispatch(frame: &mut Frame) {
     let vector = frame.vector as u8;
-    COUNTS[usize::from(vector)].fetch_add(1, Ordering::Relaxed);
-    let resume = RESUME.load(Ordering::Relaxed);
+    let own = own();
+    own.counts[usize::from(vector)].fetch_add(1, Ordering::Relaxed);
+    let resume = own.resume.load(Ordering::Relaxed);
     let handler = HANDLERS[usize::from(vector)].load(Ordering::Relaxed);
-    if !handler.is_null() {
+    if vector == WAKE {
+        crate::pc::eoi();
+    } else if !handler.is_null() {
         // SAFETY: only `on_interrupt` stores here.
         let handler = unsafe { core::mem::transmute::<*mut (), Handler>(handler) };
         handler(frame);
@@ -207,7 +235,11 @@ extern "C" fn guest_dispatch(frame: &mut Frame) {
         let address: u64;
         // SAFETY: reading CR2 changes nothing.
         unsafe { asm!("mov {}, cr2", out(reg) address, options(nomem, nostack)) };
-        for (slot, value) in CAUGHT.iter().zip([frame.vector, frame.error_code, address]) {
+        for (slot, value) in own
+            .caught
+            .iter()
+            .zip([frame.vector, frame.error_code, address])
+        {
             slot.store(value, Ordering::Relaxed);
         }
         frame.rip = guest_resume as *const () as u64;

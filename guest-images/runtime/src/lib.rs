@@ -6,19 +6,22 @@
 //! handler, and a fault that no test expects ends the guest with a report.
 #![no_std]
 
+pub mod acpi;
+pub mod clock;
 pub mod cpu;
 mod interrupts;
 mod paging;
 pub mod pc;
 pub mod segments;
 mod serial;
+pub mod smp;
 mod start;
 mod tests;
 
 pub use guest_macros::guest_test;
 pub use interrupts::{
-    Fault, Frame, Handler, count, expect_fault, load_idt, on_interrupt, reset_interrupts, set_gate,
-    with_interrupts,
+    Fault, Frame, Handler, count, count_on, expect_fault, load_idt, on_interrupt, reset_interrupts,
+    set_gate, with_interrupts,
 };
 pub use paging::{PAGE, Page, WINDOW, set_window, set_window_unflushed, window, window_entry};
 pub use serial::{_print, init as init_serial};
@@ -66,7 +69,7 @@ const DEBUG_EXIT: u16 = 0xf4;
 extern "C" fn guest_start(start_info: u64) -> ! {
     start::set(start_info);
     serial::init();
-    segments::init();
+    segments::init_cpu(0);
     interrupts::init();
     // SAFETY: `entry!` defines it with this signature.
     unsafe { guest_main() };

@@ -13,7 +13,7 @@ pub const WINDOW: u64 = 1 << 39;
 #[derive(Debug)]
 pub struct Page(UnsafeCell<[u64; 512]>);
 
-// SAFETY: there is one CPU, and who takes the address keeps order.
+// SAFETY: who takes the address keeps order.
 unsafe impl Sync for Page {}
 
 impl Page {

@@ -1,7 +1,9 @@
 //! COM1 as the guest's console.
 
 use crate::cpu::{inb, outb};
+use crate::smp::current;
 use core::fmt::{self, Write};
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 const COM1: u16 = 0x3f8;
 
@@ -35,7 +37,28 @@ fn send(byte: u8) {
     }
 }
 
+/// The CPU that prints, plus one; 0 when none does.
+static PRINTING: AtomicUsize = AtomicUsize::new(0);
+
+/// The CPU that printed does not run any more.
+pub(crate) fn abandon() {
+    PRINTING.store(0, Ordering::Release);
+}
+
 #[doc(hidden)]
 pub fn _print(args: fmt::Arguments<'_>) {
+    let own = current() + 1;
+    // An interrupt handler or a panic may print while its own CPU does.
+    let nested = PRINTING.load(Ordering::Relaxed) == own;
+    while !nested
+        && PRINTING
+            .compare_exchange_weak(0, own, Ordering::Acquire, Ordering::Relaxed)
+            .is_err()
+    {
+        core::hint::spin_loop();
+    }
     let _ = Serial.write_fmt(args);
+    if !nested {
+        PRINTING.store(0, Ordering::Release);
+    }
 }

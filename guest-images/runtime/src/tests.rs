@@ -1,8 +1,8 @@
 //! Named cases, run one after the other.
 
-use crate::{cmdline, exit, interrupts, println};
+use crate::{cmdline, exit, interrupts, println, serial, smp};
 use core::fmt::Display;
-use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 /// A case: see [`crate::guest_test`].
 #[repr(C)]
@@ -24,6 +24,8 @@ static RUNNING: AtomicPtr<Case> = AtomicPtr::new(core::ptr::null_mut());
 static PASSED: AtomicUsize = AtomicUsize::new(0);
 static FAILED: AtomicUsize = AtomicUsize::new(0);
 static SKIPPED: AtomicUsize = AtomicUsize::new(0);
+/// A CPU has left the running case; the others find out.
+static LEFT: AtomicBool = AtomicBool::new(false);
 static NEXT: AtomicUsize = AtomicUsize::new(0);
 
 fn cases() -> &'static [Case] {
@@ -61,6 +63,7 @@ extern "C" fn go_on() -> ! {
             continue;
         }
         before_each();
+        LEFT.store(false, Ordering::SeqCst);
         RUNNING.store(core::ptr::from_ref(case).cast_mut(), Ordering::Relaxed);
         (case.run)();
         RUNNING.store(core::ptr::null_mut(), Ordering::Relaxed);
@@ -77,8 +80,14 @@ extern "C" fn go_on() -> ! {
     exit(u32::from(failed > 0))
 }
 
-/// Leaves the running case with its stack and goes on with the next one.
-fn abandon() -> ! {
+/// Leaves the running case, with all CPUs' stacks, and goes on with the next one, on the CPU that
+/// booted.
+pub(crate) fn leave() -> ! {
+    if smp::current() != 0 {
+        smp::leave();
+    }
+    smp::park_others();
+    serial::abandon();
     interrupts::abandon();
     // SAFETY: what is on the stack is never looked at again; interrupts off and a flat stack is
     // how every case starts.
@@ -100,9 +109,10 @@ pub fn skip(why: impl Display) -> ! {
     let case = RUNNING.swap(core::ptr::null_mut(), Ordering::Relaxed);
     // SAFETY: `go_on` stored a case of the program, which lives for ever, or null.
     if let Some(case) = unsafe { case.as_ref() } {
+        LEFT.store(true, Ordering::SeqCst);
         SKIPPED.fetch_add(1, Ordering::Relaxed);
         println!("test {} ... skipped ({why})", case.name);
-        abandon()
+        leave()
     }
     panic!("{why}, outside a case")
 }
@@ -112,10 +122,14 @@ pub(crate) fn failed(info: &core::panic::PanicInfo<'_>) {
     let case = RUNNING.swap(core::ptr::null_mut(), Ordering::Relaxed);
     // SAFETY: `go_on` stored a case of the program, which lives for ever, or null.
     let Some(case) = (unsafe { case.as_ref() }) else {
+        if LEFT.load(Ordering::SeqCst) {
+            leave()
+        }
         return;
     };
+    LEFT.store(true, Ordering::SeqCst);
     FAILED.fetch_add(1, Ordering::Relaxed);
     println!("test {} ... FAILED", case.name);
     println!("    {info}");
-    abandon()
+    leave()
 }

@@ -156,7 +156,8 @@ pub trait Vcpu {
         let _ = mode;
     }
     /// Asks for [`Exit::Pause`] when the guest spins: in loops of PAUSE where the hardware counts
-    /// them, else on each PAUSE. Off at first: a vCPU that has a core to itself may spin.
+    /// them, else on each PAUSE with AMD-V and never with VT-x. Off at first: a vCPU that has a core
+    /// to itself may spin.
     fn set_pause_exiting(&mut self, on: bool) {
         let _ = on;
     }

@@ -368,7 +368,7 @@ impl CoreTimer {
 /// and masks the two 8259A, which firmware may have left open.
 ///
 /// # Errors
-/// The I/O APIC's registers are not mapped, or it has no such pin.
+/// The I/O APIC's registers are not mapped, it has no such pin, or it does not reach the core.
 ///
 /// # Safety
 /// `registers` is the I/O APIC that the firmware named; nothing else drives it or the 8259As.
@@ -397,6 +397,9 @@ pub unsafe fn route_interrupt(
         }
     };
     let last_pin = access(1, None) >> 16 & 0xff;
+    if apic_id > LAST_XAPIC_ID {
+        return Err("the I/O APIC reaches ids up to 254 only");
+    }
     if u32::from(pin) > last_pin {
         return Err("the I/O APIC has no such pin");
     }
@@ -405,7 +408,7 @@ pub unsafe fn route_interrupt(
         unsafe { crate::power::Port::<u8>::new(port).write(0xff) };
     }
     let entry = 0x10 + 2 * u32::from(pin);
-    access(entry + 1, Some((apic_id & 0xff) << 24));
+    access(entry + 1, Some(apic_id << 24));
     access(entry, Some(vector.into()));
     Ok(())
 }

@@ -8,7 +8,7 @@
 //! What happens outside of the board is asked for in [`Actions`]. Deadlines are kept per device,
 //! so that [`Board::next_event`] is a load.
 
-use alloc::{vec, vec::Vec};
+use alloc::{boxed::Box, vec, vec::Vec};
 use core::ops::Range;
 
 use arch::{Nanos, Vector};
@@ -20,12 +20,13 @@ use crate::{
     hpet::{Hpet, Output, Route},
     i8042::{I8042, Request},
     map,
-    pci::{Pci, PciState},
+    pci::{DeviceFunction, Pci, PciState},
     pic::PicPair,
     pit::Pit,
     pm::{Pm, ResetControl},
     rtc::Rtc,
     uart::Uart,
+    watchdog::Watchdog,
 };
 
 /// What a board is made of.
@@ -45,6 +46,8 @@ pub struct BoardConfig {
     pub debug_exit: bool,
     /// Whether port 0xe9 prints.
     pub debug_console: bool,
+    /// Whether there is a watchdog.
+    pub watchdog: bool,
 }
 
 /// Who asked for a reset.
@@ -70,6 +73,8 @@ pub struct Actions {
     pub reset: Option<ResetCause>,
     /// The guest ends with this code, by port 0xf4.
     pub exit_code: Option<u32>,
+    /// The watchdog ran out.
+    pub watchdog: bool,
     /// There is something for [`Board::console_output`].
     pub console: bool,
 }
@@ -192,6 +197,13 @@ impl Board {
             deadlines: [Nanos::NEVER; TIMED],
             next: Nanos::NEVER,
         };
+        if config.watchdog
+            && let Some(place) = DeviceFunction::new(map::WATCHDOG_DEVICE, 0)
+            && let Some(watchdog) = Watchdog::new()
+        {
+            // The bus is empty.
+            let _ = board.pci.plug(place, Box::new(watchdog));
+        }
         board.carry_all(Nanos::ZERO);
         board
     }
@@ -593,6 +605,9 @@ impl Board {
             hpet.tick(now);
         }
         self.pci.tick(now);
+        if self.pci.take_expiry() {
+            self.act(|actions| actions.watchdog = true);
+        }
         self.carry_lines();
         self.next = self.next.max(now + MIN_TICK);
     }
@@ -824,6 +839,7 @@ impl Board {
                 power_off: false,
                 reset: None,
                 exit_code: None,
+                watchdog: false,
                 console: false,
             },
         )
@@ -883,6 +899,7 @@ mod tests {
         hpet: true,
         debug_exit: true,
         debug_console: true,
+        watchdog: false,
     };
     const T: Nanos = Nanos(1_000_000);
 

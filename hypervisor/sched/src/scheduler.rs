@@ -366,12 +366,19 @@ impl Scheduler {
             }
         }
         // Those with the fewest cores to choose from choose first.
-        let mut order: Vec<u16> = (0..vcpus).collect();
         let allowed =
             |index: u16, owned: &CoreSet| policy.cores_of(index).and(&self.present).minus(owned);
-        order.sort_by_key(|index| allowed(*index, &owned).len());
-        let mut planned = alloc::vec![0; usize::from(vcpus)];
-        for index in order {
+        let choices: Vec<u32> = (0..vcpus)
+            .map(|index| allowed(index, &owned).len())
+            .collect();
+        let mut planned = alloc::vec![u16::MAX; usize::from(vcpus)];
+        for _ in 0..vcpus {
+            let open = (0u16..)
+                .zip(planned.iter().zip(&choices))
+                .filter(|(_, (home, _))| **home == u16::MAX);
+            let Some((index, _)) = open.min_by_key(|(_, (_, choices))| **choices) else {
+                break;
+            };
             let cores = allowed(index, &owned);
             if cores.is_empty() {
                 return Err(PolicyError::NoCore { index });

@@ -195,6 +195,25 @@ impl World {
         }
     }
 
+    /// Ends a VM as a kernel does: its vCPUs leave their cores, then it is forgotten.
+    pub fn remove(&mut self, vm: u16) {
+        let now = Nanos(self.now);
+        for at in 0..self.tasks.len() {
+            let task = &mut self.tasks[at];
+            if task.vcpu.vm == VmId(vm) {
+                let (vcpu, on) = (task.vcpu, task.on.take());
+                self.scheduler.sleep(vcpu, Nanos::NEVER, now);
+                if let Some(core) = on {
+                    self.cores[usize::from(core)].task = None;
+                    self.plan(core, self.now);
+                    self.cores[usize::from(core)].kicked = true;
+                }
+            }
+        }
+        self.scheduler.remove_vm(VmId(vm));
+        self.interrupt();
+    }
+
     /// Wakes a vCPU from outside.
     pub fn wake(&mut self, vm: u16, index: u16) {
         let vcpu = VcpuId {

@@ -317,8 +317,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         board.console_output(&mut |bytes| host.output(bytes));
         let actions = board.take_actions();
         self.vm.board_done(&board);
+        drop(board);
         let end = if let Some(code) = actions.exit_code {
             End::DebugExit(code)
+        } else if actions.watchdog {
+            self.report("its watchdog ran out")
         } else if actions.power_off {
             End::PoweredOff
         } else if actions.reset.is_some() {

@@ -300,11 +300,13 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             wall_clock: setup.wall_clock,
             debug_exit: config.devices.debug_exit,
             debug_console: config.devices.debug_console,
+            watchdog: config.devices.watchdog,
         });
         let rsdp = acpi::install(
             &AcpiConfig {
                 vcpus: config.vcpus,
                 hpet: true,
+                watchdog: config.devices.watchdog,
             },
             &mut memory,
         )

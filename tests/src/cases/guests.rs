@@ -27,7 +27,7 @@ debug_exit = true
     ..Case::BASE
 };
 
-const CONFORMANCE: Case = Case {
+pub(super) const CONFORMANCE: Case = Case {
     group: "conformance",
     load: Load::Bundle {
         config: &[r#"

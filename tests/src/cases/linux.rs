@@ -239,4 +239,40 @@ pub(super) const CASES: &[Case] = &[
         end: Ending::Dialogue,
         ..LINUX
     },
+    // The kernel's own driver for ACPI's watchdog table drives ours: nothing happens while somebody
+    // strokes it, and the VM has crashed when nobody does.
+    Case {
+        name: "watchdog",
+        load: Load::Bundle {
+            config: &[r#"
+[[vm]]
+name = "linux"
+kind = "linux"
+kernel = "vmlinuz"
+initrd = "initrd.cpio"
+cmdline = "console=ttyS0"
+memory = "256MiB"
+devices.watchdog = true
+"#],
+            files: FILES,
+            spoil: None,
+        },
+        steps: &[
+            UP,
+            PROMPT,
+            Send("for m in watchdog wdat_wdt; do insmod /lib/modules/$m.ko; done; echo is-$?\n"),
+            Expect("^is-0$"),
+            PROMPT,
+            Send("watchdog -T 2 -t 1 /dev/watchdog0; sleep 6; echo still-$?\n"),
+            Expect("^still-0$"),
+            Send("dmesg; echo is-$?\n"),
+            Expect("^is-0$"),
+            Refuse(FAULTS),
+            PROMPT,
+            Send("killall -9 watchdog\n"),
+            Expect(r"^tessera\| vm linux: crashed: its watchdog ran out"),
+        ],
+        end: Ending::Closing(101),
+        ..LINUX
+    },
 ];

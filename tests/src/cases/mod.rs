@@ -6,11 +6,12 @@ mod console;
 mod guests;
 mod hostile;
 mod linux;
+mod smp;
 
 use crate::dialogue::Case;
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 7] = [
+pub const GROUPS: [(&str, &str); 8] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -21,6 +22,7 @@ pub const GROUPS: [(&str, &str); 7] = [
         "linux",
         "Debian's kernel to a shell, and a dialogue with it",
     ),
+    ("smp", "several CPUs in one guest"),
     ("hostile", "guests that try everything, and harm nobody"),
     (
         "console",
@@ -38,6 +40,7 @@ pub fn all() -> Vec<&'static Case> {
         linux::CASES,
         guests::CASES,
         boot::CASES,
+        smp::CASES,
         hostile::CASES,
         console::CASES,
         bad_input::CASES,

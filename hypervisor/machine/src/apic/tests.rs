@@ -539,13 +539,13 @@ fn messages_reach_those_they_are_for() {
 /// Senders on other threads: no vector is lost, and none is kept from its vCPU for want of a kick.
 #[test]
 fn nothing_is_lost_between_threads() {
-    use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use core::sync::atomic::{AtomicU64, Ordering};
     const ROUNDS: u64 = 20_000;
     let mut apics = Apics::new(2, TscClock::new(1_000_000));
     apics.write_mmio(1, 0xf0, 0x1ff, NOW);
     apics.take_kicks();
     let fabric = apics.router.fabric().clone();
-    let (done, kicked) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (done, kicked) = (AtomicU64::new(0), AtomicU64::new(0));
     let mut apic = apics.local.remove(1);
     std::thread::scope(|scope| {
         for vector in [0x40, 0x81] {
@@ -555,17 +555,13 @@ fn nothing_is_lost_between_threads() {
                     assert!(fabric.deliver(&fixed(vector, 1)));
                     kicked.fetch_or(fabric.take_kicks(), Ordering::SeqCst);
                 }
-                done.store(true, Ordering::SeqCst);
+                done.fetch_add(1, Ordering::SeqCst);
             });
         }
         let mut taken = 0;
-        let mut idle = 0;
-        while idle < 2 {
-            idle = if done.load(Ordering::SeqCst) {
-                idle + 1
-            } else {
-                0
-            };
+        let mut last = false;
+        while !last {
+            last = done.load(Ordering::SeqCst) == 2;
             if kicked.swap(0, Ordering::SeqCst) & 0b10 != 0 {
                 fabric.collect(&mut apic);
                 while apic.pending().is_some() {

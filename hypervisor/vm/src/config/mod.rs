@@ -442,6 +442,13 @@ impl fmt::Display for Hint<'_> {
 /// # Errors
 /// What fails the whole file. The errors of one `[[vm]]` are in [`Config::vms`].
 pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
+    checked(text, file).map_err(|error| *error)
+}
+
+/// An error in a box is cheap to hand on, which is what most of the checks do.
+type Checked<T> = Result<T, Box<ConfigError>>;
+
+fn checked(text: &str, file: &str) -> Checked<Config> {
     let source = Source { text, file };
     let root = document::parse(text)
         .map_err(|error| source.error(error.at, Problem::Syntax(error.message)))?;
@@ -471,9 +478,9 @@ pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
                 Data::Table(table) => table.get("name").and_then(Node::text),
                 _ => None,
             };
-            vm(&value, index, &mut taken).map_err(|error| ConfigError {
-                vm: name.map(Into::into),
-                ..error
+            vm(&value, index, &mut taken).map_err(|mut error| {
+                error.vm = name.map(Into::into);
+                *error
             })
         })
         .collect();
@@ -526,7 +533,7 @@ struct Taken<'a> {
 }
 
 /// Checks one `[[vm]]`. Its name, if well formed, is taken even if something else is wrong.
-fn vm<'a>(value: &Value<'a>, index: usize, taken: &mut Taken<'a>) -> Result<VmConfig, ConfigError> {
+fn vm<'a>(value: &Value<'a>, index: usize, taken: &mut Taken<'a>) -> Checked<VmConfig> {
     if index >= MAX_VMS {
         return Err(value.error(Problem::TooManyVms { number: index + 1 }));
     }
@@ -611,7 +618,7 @@ const ON_END: &[(&str, OnEnd)] = &[
 ];
 
 /// How and where the vCPUs of a VM run.
-fn scheduling(vm: &Section<'_>, vcpus: u32, position: Position) -> Result<Scheduling, ConfigError> {
+fn scheduling(vm: &Section<'_>, vcpus: u32, position: Position) -> Checked<Scheduling> {
     // By name first, as the real-time class has values of its own.
     let class = vm.one_of("class", "fair", CLASSES)?;
     // Keys that mean nothing beside others: key, why, and whether that holds here.
@@ -719,13 +726,14 @@ impl Source<'_> {
         }
     }
 
-    fn error(&self, at: usize, problem: Problem) -> ConfigError {
-        ConfigError {
+    #[cold]
+    fn error(&self, at: usize, problem: Problem) -> Box<ConfigError> {
+        Box::new(ConfigError {
             file: self.file.into(),
             position: self.position(at),
             vm: None,
             problem,
-        }
+        })
     }
 }
 
@@ -744,7 +752,7 @@ impl<'a> Section<'a> {
         at: usize,
         name: &'static str,
         valid: &'static [&'static str],
-    ) -> Result<Self, ConfigError> {
+    ) -> Checked<Self> {
         let unknown = table
             .keys()
             .filter(|key| !valid.contains(&key.name.as_ref()))
@@ -777,7 +785,7 @@ impl<'a> Section<'a> {
         })
     }
 
-    fn need(&self, key: &'static str, wanted: &str) -> Result<Value<'a>, ConfigError> {
+    fn need(&self, key: &'static str, wanted: &str) -> Checked<Value<'a>> {
         self.get(key).ok_or_else(|| {
             let wanted = wanted.to_owned();
             self.source.error(
@@ -796,7 +804,7 @@ impl<'a> Section<'a> {
         key: &'static str,
         name: &'static str,
         valid: &'static [&'static str],
-    ) -> Result<Self, ConfigError> {
+    ) -> Checked<Self> {
         let Some(value) = self.get(key) else {
             return Ok(Self {
                 source: self.source,
@@ -811,7 +819,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    fn boolean(&self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
+    fn boolean(&self, key: &'static str, default: bool) -> Checked<bool> {
         self.get(key)
             .map_or(Ok(default), |value| match value.value.data {
                 Data::Boolean(flag) => Ok(flag),
@@ -819,28 +827,15 @@ impl<'a> Section<'a> {
             })
     }
 
-    fn number(
-        &self,
-        key: &'static str,
-        range: RangeInclusive<u32>,
-    ) -> Result<Option<u32>, ConfigError> {
+    fn number(&self, key: &'static str, range: RangeInclusive<u32>) -> Checked<Option<u32>> {
         self.get(key).map(|value| value.number(range)).transpose()
     }
 
-    fn choice<T: Copy>(
-        &self,
-        key: &'static str,
-        choices: &[(&str, T)],
-    ) -> Result<Option<T>, ConfigError> {
+    fn choice<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Checked<Option<T>> {
         self.get(key).map(|value| value.one_of(choices)).transpose()
     }
 
-    fn one_of<T: Copy>(
-        &self,
-        key: &'static str,
-        default: T,
-        choices: &[(&str, T)],
-    ) -> Result<T, ConfigError> {
+    fn one_of<T: Copy>(&self, key: &'static str, default: T, choices: &[(&str, T)]) -> Checked<T> {
         Ok(self.choice(key, choices)?.unwrap_or(default))
     }
 }
@@ -857,12 +852,13 @@ impl<'a> Value<'a> {
         self.source.position(self.value.at)
     }
 
-    fn error(&self, problem: Problem) -> ConfigError {
+    fn error(&self, problem: Problem) -> Box<ConfigError> {
         self.source.error(self.value.at, problem)
     }
 
     /// This value is not `wanted`.
-    fn wrong(&self, wanted: &str) -> ConfigError {
+    #[cold]
+    fn wrong(&self, wanted: &str) -> Box<ConfigError> {
         let found = match &self.value.data {
             Data::Text(text) => format!("{:?}", clip(text)),
             Data::Integer(digits, _) => clip(digits),
@@ -878,7 +874,7 @@ impl<'a> Value<'a> {
         })
     }
 
-    fn text(&self, wanted: &str) -> Result<&'a str, ConfigError> {
+    fn text(&self, wanted: &str) -> Checked<&'a str> {
         self.value.text().ok_or_else(|| self.wrong(wanted))
     }
 
@@ -890,7 +886,7 @@ impl<'a> Value<'a> {
         range.contains(&number).then_some(number)
     }
 
-    fn number(&self, range: RangeInclusive<u32>) -> Result<u32, ConfigError> {
+    fn number(&self, range: RangeInclusive<u32>) -> Checked<u32> {
         self.integer(&range).ok_or_else(|| {
             let (first, last) = range.into_inner();
             self.wrong(&format!("a number from {first} to {last}"))
@@ -898,7 +894,7 @@ impl<'a> Value<'a> {
     }
 
     /// A whole number and a unit, multiplied; `None` if it is none or too large.
-    fn quantity(&self, units: &[(&str, u64)], rule: &str) -> Result<u64, ConfigError> {
+    fn quantity(&self, units: &[(&str, u64)], rule: &str) -> Checked<u64> {
         let text = self.text(rule)?;
         let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
         let (number, unit) = text.split_at(digits);
@@ -909,7 +905,7 @@ impl<'a> Value<'a> {
     }
 
     /// A span of time in nanoseconds.
-    fn span(&self, range: RangeInclusive<u64>) -> Result<u64, ConfigError> {
+    fn span(&self, range: RangeInclusive<u64>) -> Checked<u64> {
         let nanos = self.quantity(SPANS, SPAN_RULE)?;
         if range.contains(&nanos) {
             return Ok(nanos);
@@ -924,7 +920,7 @@ impl<'a> Value<'a> {
     }
 
     /// Cores: a number, a text such as `"0-3,6"`, or an array of both.
-    fn cores(&self) -> Result<CoreSet, ConfigError> {
+    fn cores(&self) -> Checked<CoreSet> {
         let rule = "cores 0 to 255, as in [0, 2, \"4-7\"] or \"0-3,6\"";
         let mut set = CoreSet::default();
         let list = match &self.value.data {
@@ -946,7 +942,7 @@ impl<'a> Value<'a> {
     }
 
     /// One core for each vCPU, with `apart` all of them different.
-    fn pins(&self, vcpus: u32, apart: bool) -> Result<Vec<u16>, ConfigError> {
+    fn pins(&self, vcpus: u32, apart: bool) -> Checked<Vec<u16>> {
         let list = match &self.value.data {
             Data::Array(list) if list.len() == vcpus as usize => list,
             _ => {
@@ -966,7 +962,7 @@ impl<'a> Value<'a> {
         Ok(pins)
     }
 
-    fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Result<T, ConfigError> {
+    fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Checked<T> {
         let text = self.value.text();
         let found = choices.iter().find(|(name, _)| Some(*name) == text);
         found.map(|(_, choice)| *choice).ok_or_else(|| {
@@ -978,7 +974,7 @@ impl<'a> Value<'a> {
         })
     }
 
-    fn vm_name(&self) -> Result<&'a str, ConfigError> {
+    fn vm_name(&self) -> Checked<&'a str> {
         let name = self.text(NAME_RULE)?;
         let valid = |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
         if (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(valid) {
@@ -988,7 +984,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    fn image(&self) -> Result<ImageName, ConfigError> {
+    fn image(&self) -> Checked<ImageName> {
         let rule = "a file name of 1 to 255 bytes without control characters";
         let name = self.text(rule)?;
         if (1..=MAX_IMAGE_NAME).contains(&name.len()) && !name.contains(char::is_control) {
@@ -1001,7 +997,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    fn images(&self) -> Result<Vec<ImageName>, ConfigError> {
+    fn images(&self) -> Checked<Vec<ImageName>> {
         match &self.value.data {
             Data::Array(list) if list.len() <= MAX_MODULES => {
                 list.iter().map(|value| self.entry(value).image()).collect()
@@ -1010,7 +1006,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    fn cmdline(&self) -> Result<String, ConfigError> {
+    fn cmdline(&self) -> Checked<String> {
         let line = self.text("a string")?;
         if line.len() > MAX_CMDLINE {
             let rule = format!("at most {MAX_CMDLINE} bytes long (it has {})", line.len());
@@ -1022,7 +1018,7 @@ impl<'a> Value<'a> {
         Ok(line.to_owned())
     }
 
-    fn memory(&self) -> Result<u64, ConfigError> {
+    fn memory(&self) -> Checked<u64> {
         match self.quantity(SIZES, MEMORY_RULE)? {
             bytes if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) => {
                 Err(self.wrong("between 1MiB and 1TiB"))
@@ -1032,7 +1028,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    fn success_code(&self) -> Result<u32, ConfigError> {
+    fn success_code(&self) -> Checked<u32> {
         self.integer(&(0..=u32::MAX))
             .filter(|code| code & 1 == 1)
             .ok_or_else(|| self.wrong("an odd number: writing v to port 0xf4 gives (v << 1) | 1"))
