@@ -21,4 +21,4 @@ pub use clock::{ClockError, TscFrequency, calibrate, rdtsc, rdtsc_ordered, tsc_i
 pub use direct_map::DirectMap;
 pub use rtc::wall_clock;
 pub use screen::{Framebuffer, Screen};
-pub use serial::Serial;
+pub use serial::{ComPort, Serial, SerialError};

@@ -154,6 +154,8 @@ fn fail(reason: &str) -> ! {
 /// Stops the other cores, prints the last line and leaves the machine as the configuration says.
 pub fn end(status: u32, reason: &str) -> ! {
     cores::stop_others();
+    // What guests have said goes before the last line.
+    console::drain();
     console::say(format_args!("end: status={status} {reason}"));
     console::drain();
     // An emulator may hold the last characters back for some milliseconds more.
@@ -342,7 +344,9 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
         // SAFETY: the I/O APIC is the one the MADT names, and ours.
         unsafe { hw::route_interrupt(map, registers, gsi, hw::SERIAL_VECTOR, apic.id()) }
     });
-    if !matches!(routed, Some(Ok(()))) {
+    if matches!(routed, Some(Ok(()))) {
+        console::use_interrupt();
+    } else {
         info!("serial port: no interrupt, so it is polled");
         run::poll_serial();
     }

@@ -2,7 +2,7 @@
 //! or the watchdog knows whether the work under way may be abandoned.
 //!
 //! Locks are held for a few instructions, never across a guest's entry, and are taken in the order
-//! console → frames → heap.
+//! console's line → its rings → frames → heap.
 
 use core::ops::{Deref, DerefMut};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -68,6 +68,18 @@ impl<T> Lock<T> {
             guard,
             _counted: counted,
         }
+    }
+
+    /// Takes the lock if it is free.
+    pub fn try_lock(&self) -> Option<Held<'_, T>> {
+        let counted = Counted::new();
+        let guard = self.mutex.try_lock()?;
+        self.holder.store(me(), Ordering::Relaxed);
+        Some(Held {
+            lock: self,
+            guard,
+            _counted: counted,
+        })
     }
 
     /// Opens the lock again if this core holds it.

@@ -13,6 +13,7 @@ use alloc::vec::Vec;
 use arch::Nanos;
 use core::sync::atomic::Ordering;
 use log::{error, info, warn};
+use monitor::command::Command;
 use sched::{CoreId, CoreSet, Policy, VcpuId, VmId};
 use vm::bundle::Bundle;
 use vm::config::{Class, Config, MAX_VMS, Placement, Scheduling, VmConfig};
@@ -87,7 +88,7 @@ impl Manager {
 
     /// Adds a VM and starts it.
     fn add(&mut self, config: &VmConfig) {
-        let number = console::add_guest(&config.name);
+        let number = console::add_guest(&config.name, config.console_port);
         let cores = self.machine.host.cores.len() as u32;
         let mut life = Life::new(config.into());
         let fits = config.check_cores("tessera.toml", cores);
@@ -388,8 +389,8 @@ impl Manager {
         while let Some(request) = console::poll() {
             match request {
                 Request::Leave => return true,
-                Request::Command(line) => {
-                    if self.monitor(&line) {
+                Request::Command(command) => {
+                    if self.monitor(command) {
                         return true;
                     }
                 }
@@ -431,33 +432,26 @@ impl Manager {
         self.machine.kick_touched(&live);
     }
 
-    /// Carries out a line typed at the monitor; `true` means leave.
-    fn monitor(&mut self, line: &str) -> bool {
-        let mut words = line.split_whitespace();
-        let (verb, name) = (words.next().unwrap_or(""), words.next());
-        let found = self
-            .vms
-            .iter()
-            .position(|vm| Some(vm.config.name.as_str()) == name);
-        let request = match verb {
-            "start" => Some(Ask::Start),
-            "pause" => Some(Ask::Pause),
-            "resume" => Some(Ask::Resume),
-            "button" | "shutdown" => Some(Ask::Shutdown),
-            "reset" => Some(Ask::Reset),
-            "stop" => Some(Ask::Stop),
-            _ => None,
+    /// Carries out what was typed at the monitor; `true` means leave.
+    fn monitor(&mut self, command: Command) -> bool {
+        let (number, request) = match command {
+            Command::Quit | Command::PowerOff => return true,
+            Command::List => {
+                self.list();
+                return false;
+            }
+            Command::Start(number) => (number, Ask::Start),
+            Command::Pause(number) => (number, Ask::Pause),
+            Command::Resume(number) => (number, Ask::Resume),
+            Command::Shutdown(number) => (number, Ask::Shutdown),
+            Command::Reset(number) => (number, Ask::Reset),
+            Command::Stop(number) => (number, Ask::Stop),
+            _ => {
+                console::reply(format_args!("this command has no effect yet"));
+                return false;
+            }
         };
-        match (verb, name, request, found) {
-            ("", ..) => {}
-            ("quit" | "exit", None, ..) => return true,
-            ("list", None, ..) => self.list(),
-            (_, Some(_), Some(request), Some(number)) => self.ask(number, request),
-            (_, Some(name), Some(_), None) => warn!("no VM `{name}`"),
-            _ => console::say(format_args!(
-                "list | start VM | pause VM | resume VM | button VM | reset VM | stop VM | quit"
-            )),
-        }
+        self.ask(number, request);
         false
     }
 
