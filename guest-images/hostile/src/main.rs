@@ -70,6 +70,7 @@ const WAYS: &[(&str, fn(), Fate)] = &[
     ("without-pe", state::without_pe, Any),
     ("without-pg", state::without_pg, Any),
     ("without-pae", state::without_pae, Any),
+    ("reserved-bits", state::reserved_bits, Any),
     ("cr-bits", state::cr_bits, Survives),
     ("msr-storm", devices::msr_storm, Survives),
     ("msr-random", state::msr_random, Survives),

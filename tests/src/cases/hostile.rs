@@ -159,7 +159,7 @@ pub(super) const CASES: &[Case] = &[
         &[
             attacker!(
                 "hostile",
-                "port-storm io-all-ports apic-chaos timer-storm self-ipi-loop eoi-storm ipi-flood \
+                "port-storm io-all-ports apic-chaos self-ipi-loop eoi-storm ipi-flood \
                  nmi-flood controller-race"
             ),
             heartbeat!("60"),
@@ -193,6 +193,7 @@ pub(super) const CASES: &[Case] = &[
             attacker!("task-gate", "after=2200 task-gate"),
             attacker!("task-iret", "after=2400 task-iret"),
             attacker!("pe", "after=2600 without-pe"),
+            attacker!("reserved", "after=2800 reserved-bits"),
             attacker!("halt", "after=3000 cli-hlt"),
             heartbeat!("34"),
         ],
@@ -210,6 +211,9 @@ pub(super) const CASES: &[Case] = &[
             Expect(r"^tessera\| vm task-gate: (crashed: .*task switch|ended: debug exit, code 1$)"),
             Expect(r"^tessera\| vm task-iret: (crashed: .*task switch|ended: debug exit, code 1$)"),
             Expect(r"^tessera\| vm pe: (crashed: .*refused to enter|ended: debug exit, code 1$)"),
+            Expect(
+                r"^tessera\| vm reserved: (crashed: .*refused to enter|ended: debug exit, code 1$)",
+            ),
             Expect(r"^tessera\| vm halt: ended: halted with interrupts off"),
             BEATEN,
         ],
