@@ -11,7 +11,8 @@ use guest_runtime::{Page, load_idt, segments};
 
 core::arch::global_asm!(
     ".macro try bytes:vararg",
-    "mov ebp, offset 9f",
+    ".byte 0xbd", // mov ebp, imm32
+    ".long 9f",
     ".byte \\bytes",
     "9:",
     ".endm",
@@ -68,7 +69,8 @@ core::arch::global_asm!(
     "mov rax, cr4",
     "mov [hostile_cr4], rax",
     "push 0x18",
-    "push offset 2f",
+    ".byte 0x68", // push imm32
+    ".long 2f",
     ".byte 0x48, 0xcb", // retfq
     ".code32",
     "2:",
@@ -153,6 +155,7 @@ core::arch::global_asm!(
     "mov cr0, eax",
     "jmp hostile_triple",
     "hostile_virt32:",
+    "lgdt [hostile_gdt_pointer]",
     "lidt [hostile_idt]",
     "mov [hostile_sp], esp",
     "mov eax, [hostile_pd]",
@@ -260,7 +263,8 @@ core::arch::global_asm!(
     "push ecx",
     "push 0x40002", // AC
     "push 0x3b",
-    "push offset 2f",
+    ".byte 0x68", // push imm32
+    ".long 2f",
     "iretd",
     "2:",
     "mov eax, [esp]",

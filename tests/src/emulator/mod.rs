@@ -99,6 +99,9 @@ pub enum Pace {
     WallClock,
     /// One instruction is one tick of the TSC, so that RDTSC counts instructions.
     Counted,
+    /// Time goes by instructions as well, but at about the pace at which the emulator carries them
+    /// out where many of them are exits: what a guest measures does not depend on the host's load.
+    Even,
 }
 
 /// What the machine's firmware says of its virtualization extension.
