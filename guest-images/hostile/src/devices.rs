@@ -377,10 +377,10 @@ pub fn controller_race() {
             unsafe {
                 match value & 7 {
                     0 => {
-                        // Channel 0, rate generator, some microseconds.
+                        // Channel 0, rate generator, from 200 µs up: time for a handler anywhere.
                         outb(0x43, 0x34);
-                        outb(0x40, (value >> 8) as u8 | 4);
-                        outb(0x40, 0);
+                        outb(0x40, (value >> 8) as u8);
+                        outb(0x40, 1);
                     }
                     1 => {
                         // ICW1 to ICW4 of the master, in an order that another CPU may break up.
