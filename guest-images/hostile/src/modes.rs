@@ -11,6 +11,7 @@ use guest_runtime::{Page, load_idt, segments};
 
 core::arch::global_asm!(
     ".macro try bytes:vararg",
+    "mov eax, [hostile_pd]",
     ".byte 0xbd", // mov ebp, imm32
     ".long 9f",
     ".byte \\bytes",

@@ -386,7 +386,7 @@ pub fn debug_shadow() {
     // A halt in the shadow, with a timer that ends it.
     set_lapic(reg::DIVIDE, 0xb);
     set_lapic(reg::LVT_TIMER, 1 << 17 | 0x50);
-    set_lapic(reg::INITIAL, 20_000);
+    set_lapic(reg::INITIAL, 1_000_000);
     both!("sti", "hlt");
     stepped!("sti", "hlt");
     stepped!("mov ss, word ptr [rsi]", "sti", "hlt");
