@@ -53,10 +53,13 @@ impl Console {
         for &byte in bytes {
             match (self.escape, byte) {
                 (Escape::None, 0x1b) => self.escape = Escape::Started,
-                (Escape::None, b'\r' | 0) => {}
+                // Nor do the shifts between character sets print.
+                (Escape::None, b'\r' | 0 | 0x0e | 0x0f) => {}
                 (Escape::None, _) => self.partial.push(byte),
                 (Escape::Started, b'[') => self.escape = Escape::Control,
                 (Escape::Control, 0x20..=0x3f) => {}
+                // `ESC ( B` and the like: one more byte belongs to it.
+                (Escape::Started, 0x20..=0x2f) => {}
                 _ => self.escape = Escape::None,
             }
         }
@@ -109,7 +112,10 @@ impl Console {
     /// Tessera's closing line, once it has come in whole.
     pub fn end(&self) -> Option<End> {
         let tail = self.since(self.position().saturating_sub(64 << 10));
-        let (_, line) = tail.rsplit_once("tessera| end: status=")?;
+        let line = match tail.rsplit_once("\ntessera| end: status=") {
+            Some((_, line)) => line,
+            None => tail.strip_prefix("tessera| end: status=")?,
+        };
         let (line, _) = line.split_once('\n')?;
         let (status, reason) = line.split_once(' ').unwrap_or((line, ""));
         Some(End {
@@ -144,8 +150,13 @@ mod tests {
     #[test]
     fn the_closing_line_counts_when_it_is_whole() {
         let mut console = Console::default();
-        console.feed(b"~ # tessera| end: stat\ntessera| end: status=101 vm linux crashed");
-        assert_eq!(console.end(), None);
+        console
+            .feed(b"~ # tessera| end: status=0\n\x1b(Btessera| end: status=101 vm linux crashed");
+        assert_eq!(
+            console.end(),
+            None,
+            "not at the start of a line, and not whole"
+        );
         console.feed(b"\r\n");
         let end = console.end().expect("a whole line");
         assert_eq!((end.status, end.reason.as_str()), (101, "vm linux crashed"));

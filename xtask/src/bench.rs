@@ -8,6 +8,8 @@
 //! The guest prints `bench <case> <value> <unit>`, the hypervisor `tessera| bench <name> <value>
 //! <unit>`.
 
+mod sched;
+
 use std::fmt::Write;
 use std::fs;
 use std::time::{Duration, Instant};
@@ -22,10 +24,16 @@ use crate::progress::{note, step};
 use crate::select::{On, need_emulator};
 
 /// The benches, with what they measure.
-pub const NAMES: [(&str, &str); 1] = [(
-    "exits",
-    "instructions per exit, by kind; bytes and instructions of the hypervisor itself",
-)];
+pub const NAMES: [(&str, &str); 2] = [
+    (
+        "exits",
+        "instructions per exit, by kind; bytes and instructions of the hypervisor itself",
+    ),
+    (
+        "sched",
+        "what a scheduler's decision costs, how well it shares, how soon who is woken runs",
+    ),
+];
 
 /// What a run may take; Bochs needs most of it under load.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -138,6 +146,15 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
             .collect();
         bail!("no bench is called `{name}`; known: {}", known.join(", "));
     }
+    let mut good = true;
+    if request.name.is_none_or(|name| name == "sched") {
+        let (figures, within) = step("bench sched on this host", |_| Ok(sched::measure()))?;
+        good &= within;
+        print!("{}", sched_text(&figures, request.json));
+    }
+    if request.name == Some("sched") {
+        return Ok(good);
+    }
     let emulators = match request.on {
         None => vec![Emulator::Bochs, Emulator::QemuTcg],
         Some(On::Bochs) => vec![Emulator::Bochs],
@@ -155,7 +172,6 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
     factory.image_of(Kernel::Tessera, &bundle, &disk)?;
     let kernel = u64::try_from(factory.tessera()?.len())?;
 
-    let mut good = true;
     for emulator in emulators {
         need_emulator(emulator, Firmware::Bios)?;
         let console = step(&format!("bench exits on {emulator}"), |_| {
@@ -189,7 +205,7 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
         });
         good &= all.iter().all(|f| within(emulator, f) != Some(false));
         let text = if request.json {
-            json(emulator, &all)
+            json("exits", emulator.name(), &all)
         } else {
             table(emulator, &all)
         };
@@ -325,14 +341,25 @@ fn table(emulator: Emulator, figures: &[Figure]) -> String {
     out
 }
 
-fn json(emulator: Emulator, figures: &[Figure]) -> String {
+fn sched_text(figures: &[Figure], as_json: bool) -> String {
+    if as_json {
+        return json("sched", "host", figures);
+    }
+    let mut out = "\nsched on this host: a machine of virtual time\n".to_owned();
+    for Figure { case, value, unit } in figures {
+        let _ = writeln!(out, "{case:24} {value:>10} {unit}");
+    }
+    out
+}
+
+fn json(bench: &str, on: &str, figures: &[Figure]) -> String {
     let mut out = String::new();
     for Figure { case, value, unit } in figures {
         // Names come from programs of ours, but a quote must not break the line.
         let plain = |s: &str| s.replace(['"', '\\'], "_");
         let _ = writeln!(
             out,
-            r#"{{"bench":"exits","case":"{}","on":"{emulator}","value":{value},"unit":"{}"}}"#,
+            r#"{{"bench":"{bench}","case":"{}","on":"{on}","value":{value},"unit":"{}"}}"#,
             plain(case),
             plain(unit)
         );
@@ -377,6 +404,6 @@ mod tests {
         assert_eq!(verdicts.get("memory"), Some(&None));
         let line =
             r#"{"bench":"exits","case":"cpuid","on":"bochs","value":120,"unit":"instructions"}"#;
-        assert!(json(Emulator::Bochs, &all).lines().any(|l| l == line));
+        assert!(json("exits", "bochs", &all).lines().any(|l| l == line));
     }
 }

@@ -19,6 +19,12 @@ use crate::toolchain::Workspace;
 const KERNEL: &str = "linux-image-cloud-amd64";
 /// The package with the guest's whole userspace.
 const BUSYBOX: &str = "busybox-static";
+/// The kernel's modules that go with it, in the order in which they are loaded; they are in
+/// `/lib/modules`, for whoever wants them.
+const MODULES: &[&str] = &[
+    "drivers/watchdog/watchdog.ko",
+    "drivers/watchdog/wdat_wdt.ko",
+];
 /// What runs in the guest as process 1.
 const INIT: &str = include_str!("init.sh");
 
@@ -56,8 +62,18 @@ pub fn prepare(workspace: &Workspace) -> Result<Linux> {
     }
     let busybox = find_busybox().with_context(|| format!("{BUSYBOX} holds no bin/busybox"))?;
     let busybox = fs::read(&busybox).with_context(|| format!("reading {}", busybox.display()))?;
+    let mut modules = Vec::new();
+    if let Some(package) = kernel.parent().and_then(Path::parent) {
+        for module in MODULES {
+            let path = package.join("lib/modules").join(&release).join("kernel");
+            let path = path.join(module);
+            let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+            let name = module.rsplit('/').next().unwrap_or(module);
+            modules.push((format!("lib/modules/{name}"), bytes));
+        }
+    }
     let initrd = dir.join("initrd.cpio");
-    let bytes = initramfs(&busybox, INIT);
+    let bytes = initramfs(&busybox, INIT, &modules);
     if fs::read(&initrd).ok().as_deref() != Some(&bytes) {
         fs::write(&initrd, &bytes).with_context(|| format!("writing {}", initrd.display()))?;
     }
@@ -143,19 +159,34 @@ fn download(dir: &Path, package: &str) -> Result<()> {
     fs::rename(&partial, &whole).with_context(|| format!("renaming {}", partial.display()))
 }
 
-/// An initramfs with busybox and `init`.
-fn initramfs(busybox: &[u8], init: &str) -> Vec<u8> {
+/// An initramfs with busybox, `init` and other files in `/lib/modules`.
+fn initramfs(busybox: &[u8], init: &str, modules: &[(String, Vec<u8>)]) -> Vec<u8> {
     const DIR: u32 = 0o040755;
+    const FILE: u32 = 0o100644;
     const PROGRAM: u32 = 0o100755;
     const CONSOLE: u32 = 0o020_600;
     let mut cpio = Cpio::default();
-    for dir in ["bin", "dev", "etc", "proc", "root", "run", "sys", "tmp"] {
+    for dir in [
+        "bin",
+        "dev",
+        "etc",
+        "lib",
+        "lib/modules",
+        "proc",
+        "root",
+        "run",
+        "sys",
+        "tmp",
+    ] {
         cpio.entry(dir, DIR, (0, 0), b"");
     }
     // Process 1 gets this as its standard streams before it can mount /dev.
     cpio.entry("dev/console", CONSOLE, (5, 1), b"");
     cpio.entry("bin/busybox", PROGRAM, (0, 0), busybox);
     cpio.entry("init", PROGRAM, (0, 0), init.as_bytes());
+    for (name, module) in modules {
+        cpio.entry(name, FILE, (0, 0), module);
+    }
     cpio.finish()
 }
 
@@ -213,7 +244,7 @@ mod tests {
 
     #[test]
     fn an_archive_is_what_the_kernel_reads() {
-        let archive = initramfs(b"\x7fELF", "#!/bin/busybox sh\n");
+        let archive = initramfs(b"\x7fELF", "#!/bin/busybox sh\n", &[]);
         let text = String::from_utf8_lossy(&archive);
         assert!(text.starts_with("070701"));
         assert_eq!(archive.len() % 4, 0);

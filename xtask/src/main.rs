@@ -88,7 +88,7 @@ struct Where {
     #[arg(long, value_enum, default_value_t)]
     firmware: FirmwareArg,
     /// Logical processors of the machine
-    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, visible_alias = "cores", default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
     /// Kill the run after this many seconds, with status 124
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
@@ -145,8 +145,13 @@ struct KernelArgs {
     /// Its initrd (bzImage) or first module
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// The VM's vCPUs
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    /// The VM's vCPUs: 1 to 64
+    #[arg(
+        long,
+        default_value_t = 1,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=64)
+    )]
     vcpus: u32,
     /// The VM's memory: 64MiB, 1GiB; a bare number is MiB
     #[arg(long, default_value = "128MiB", value_name = "M")]
@@ -172,7 +177,7 @@ struct TestArgs {
 
 #[derive(Args)]
 struct BenchArgs {
-    /// The bench [default: all; known: exits]
+    /// The bench [default: all; known: exits, sched]
     name: Option<String>,
     /// Measure on this one only [default: Bochs and QEMU's own emulation]
     #[arg(long, value_enum)]

@@ -18,6 +18,7 @@ macro_rules! attempt {
     };
 }
 
+mod console;
 mod devices;
 mod memory;
 mod modes;
@@ -122,6 +123,7 @@ const WAYS: &[(&str, fn(), Fate)] = &[
     ("print-forever", devices::print_forever, Endless),
     ("spin", spin, Endless),
     ("cli-hlt", cli_hlt, Ends),
+    ("console", console::talk, Survives),
     ("exit", exit_with, Ends),
     ("poweroff", power_off, Ends),
     ("reset", reset, Ends),

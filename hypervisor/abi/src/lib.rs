@@ -21,14 +21,15 @@ pub mod cpuid {
     /// The block of leaves as KVM defines them, which Linux and the BSDs look for in steps of
     /// 100H. EAX: the block's highest leaf. EBX, ECX, EDX: [`KVM_SIGNATURE`].
     pub const KVM_BASE: u32 = 0x4000_0100;
-    /// EAX: what is offered, see [`kvm`].
+    /// EAX: what is offered, EDX: what the guest may count on, see [`kvm`].
     pub const KVM_FEATURES: u32 = 0x4000_0101;
     /// As [`TIMING`].
     pub const KVM_TIMING: u32 = 0x4000_0110;
     /// Who KVM-compatible guests look for.
     pub const KVM_SIGNATURE: [u8; 12] = *b"KVMKVMKVM\0\0\0";
 
-    /// Bits of EAX in leaf [`KVM_FEATURES`]; the others are never set.
+    /// Bits of EAX (and, named so, of EDX) in leaf [`KVM_FEATURES`]; those without a name here
+    /// are never set.
     pub mod kvm {
         /// Paravirtual clock by MSR 11H and 12H.
         pub const CLOCKSOURCE: u32 = 1 << 0;
@@ -36,12 +37,18 @@ pub mod cpuid {
         pub const NOP_IO_DELAY: u32 = 1 << 1;
         /// Paravirtual clock by MSR 4B564D00H and 4B564D01H.
         pub const CLOCKSOURCE2: u32 = 1 << 3;
+        /// Time taken from a vCPU, by MSR 4B564D03H.
+        pub const STEAL_TIME: u32 = 1 << 5;
+        /// [`crate::hypercall::KICK_CPU`] wakes a vCPU that halted in wait for a lock.
+        pub const PV_UNHALT: u32 = 1 << 7;
         /// The clock's "stable" flag tells whether all vCPUs' readings agree.
         pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
+        /// EDX: each vCPU owns its core, and is never taken off it.
+        pub const HINT_DEDICATED: u32 = 1 << 0;
     }
 }
 
-/// MSRs of the KVM-compatible clock.
+/// MSRs of the KVM-compatible clock and of stolen time.
 pub mod msr {
     /// Guest-physical address at which the wall clock at boot is to be written (old number).
     pub const WALL_CLOCK_OLD: u32 = 0x11;
@@ -51,6 +58,9 @@ pub mod msr {
     pub const WALL_CLOCK: u32 = 0x4b56_4d00;
     /// As [`SYSTEM_TIME_OLD`].
     pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
+    /// Guest-physical address, a multiple of 64, of this vCPU's record of stolen time, bit 0:
+    /// enabled.
+    pub const STEAL_TIME: u32 = 0x4b56_4d03;
 }
 
 /// Hypercalls: `VMCALL` or `VMMCALL` with the number in RAX and arguments in RBX, RCX, RDX and
@@ -65,6 +75,14 @@ pub mod hypercall {
     /// Gives how often the hypervisor read (bits 31:0) and wrote (bits 62:32) fields of a VMCS, for
     /// benches; only in builds that count (else [`ERROR_UNKNOWN`]).
     pub const VMCS_ACCESSES: u64 = OWN + 1;
+
+    /// Gives up the rest of the caller's turn, where others wait for its core; for a vCPU that waits
+    /// for another one's progress. Gives 0.
+    pub const YIELD: u64 = OWN + 2;
+    /// KVM's call: the vCPU whose APIC id is in RCX leaves HLT, whatever its interrupt flag says;
+    /// if it is not in HLT, its next HLT is over at once. RBX is 0. Gives 0, also when there is no
+    /// such vCPU. Offered with [`crate::cpuid::kvm::PV_UNHALT`].
+    pub const KICK_CPU: u64 = 5;
 
     /// No such call (KVM's number for it).
     pub const ERROR_UNKNOWN: i64 = -1000;

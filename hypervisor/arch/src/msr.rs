@@ -45,3 +45,18 @@ pub const VCPU_STATE: [u32; 14] = [
     IA32_TSC_AUX,
     IA32_DEBUGCTL,
 ];
+
+/// Those of [`VCPU_STATE`] that INIT leaves alone (Intel SDM Vol. 3A table 9-1, AMD APM Vol. 2
+/// table 14-1).
+pub const KEPT_BY_INIT: [u32; 10] = [
+    IA32_STAR,
+    IA32_LSTAR,
+    IA32_CSTAR,
+    IA32_FMASK,
+    IA32_KERNEL_GS_BASE,
+    IA32_SYSENTER_CS,
+    IA32_SYSENTER_ESP,
+    IA32_SYSENTER_EIP,
+    IA32_PAT,
+    IA32_TSC_AUX,
+];

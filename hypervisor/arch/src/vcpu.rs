@@ -155,6 +155,12 @@ pub trait Vcpu {
     fn set_apic_mode(&mut self, mode: ApicMode) {
         let _ = mode;
     }
+    /// Asks for [`Exit::Pause`] when the guest spins: in loops of PAUSE where the hardware counts
+    /// them, else on each PAUSE with AMD-V and never with VT-x. Off at first: a vCPU that has a core
+    /// to itself may spin.
+    fn set_pause_exiting(&mut self, on: bool) {
+        let _ = on;
+    }
     /// Loads the PAE page-directory pointers after an emulated write of CR0, CR3 or CR4, on
     /// backends whose hardware does not read them itself (Intel SDM Vol. 3C §27.3.2.4).
     fn set_pdptes(&mut self, entries: [u64; 4]) {
@@ -167,8 +173,11 @@ pub trait Vcpu {
         None
     }
 
-    /// Puts the vCPU into the state after RESET or INIT (Intel SDM Vol. 3A table 9-1).
+    /// Puts the vCPU into the state after RESET (Intel SDM Vol. 3A table 9-1).
     fn reset(&mut self);
+    /// Puts the vCPU into the state after INIT: as after RESET, but extended state with XCR0, and
+    /// MSRs that INIT leaves alone, stay (ibid.; AMD APM Vol. 2 table 14-1).
+    fn init(&mut self);
 
     /// A general-purpose register by number, RSP included.
     fn gpr(&self, gpr: Gpr) -> u64 {

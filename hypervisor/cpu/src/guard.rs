@@ -1,18 +1,17 @@
 //! Work that may be abandoned: a panic while a core works for one VM gives up that work's stack
 //! and comes back here, so that the VM dies and the machine does not.
 
+use crate::host::InterruptFrame;
+use crate::percpu::this;
 use core::arch::global_asm;
 use core::sync::atomic::{AtomicU64, Ordering};
-
-/// Where the stack stood when the work of this core began; 0 when none is under way.
-static RESUME: AtomicU64 = AtomicU64::new(0);
 
 // The callee-saved registers of the System V ABI are what `abandon` must bring back.
 global_asm!(
     ".text",
     ".globl tessera_guard_run",
     ".globl tessera_guard_abandon",
-    "tessera_guard_run:", // rdi = work, rsi = argument, rdx = &RESUME
+    "tessera_guard_run:", // rdi = work, rsi = argument, rdx = &resume of this core
     "push rbx",
     "push rbp",
     "push r12",
@@ -69,19 +68,19 @@ pub fn run<F: FnOnce()>(work: F) -> Result<(), Abandoned> {
     }
     let mut work = Some(work);
     // SAFETY: the routine keeps the ABI, whichever way it is left.
-    let left = unsafe { tessera_guard_run(call::<F>, (&raw mut work).cast(), &RESUME) };
+    let left = unsafe { tessera_guard_run(call::<F>, (&raw mut work).cast(), &this().resume) };
     if left == 0 { Ok(()) } else { Err(Abandoned) }
 }
 
 /// Whether the core is inside [`run`].
 #[must_use]
 pub fn is_running() -> bool {
-    RESUME.load(Ordering::Relaxed) != 0
+    this().resume.load(Ordering::Relaxed) != 0
 }
 
 /// Makes the work under way one that cannot be given up.
 pub fn forget() {
-    RESUME.store(0, Ordering::Relaxed);
+    this().resume.store(0, Ordering::Relaxed);
 }
 
 /// Gives up the work under way; [`run`] returns an error. Comes back only when there is none.
@@ -89,11 +88,27 @@ pub fn forget() {
 /// # Safety
 /// No lock and no other shared state is held by the work.
 pub unsafe fn abandon() {
-    let stack = RESUME.load(Ordering::Relaxed);
+    let stack = this().resume.load(Ordering::Relaxed);
     if stack != 0 {
         // SAFETY: `stack` is the frame of a `tessera_guard_run` that has not returned.
         unsafe { tessera_guard_abandon(stack) }
     }
+}
+
+/// [`abandon`] for an interrupt's handler: the work that was interrupted is given up when the
+/// handler returns. Its IRET does that, because without one NMIs would stay blocked (Intel SDM
+/// Vol. 3A §6.7.1). False when there is no such work.
+///
+/// # Safety
+/// As for [`abandon`], about what was interrupted.
+pub unsafe fn abandon_after(frame: &mut InterruptFrame) -> bool {
+    const RDI: usize = 9;
+    let stack = this().resume.load(Ordering::Relaxed);
+    if stack != 0 {
+        frame.rip = tessera_guard_abandon as *const () as u64;
+        frame.registers[RDI] = stack;
+    }
+    stack != 0
 }
 
 #[cfg(test)]

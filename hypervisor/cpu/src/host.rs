@@ -205,8 +205,10 @@ impl CoreTables {
             limit: size_of_val(&tables.idt) as u16 - 1,
             base: tables.idt.as_ptr() as u64,
         };
-        // SAFETY: the tables live for ever and are well-formed; the selectors name them.
+        // SAFETY: the tables live for ever and are well-formed; the selectors name them. Loading GS
+        // may clear its base, which is this core's own.
         unsafe {
+            let gs_base = x86::msr::rdmsr(arch::msr::IA32_GS_BASE);
             asm!(
                 "lgdt [{gdt}]",
                 "lidt [{idt}]",
@@ -225,6 +227,7 @@ impl CoreTables {
                 zero = in(reg) 0u32,
                 tss = in(reg) u32::from(TSS_SELECTOR),
             );
+            x86::msr::wrmsr(arch::msr::IA32_GS_BASE, gs_base);
         }
     }
 }
@@ -239,8 +242,11 @@ pub fn serve_interrupts() {
 /// Halts the core until an interrupt comes, and serves it.
 #[inline]
 pub fn wait_for_interrupt() {
+    let core = crate::percpu::this();
+    core.rest();
     // SAFETY: as above; STI holds interrupts back until HLT has begun (SDM Vol. 2B, STI).
     unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
+    core.beat();
 }
 
 /// Stops the core for good.

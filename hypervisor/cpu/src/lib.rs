@@ -8,6 +8,8 @@ pub mod guard;
 pub mod host;
 pub mod page;
 pub mod paging;
+pub mod percpu;
+pub mod start;
 pub mod svm;
 pub mod virt;
 pub mod vmx;

@@ -17,6 +17,8 @@ pub struct HostPage {
 // SAFETY: the page is owned and mapped alike on every core (the invariant of `HostPage::new`),
 // so that it may move between cores like a box.
 unsafe impl Send for HostPage {}
+// SAFETY: as above; what is shared gives only addresses.
+unsafe impl Sync for HostPage {}
 
 impl HostPage {
     /// Bytes in the page.

@@ -4,6 +4,7 @@
 //! its length and checksum, and the walk is bounded. A crate would map wherever a table points;
 //! the few fields needed are read here instead.
 
+use alloc::vec::Vec;
 use arch::{HostPhysAddr, PhysMemory};
 
 use crate::DirectMap;
@@ -24,8 +25,8 @@ pub struct AcpiInfo {
     pub enable: Option<(u16, u8)>,
     /// Port and value of the reset register.
     pub reset: Option<(u16, u8)>,
-    /// Processors that the MADT lists as usable.
-    pub processors: u32,
+    /// The MADT: its address and length.
+    madt: Option<(u64, u32)>,
     /// Physical address of the I/O APIC that serves GSI 0 and up.
     pub io_apic: Option<u64>,
     /// The GSI of ISA interrupt 4 (COM1), where the MADT overrides it.
@@ -39,6 +40,10 @@ const MAX_TABLE: u32 = 4 << 20;
 /// More entries than any real XSDT has.
 const MAX_TABLES: u32 = 256;
 
+/// The most processors that are listed.
+pub const MAX_PROCESSORS: usize = 1024;
+
+#[derive(Clone, Copy)]
 struct Table {
     addr: u64,
     length: u32,
@@ -210,34 +215,88 @@ impl Reader {
     }
 
     fn madt(&self, madt: &Table, info: &mut AcpiInfo) {
+        info.madt = Some((madt.addr, madt.length));
+        let whole = self.entries(madt, |kind, at, length| match kind {
+            // I/O APIC: address, and the first GSI it serves.
+            1 if length >= 12 && self.u32(at + 8) == Some(0) => {
+                info.io_apic = self.u32(at + 4).map(u64::from);
+            }
+            // Interrupt source override: bus, source, GSI.
+            2 if length >= 10 && self.u8(at + 3) == Some(4) => info.com1_gsi = self.u8(at + 4),
+            _ => {}
+        });
+        info.damaged += u32::from(!whole);
+    }
+
+    /// Walks the MADT's entries: kind, address, length. False when one is damaged, where the walk
+    /// ends.
+    fn entries(&self, madt: &Table, mut each: impl FnMut(u8, u64, u64)) -> bool {
         let end = madt.addr + u64::from(madt.length);
         let mut at = madt.addr + 44;
         while at + 2 <= end {
             let (Some(kind), Some(length)) = (self.u8(at), self.u8(at + 1)) else {
-                return;
+                return false;
             };
-            if length < 2 {
-                info.damaged += 1;
-                return;
+            let length = u64::from(length);
+            if length < 2 || at + length > end {
+                return false;
             }
-            let flags = match kind {
-                0 => self.u32(at + 4),
-                9 => self.u32(at + 8),
-                _ => None,
-            };
-            if flags.is_some_and(|flags| flags & 1 != 0) {
-                info.processors += 1;
-            }
-            match kind {
-                // I/O APIC: address, and the first GSI it serves.
-                1 if self.u32(at + 8) == Some(0) => info.io_apic = self.u32(at + 4).map(u64::from),
-                // Interrupt source override: bus, source, GSI.
-                2 if self.u8(at + 3) == Some(4) => info.com1_gsi = self.u8(at + 4),
-                _ => {}
-            }
-            at += u64::from(length);
+            each(kind, at, length);
+            at += length;
         }
+        true
     }
+}
+
+/// The processors that the firmware lists (ACPI 6.5 §5.2.12.2, §5.2.12.12).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Processors {
+    /// APIC ids of those that are enabled, in the firmware's order, each once, without the boot
+    /// core's.
+    pub ids: Vec<u32>,
+    /// How many more could be added while the machine runs.
+    pub spare: u32,
+    /// How many were left out because the list was full.
+    pub left_out: u32,
+}
+
+/// Lists the processors beside the boot core, which has the id `boot`.
+#[must_use]
+pub fn processors(map: DirectMap, info: &AcpiInfo, boot: u32) -> Processors {
+    const ENABLED: u32 = 1 << 0;
+    const ONLINE_CAPABLE: u32 = 1 << 1;
+    let reader = Reader { map };
+    let mut found = Processors::default();
+    let Some((addr, length)) = info.madt else {
+        return found;
+    };
+    reader.entries(&Table { addr, length }, |kind, at, length| {
+        // Local APIC: id of 8 bits, where 255 is none; local x2APIC: id of 32 bits.
+        let (id, flags) = match (kind, length) {
+            (0, 8..) => {
+                let id = reader.u8(at + 3).filter(|id| *id != 0xff);
+                (id.map(u32::from), reader.u32(at + 4))
+            }
+            (9, 16..) => {
+                let id = reader.u32(at + 4).filter(|id| *id != u32::MAX);
+                (id, reader.u32(at + 8))
+            }
+            _ => return,
+        };
+        let (Some(id), Some(flags)) = (id, flags) else {
+            return;
+        };
+        if flags & ENABLED == 0 {
+            found.spare += u32::from(flags & ONLINE_CAPABLE != 0);
+        } else if id == boot || found.ids.contains(&id) {
+            // Known: an id below 255 may stand in an entry of each kind.
+        } else if found.ids.len() < MAX_PROCESSORS - 1 {
+            found.ids.push(id);
+        } else {
+            found.left_out += 1;
+        }
+    });
+    found
 }
 
 impl AcpiInfo {
@@ -314,6 +373,98 @@ mod tests {
         world.0[0x34c] ^= 1;
         let info = world.read();
         assert_eq!((info.pm_timer, info.damaged), (None, 1));
+    }
+
+    /// A world whose only table is a MADT with these entries, sealed.
+    fn madt(entries: &[u8]) -> World {
+        let mut world = World(vec![0; 0x1000 + entries.len()]);
+        world.put(0x100, b"RSD PTR ");
+        world.put(0x110, &0x200u32.to_le_bytes());
+        world.seal(0x100, 20, 8);
+        world.put(0x200, b"RSDT");
+        world.put(0x204, &40u32.to_le_bytes());
+        world.put(0x224, &0x300u32.to_le_bytes());
+        world.seal(0x200, 40, 9);
+        let length = 44 + entries.len();
+        world.put(0x300, b"APIC");
+        world.put(0x304, &(length as u32).to_le_bytes());
+        world.put(0x32c, entries);
+        world.seal(0x300, length, 9);
+        world
+    }
+
+    impl World {
+        fn processors(&mut self, boot: u32) -> (Processors, u32) {
+            let info = self.read();
+            // SAFETY: the "physical" range is this vector, borrowed for the whole call.
+            let map = unsafe { DirectMap::new(self.0.as_mut_ptr() as u64, self.0.len() as u64) };
+            (processors(map, &info, boot), info.damaged)
+        }
+    }
+
+    fn local(id: u8, flags: u8) -> Vec<u8> {
+        vec![0, 8, id, id, flags, 0, 0, 0]
+    }
+
+    fn wide(id: u32, flags: u8) -> Vec<u8> {
+        let id = id.to_le_bytes();
+        let mut entry = vec![9, 16, 0, 0];
+        entry.extend(id);
+        entry.extend([flags, 0, 0, 0]);
+        entry.extend(id);
+        entry
+    }
+
+    #[test]
+    fn processors_are_listed_once_and_without_the_boot_core() {
+        let io_apic = [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0].to_vec();
+        let entries = [
+            local(0, 1),
+            local(4, 1),
+            local(4, 1),
+            local(6, 0),
+            local(8, 2),
+            local(0xff, 1),
+            io_apic,
+            wide(4, 1),
+            wide(0x1_0000, 1),
+            wide(u32::MAX, 1),
+            wide(300, 3),
+        ];
+        let mut world = madt(&entries.concat());
+        let (found, damaged) = world.processors(0);
+        assert_eq!(found.ids, [4, 0x1_0000, 300]);
+        assert_eq!((found.spare, found.left_out, damaged), (1, 0, 0));
+        assert_eq!(world.read().io_apic, Some(0xfec0_0000));
+        let (found, _) = world.processors(300);
+        assert_eq!(found.ids, [0, 4, 0x1_0000]);
+    }
+
+    #[test]
+    fn a_damaged_madt_is_believed_up_to_the_damage() {
+        for (tail, name) in [
+            (vec![0, 0, 2, 2, 1, 0, 0, 0], "an entry of no length"),
+            (
+                vec![0, 1, 2, 2, 1, 0, 0, 0],
+                "an entry shorter than its header",
+            ),
+            (vec![9, 16, 0, 0, 7], "an entry beyond the end"),
+        ] {
+            let entries = [local(1, 1), tail].concat();
+            let (found, damaged) = madt(&entries).processors(0);
+            assert_eq!((found.ids, damaged), (vec![1], 1), "{name}");
+        }
+        // An entry that is too short for its kind says nothing.
+        let (found, damaged) = madt(&[0, 4, 1, 1, 9, 8, 0, 0, 1, 0, 0, 0]).processors(0);
+        assert_eq!((found.ids, damaged), (vec![], 0));
+    }
+
+    #[test]
+    fn ten_thousand_processors_are_cut_to_the_bound() {
+        let entries: Vec<u8> = (0..10_000).flat_map(|id| wide(id, 1)).collect();
+        let (found, damaged) = madt(&entries).processors(0);
+        assert_eq!(found.ids.len(), MAX_PROCESSORS - 1);
+        assert_eq!((found.left_out, damaged), (10_000 - 1024, 0));
     }
 
     #[test]

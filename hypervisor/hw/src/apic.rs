@@ -1,5 +1,5 @@
-//! The core's own local APIC (Intel SDM Vol. 3A ch. 11): end of interrupt, and the timer that
-//! takes the core back from a guest.
+//! The core's own local APIC (Intel SDM Vol. 3A ch. 11): end of interrupt, messages to other
+//! cores, and the timer that takes the core back from a guest.
 
 use crate::DirectMap;
 use arch::{HostPhysAddr, msr};
@@ -7,6 +7,8 @@ use x86_64::registers::model_specific::Msr;
 
 /// The vector of the core's timer.
 pub const TIMER_VECTOR: u8 = 0xf0;
+/// The vector by which one core calls another out of guest mode or a halt.
+pub const KICK_VECTOR: u8 = 0xf1;
 /// The vector of spurious interrupts (low four bits set, for old APICs).
 pub const SPURIOUS_VECTOR: u8 = 0xff;
 
@@ -15,6 +17,7 @@ pub const SERIAL_VECTOR: u8 = 0x40;
 
 const ENABLED: u64 = 1 << 11;
 const X2APIC: u64 = 1 << 10;
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const MASKED: u32 = 1 << 16;
 const TSC_DEADLINE_MODE: u32 = 2 << 17;
 
@@ -23,6 +26,8 @@ const ID: u32 = 0x20;
 const TPR: u32 = 0x80;
 const EOI: u32 = 0xb0;
 const SVR: u32 = 0xf0;
+const ICR_LOW: u32 = 0x300;
+const ICR_HIGH: u32 = 0x310;
 const LVT_TIMER: u32 = 0x320;
 const LVT_LINT0: u32 = 0x350;
 const LVT_LINT1: u32 = 0x360;
@@ -31,7 +36,28 @@ const INITIAL_COUNT: u32 = 0x380;
 const CURRENT_COUNT: u32 = 0x390;
 const DIVIDE: u32 = 0x3e0;
 
-/// The local APIC of the calling core.
+/// Interrupt command (§11.6.1): delivery modes, level assert, and whether the last one is on its way.
+const INIT: u32 = 5 << 8;
+const STARTUP: u32 = 6 << 8;
+const NMI: u32 = 4 << 8;
+const ASSERT: u32 = 1 << 14;
+const PENDING: u32 = 1 << 12;
+/// How long a message may wait for the bus before it is given up, in reads of the register.
+const SEND_LIMIT: u32 = 100_000;
+/// The highest id that a message in xAPIC mode can name.
+const LAST_XAPIC_ID: u32 = 254;
+
+/// Why a core's local APIC cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApicError {
+    /// Its registers lie where the direct map does not reach.
+    NotMapped,
+    /// It is in x2APIC mode, or its registers lie elsewhere, unlike the boot core's.
+    Unlike,
+}
+
+/// The local APIC of the calling core: all cores' are in the same mode at the same address, so one
+/// value serves them all.
 #[derive(Clone, Copy, Debug)]
 pub struct LocalApic {
     /// `None` in x2APIC mode.
@@ -44,13 +70,14 @@ unsafe impl Send for LocalApic {}
 unsafe impl Sync for LocalApic {}
 
 impl LocalApic {
-    /// Enables the core's local APIC in the mode the firmware chose, with everything masked.
-    /// `None` where there is none or its registers are not mapped.
+    /// Enables the boot core's local APIC in the mode the firmware chose, with everything masked.
+    ///
+    /// # Errors
+    /// Its registers are not mapped.
     ///
     /// # Safety
     /// Called on the core itself, interrupts off; nothing else drives the local APIC.
-    #[must_use]
-    pub unsafe fn enable(map: DirectMap) -> Option<Self> {
+    pub unsafe fn enable(map: DirectMap) -> Result<Self, ApicError> {
         let mut base = Msr::new(msr::IA32_APIC_BASE);
         // SAFETY: IA32_APIC_BASE exists on every x86_64 CPU; setting EN keeps the base address.
         let value = unsafe { base.read() };
@@ -62,15 +89,119 @@ impl LocalApic {
         let registers = if value & X2APIC != 0 {
             None
         } else {
-            Some(map.pointer(HostPhysAddr::new(value & 0x000f_ffff_ffff_f000), 0x1000)?)
+            let page = map.pointer(HostPhysAddr::new(value & ADDRESS), 0x1000);
+            Some(page.ok_or(ApicError::NotMapped)?)
         };
         let this = Self { registers };
-        for lvt in [LVT_TIMER, LVT_LINT0, LVT_LINT1, LVT_ERROR] {
-            this.write(lvt, MASKED);
+        this.prepare();
+        Ok(this)
+    }
+
+    /// Goes into x2APIC mode (§11.12.1) where an id asks for it: messages in xAPIC mode reach no
+    /// more than 255 cores. Stays as it is where the processor lacks the mode.
+    ///
+    /// # Safety
+    /// As [`LocalApic::enable`], on the boot core, before another core is started.
+    pub unsafe fn widen(&mut self, ids: &[u32]) {
+        let wanted = ids.iter().any(|id| *id > LAST_XAPIC_ID);
+        if wanted && core::arch::x86_64::__cpuid(1).ecx & 1 << 21 != 0 {
+            self.registers = None;
+            // SAFETY: as in `join`.
+            unsafe { set_x2apic() };
+            self.prepare();
         }
-        this.write(TPR, 0);
-        this.write(SVR, 1 << 8 | u32::from(SPURIOUS_VECTOR));
-        Some(this)
+    }
+
+    /// Enables the calling core's local APIC in the mode of the boot core's, which `self` is.
+    ///
+    /// # Errors
+    /// The firmware left it in another mode or at another address.
+    ///
+    /// # Safety
+    /// As [`LocalApic::enable`].
+    pub unsafe fn join(&self, map: DirectMap) -> Result<(), ApicError> {
+        // SAFETY: IA32_APIC_BASE exists on every x86_64 CPU.
+        let value = unsafe { Msr::new(msr::IA32_APIC_BASE).read() };
+        if let Some(registers) = self.registers {
+            let page = map.pointer(HostPhysAddr::new(value & ADDRESS), 0x1000);
+            if value & X2APIC != 0 || page != Some(registers) {
+                return Err(ApicError::Unlike);
+            }
+            if value & ENABLED == 0 {
+                // SAFETY: as above; the address stays.
+                unsafe { Msr::new(msr::IA32_APIC_BASE).write(value | ENABLED) };
+            }
+        } else {
+            // SAFETY: the boot core's processor has the mode, and this one is its like.
+            unsafe { set_x2apic() };
+        }
+        self.prepare();
+        Ok(())
+    }
+
+    fn prepare(&self) {
+        for lvt in [LVT_TIMER, LVT_LINT0, LVT_LINT1, LVT_ERROR] {
+            self.write(lvt, MASKED);
+        }
+        self.write(TPR, 0);
+        self.write(SVR, 1 << 8 | u32::from(SPURIOUS_VECTOR));
+    }
+
+    /// Whether it is in x2APIC mode.
+    #[must_use]
+    pub const fn is_x2apic(&self) -> bool {
+        self.registers.is_none()
+    }
+
+    /// Whether messages reach a core of this id.
+    #[must_use]
+    pub const fn reaches(&self, id: u32) -> bool {
+        self.is_x2apic() || id <= LAST_XAPIC_ID
+    }
+
+    /// Puts a core into the state after INIT (§9.4.4.1): it then waits for [`LocalApic::send_startup`],
+    /// 10 ms later.
+    pub fn send_init(&self, id: u32) -> bool {
+        self.send(id, INIT | ASSERT)
+    }
+
+    /// Lets a core that waits start in real mode at the page of this number, below 1 MiB.
+    pub fn send_startup(&self, id: u32, page: u8) -> bool {
+        self.send(id, STARTUP | ASSERT | u32::from(page))
+    }
+
+    /// Interrupts a core.
+    pub fn send_ipi(&self, id: u32, vector: u8) -> bool {
+        self.send(id, ASSERT | u32::from(vector))
+    }
+
+    /// Sends a core an NMI.
+    pub fn send_nmi(&self, id: u32) -> bool {
+        self.send(id, NMI | ASSERT)
+    }
+
+    /// Sends a message; false when the one before is stuck. What the caller wrote to memory before
+    /// is seen by the core that gets it.
+    fn send(&self, id: u32, command: u32) -> bool {
+        if self.registers.is_none() {
+            // WRMSR to the ICR does not wait for earlier stores (§11.12.3).
+            // SAFETY: fences are harmless, and the MSR exists in x2APIC mode.
+            unsafe {
+                core::arch::asm!("mfence", "lfence", options(nostack, preserves_flags));
+                Msr::new(msr::X2APIC_FIRST + (ICR_LOW >> 4))
+                    .write(u64::from(id) << 32 | u64::from(command));
+            }
+            return true;
+        }
+        let idle = (0..SEND_LIMIT).any(|_| {
+            core::hint::spin_loop();
+            self.read(ICR_LOW) & PENDING == 0
+        });
+        if idle && id <= LAST_XAPIC_ID {
+            self.write(ICR_HIGH, id << 24);
+            self.write(ICR_LOW, command);
+        }
+        idle
     }
 
     fn write(&self, register: u32, value: u32) {
@@ -109,6 +240,19 @@ impl LocalApic {
     /// Ends the interrupt in service.
     pub fn end_of_interrupt(&self) {
         self.write(EOI, 0);
+    }
+}
+
+/// Puts the calling core into x2APIC mode.
+///
+/// # Safety
+/// The processor has the mode.
+unsafe fn set_x2apic() {
+    let mut base = Msr::new(msr::IA32_APIC_BASE);
+    // SAFETY: promised by the caller. From disabled the way leads through xAPIC mode (§11.12.5).
+    unsafe {
+        base.write(base.read() | ENABLED);
+        base.write(base.read() | X2APIC);
     }
 }
 
@@ -152,6 +296,25 @@ impl CoreTimer {
             apic,
             ratio: ratio.max(1),
             armed: u64::MAX,
+        }
+    }
+
+    /// The timer of the calling core, which runs like the boot core's.
+    ///
+    /// # Safety
+    /// As [`LocalApic::enable`].
+    #[must_use]
+    pub unsafe fn like(&self) -> Self {
+        let mode = if self.ratio == 0 {
+            TSC_DEADLINE_MODE
+        } else {
+            self.apic.write(DIVIDE, 0b1011);
+            0
+        };
+        self.apic.write(LVT_TIMER, mode | u32::from(TIMER_VECTOR));
+        Self {
+            armed: u64::MAX,
+            ..*self
         }
     }
 
@@ -205,7 +368,7 @@ impl CoreTimer {
 /// and masks the two 8259A, which firmware may have left open.
 ///
 /// # Errors
-/// The I/O APIC's registers are not mapped, or it has no such pin.
+/// The I/O APIC's registers are not mapped, it has no such pin, or it does not reach the core.
 ///
 /// # Safety
 /// `registers` is the I/O APIC that the firmware named; nothing else drives it or the 8259As.
@@ -234,6 +397,9 @@ pub unsafe fn route_interrupt(
         }
     };
     let last_pin = access(1, None) >> 16 & 0xff;
+    if apic_id > LAST_XAPIC_ID {
+        return Err("the I/O APIC reaches ids up to 254 only");
+    }
     if u32::from(pin) > last_pin {
         return Err("the I/O APIC has no such pin");
     }
@@ -242,7 +408,7 @@ pub unsafe fn route_interrupt(
         unsafe { crate::power::Port::<u8>::new(port).write(0xff) };
     }
     let entry = 0x10 + 2 * u32::from(pin);
-    access(entry + 1, Some((apic_id & 0xff) << 24));
+    access(entry + 1, Some(apic_id << 24));
     access(entry, Some(vector.into()));
     Ok(())
 }

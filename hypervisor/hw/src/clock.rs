@@ -33,6 +33,21 @@ pub fn rdtsc() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
+/// The time-stamp counter, read after all loads before it are done (Intel SDM Vol. 2B, RDTSC).
+#[must_use]
+pub fn rdtsc_ordered() -> u64 {
+    // SAFETY: LFENCE is part of every x86_64 CPU and changes nothing.
+    unsafe { core::arch::x86_64::_mm_lfence() };
+    rdtsc()
+}
+
+/// Whether the TSC goes on at one rate in all power states (Intel SDM Vol. 3B §18.17.1).
+#[must_use]
+pub fn tsc_is_invariant() -> bool {
+    use core::arch::x86_64::__cpuid;
+    __cpuid(0x8000_0000).eax >= 0x8000_0007 && __cpuid(0x8000_0007).edx & 1 << 8 != 0
+}
+
 /// Measures the TSC.
 ///
 /// # Errors

@@ -2,6 +2,8 @@
 //! timer, clocks, and what ACPI says of them. Knows nothing of guests.
 #![cfg_attr(not(test), no_std)]
 
+extern crate alloc;
+
 pub mod acpi;
 mod apic;
 mod clock;
@@ -12,10 +14,11 @@ mod screen;
 mod serial;
 
 pub use apic::{
-    CoreTimer, LocalApic, SERIAL_VECTOR, SPURIOUS_VECTOR, TIMER_VECTOR, route_interrupt,
+    ApicError, CoreTimer, KICK_VECTOR, LocalApic, SERIAL_VECTOR, SPURIOUS_VECTOR, TIMER_VECTOR,
+    route_interrupt,
 };
-pub use clock::{ClockError, TscFrequency, calibrate, rdtsc};
+pub use clock::{ClockError, TscFrequency, calibrate, rdtsc, rdtsc_ordered, tsc_is_invariant};
 pub use direct_map::DirectMap;
 pub use rtc::wall_clock;
 pub use screen::{Framebuffer, Screen};
-pub use serial::Serial;
+pub use serial::{ComPort, Serial, SerialError};

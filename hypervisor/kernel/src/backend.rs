@@ -6,6 +6,8 @@ use crate::frames::Frames;
 use crate::run::CoreHost;
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
 use arch::{Cr4, FrameSource, HostPhysAddr, PageSize, Vcpu};
 use cpu::page::HostPage;
 use cpu::svm::{Svm, SvmBitmaps, SvmCaps, SvmConfig, SvmFeatures, SvmVcpu};
@@ -15,51 +17,80 @@ use cpu::xstate::XStateCaps;
 use hw::DirectMap;
 use machine::cpuid::Enabled;
 use memory::Format;
-use vm::{Stop, Vm, VmError, VmSetup};
+use vm::{MakeVcpu, Processor, Stop, VcpuParts, Vm, VmError, VmSetup};
 
 /// One vendor's way to make VMs.
-pub trait Backend {
+pub trait Backend: Sync {
+    /// Turns the extension on for the calling core, which is not the boot core, and makes it ready
+    /// for guests' extended state.
+    ///
+    /// # Errors
+    /// Why not; among others that the core is unlike the boot core.
+    fn enable_core(&self, map: DirectMap) -> Result<(), VirtUnavailable>;
     /// The format of its nested tables.
     fn format(&self) -> Format;
     /// What its guests may use of the machine.
     fn enabled(&self) -> Enabled;
     /// A page to map at the local APIC's address in every guest, if the hardware wants one.
     fn apic_access_page(&self) -> Option<HostPhysAddr>;
-    /// A VM whose vCPU is the machine's vCPU of this number.
-    fn create(&self, host: &Host, number: u16, setup: Setup<'_>)
-    -> Result<Box<dyn Guest>, VmError>;
+    /// A VM, whose vCPUs have these numbers in the machine.
+    fn create(&self, host: &Host, numbers: &[u16], setup: Setup<'_>) -> Result<Made, VmError>;
 }
 
 /// What a VM is made from.
 pub type Setup<'a> = VmSetup<'a, DirectMap, Frames>;
-/// A VM of either vendor.
-pub type AnyVm = Vm<dyn Vcpu, DirectMap, Frames>;
+/// What the vCPUs of a VM share.
+pub type AnyVm = Vm<DirectMap, Frames>;
+/// A VM and its vCPUs.
+pub type Made = (Arc<AnyVm>, Vec<Box<dyn Guest>>);
 
-/// A VM on the heap. Only what is called once a turn goes through here; what happens at an exit
+/// A vCPU on the heap. Only what is called once a turn goes through here; what happens at an exit
 /// knows the vendor.
-pub trait Guest {
-    /// The VM.
-    fn vm(&self) -> &AnyVm;
-    /// The VM.
-    fn vm_mut(&mut self) -> &mut AnyVm;
-    /// See [`Vm::run`].
+pub trait Guest: Send {
+    /// See [`Processor::load`].
+    fn load(&mut self, stolen: u64);
+    /// See [`Processor::unload`].
+    fn unload(&mut self, preempted: bool);
+    /// See [`Processor::run`].
     fn run(&mut self, host: &mut CoreHost<'_>) -> Stop;
     /// Gives everything it holds back.
     fn destroy(self: Box<Self>);
 }
 
-impl<V: OwnsPages + 'static> Guest for Vm<V, DirectMap, Frames> {
-    fn vm(&self) -> &AnyVm {
-        self
+impl<V: OwnsPages + Send + 'static> Guest for Processor<V, DirectMap, Frames> {
+    fn load(&mut self, stolen: u64) {
+        self.load(stolen);
     }
-    fn vm_mut(&mut self) -> &mut AnyVm {
-        self
+    fn unload(&mut self, preempted: bool) {
+        self.unload(preempted);
     }
     fn run(&mut self, host: &mut CoreHost<'_>) -> Stop {
         self.run(host)
     }
     fn destroy(self: Box<Self>) {
         self.into_vcpu().give_back();
+    }
+}
+
+fn create<V: OwnsPages + Send + 'static>(
+    setup: Setup<'_>,
+    make: MakeVcpu<'_, V>,
+) -> Result<Made, VmError> {
+    let mut made = Vec::new();
+    match Processor::create_all(setup, make, &mut made) {
+        Ok(vm) => {
+            let vcpus = made.into_iter();
+            Ok((
+                vm,
+                vcpus.map(|vcpu| Box::new(vcpu) as Box<dyn Guest>).collect(),
+            ))
+        }
+        Err(error) => {
+            for vcpu in made {
+                vcpu.into_vcpu().give_back();
+            }
+            Err(error)
+        }
     }
 }
 
@@ -95,19 +126,26 @@ fn back(page: HostPage) {
     Frames.free(page.phys(), PageSize::Size4K);
 }
 
-fn pages<const N: usize>(host: &Host) -> Option<[HostPage; N]> {
-    host_pages(host.map, N as u64)?.try_into().ok()
+fn pages<const N: usize>(map: DirectMap) -> Option<[HostPage; N]> {
+    host_pages(map, N as u64)?.try_into().ok()
 }
 
 /// Two single pages: a whole run is hard to come by when memory is in pieces.
-fn two_pages(host: &Host) -> Option<(HostPage, HostPage)> {
-    let first = host_page(host.map)?;
-    match host_page(host.map) {
+fn two_pages(map: DirectMap) -> Option<(HostPage, HostPage)> {
+    let first = host_page(map)?;
+    match host_page(map) {
         Some(second) => Some((first, second)),
         None => {
             back(first);
             None
         }
+    }
+}
+
+fn unlike(extension: Extension) -> VirtUnavailable {
+    VirtUnavailable::EnableFailed {
+        extension,
+        step: "the core's capabilities are not those of the boot core",
     }
 }
 
@@ -163,22 +201,15 @@ impl VmxBackend {
         })
     }
 
-    fn create_vcpu(
-        &self,
-        host: &Host,
-        number: u16,
-        root: HostPhysAddr,
-        apic_page: HostPhysAddr,
-        cr4: u64,
-    ) -> Result<VmxVcpu, String> {
+    fn create_vcpu(&self, host: &Host, number: u16, parts: &VcpuParts) -> Result<VmxVcpu, String> {
         let (vmcs, msr_bitmap) =
-            two_pages(host).ok_or("there is no memory for its control pages")?;
+            two_pages(host.map).ok_or("there is no memory for its control pages")?;
         let frames = [vmcs.phys(), msr_bitmap.phys()];
-        let cr4_guest = Cr4::from_bits_retain(cr4) & VmxConfig::CR4_GUEST;
+        let cr4_guest = Cr4::from_bits_retain(parts.cr4) & VmxConfig::CR4_GUEST;
         let config = VmxConfig {
-            ept_root: root,
+            ept_root: parts.root,
             vpid: number + 1,
-            virtual_apic_page: Some(apic_page),
+            virtual_apic_page: Some(host.map.physical(parts.apic_page)),
             apic_access_page: self.apic_access_page(),
             cr4_guest,
             speculation_control: false,
@@ -199,21 +230,26 @@ impl VmxBackend {
 }
 
 impl Backend for VmxBackend {
+    fn enable_core(&self, map: DirectMap) -> Result<(), VirtUnavailable> {
+        // SAFETY: ring 0.
+        let caps = unsafe { Vmx::detect() }?;
+        if caps != self.caps || extended_state() != self.xstate {
+            return Err(unlike(Extension::Vmx));
+        }
+        let region = host_page(map).ok_or(out_of_memory(Extension::Vmx))?;
+        // SAFETY: this core, once, with a page of its own, for good.
+        unsafe { Vmx::enable(&caps, region) }.map(drop)
+    }
+
     fn format(&self) -> Format {
         Format::Ept
     }
 
-    fn create(
-        &self,
-        host: &Host,
-        number: u16,
-        setup: Setup<'_>,
-    ) -> Result<Box<dyn Guest>, VmError> {
-        let vm = Vm::new(setup, &mut |root, apic_page, cr4| {
-            let apic_page = host.map.physical(apic_page);
-            self.create_vcpu(host, number, root, apic_page, cr4)
-        })?;
-        Ok(Box::new(vm))
+    fn create(&self, host: &Host, numbers: &[u16], setup: Setup<'_>) -> Result<Made, VmError> {
+        create(setup, &mut |parts| {
+            let number = numbers.get(parts.id as usize).copied();
+            self.create_vcpu(host, number.unwrap_or(0), &parts)
+        })
     }
 
     fn enabled(&self) -> Enabled {
@@ -244,11 +280,11 @@ impl SvmBackend {
         let caps = Svm::detect()?;
         let missing = || out_of_memory(Extension::Svm);
         let (iopm, msrpm) = (
-            pages(host).ok_or_else(missing)?,
-            pages(host).ok_or_else(missing)?,
+            pages(host.map).ok_or_else(missing)?,
+            pages(host.map).ok_or_else(missing)?,
         );
         let bitmaps = SvmBitmaps::new(&caps, iopm, msrpm).map_err(|_| missing())?;
-        let save = pages(host).ok_or_else(missing)?;
+        let save = two_pages(host.map).ok_or_else(missing)?.into();
         let xstate = extended_state();
         // SAFETY: the boot core, once, with pages of its own.
         let on = unsafe { Svm::enable(&caps, save) }?;
@@ -281,20 +317,25 @@ impl SvmBackend {
 }
 
 impl Backend for SvmBackend {
+    fn enable_core(&self, map: DirectMap) -> Result<(), VirtUnavailable> {
+        let caps = Svm::detect()?;
+        if caps != self.caps || extended_state() != self.xstate {
+            return Err(unlike(Extension::Svm));
+        }
+        let save = two_pages(map).ok_or(out_of_memory(Extension::Svm))?.into();
+        // SAFETY: this core, once, with pages of its own, for good.
+        unsafe { Svm::enable(&caps, save) }.map(drop)
+    }
+
     fn format(&self) -> Format {
         Format::Npt
     }
 
-    fn create(
-        &self,
-        host: &Host,
-        number: u16,
-        setup: Setup<'_>,
-    ) -> Result<Box<dyn Guest>, VmError> {
-        let vm = Vm::new(setup, &mut |root, _, _| {
-            self.create_vcpu(host, number, root)
-        })?;
-        Ok(Box::new(vm))
+    fn create(&self, host: &Host, numbers: &[u16], setup: Setup<'_>) -> Result<Made, VmError> {
+        create(setup, &mut |parts| {
+            let number = numbers.get(parts.id as usize).copied();
+            self.create_vcpu(host, number.unwrap_or(0), parts.root)
+        })
     }
 
     fn enabled(&self) -> Enabled {

@@ -2,7 +2,10 @@
 
 use crate::backend::{self, Backend};
 use crate::frames::{self, Frames};
-use crate::{console, panic, run};
+use crate::manager::Manager;
+use crate::run::{Machine, Worker};
+use crate::{console, cores, panic, run};
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
 use bootloader_api::BootInfo;
@@ -10,6 +13,7 @@ use bootloader_api::info::MemoryRegionKind;
 use core::sync::atomic::{AtomicU64, Ordering};
 use cpu::host::{CoreTables, EmergencyStacks, InterruptFrame};
 use cpu::page::HostPage;
+use cpu::percpu::{Core, this};
 use hw::acpi::AcpiInfo;
 use hw::{CoreTimer, DirectMap, Framebuffer, LocalApic, Screen, Serial};
 use log::{error, info, warn};
@@ -19,9 +23,20 @@ use vm::config::{Config, WhenDone};
 /// Exit status for a machine or a configuration that cannot run guests.
 pub const STATUS_BOOT: u32 = 102;
 
-/// Where guarded stacks are mapped: each has [`STACK_PAGES`] pages above one that is not mapped.
+/// Pages of an emergency stack.
+const EMERGENCY_PAGES: u64 = 4;
+/// The stacks of a core: its main one, and four for emergencies.
+const STACK_PAGES: [u64; 5] = [
+    16,
+    EMERGENCY_PAGES,
+    EMERGENCY_PAGES,
+    EMERGENCY_PAGES,
+    EMERGENCY_PAGES,
+];
+/// Where the stacks of cores are mapped, how far apart: each is above a page that is not mapped.
 const STACKS: u64 = 0xffff_ff01_0000_0000;
-const STACK_PAGES: u64 = 4;
+/// See [`STACKS`].
+pub const STACKS_STRIDE: u64 = 64 * PAGE_SIZE;
 
 /// What the whole machine has, found once.
 pub struct Host {
@@ -33,10 +48,26 @@ pub struct Host {
     pub wall_clock: u64,
     /// See `wall_clock`.
     pub wall_tsc: u64,
-    /// This core's local APIC.
+    /// The calling core's local APIC, whichever core that is.
     pub apic: LocalApic,
+    /// The cores that run, by number.
+    pub cores: &'static [&'static Core],
 }
 
+impl Host {
+    /// Calls a core out of guest mode or its halt, so that it looks at what was left for it. One
+    /// call is enough until the core has taken it ([`Core::take_kick`]).
+    pub fn kick(&self, core: usize) {
+        if let Some(core) = self.cores.get(core)
+            && !core.kicked.swap(true, Ordering::AcqRel)
+        {
+            self.apic.send_ipi(core.apic_id(), hw::KICK_VECTOR);
+        }
+    }
+}
+
+/// The boot core.
+pub static BOOT_CORE: Core = Core::new(0, 0);
 static ACPI: Once<AcpiInfo> = Once::new();
 static APIC: Once<LocalApic> = Once::new();
 /// What happens at the end; set when the configuration is known.
@@ -44,11 +75,13 @@ static WHEN_DONE: Once<WhenDone> = Once::new();
 /// TSC at the hand-off, for the bench.
 static START: AtomicU64 = AtomicU64::new(0);
 
-/// The TSC's frequency in Hz, once it is known.
+/// The TSC's frequency in Hz, once it is known; 0 before.
 static TSC_HZ: AtomicU64 = AtomicU64::new(0);
 
 /// Brings the machine up, runs the guests, and ends.
 pub fn main(boot: &'static mut BootInfo) -> ! {
+    // SAFETY: first of all, on the boot core.
+    unsafe { BOOT_CORE.adopt() };
     START.store(hw::rdtsc(), Ordering::Relaxed);
     let offset = boot.physical_memory_offset.into_option();
     let ram = boot
@@ -83,11 +116,23 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
         }
     }
     check_tables(map);
-    install_tables(map);
-    let host = find_hardware(map, boot.rsdp_addr.into_option());
+    if map_stacks(map, 0).is_none() {
+        fail("no memory for the emergency stacks");
+    }
+    install_tables(0);
+    let mut host = find_hardware(map, boot.rsdp_addr.into_option());
     let bundle = ramdisk(boot, map);
     match backend::enable(&host) {
-        Ok(backend) => start(&host, &*backend, bundle),
+        Ok(backend) => {
+            let backend: &'static dyn Backend = Box::leak(backend);
+            // SAFETY: this core's timer is ours.
+            let timer = unsafe { CoreTimer::new(host.apic, host.tsc_hz) };
+            info!("timer: {}", timer.mode());
+            let low = frames::low_pages(&boot.memory_regions, cpu::start::PAGES);
+            let acpi = ACPI.get().copied().unwrap_or_default();
+            cores::start(&mut host, &acpi, backend, &timer, low);
+            start(Box::leak(Box::new(host)), backend, timer, bundle)
+        }
         Err(error) => {
             error!("{error}");
             fail("no guest can run on this machine")
@@ -95,19 +140,27 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
     }
 }
 
+/// Whether so many microseconds have passed since the TSC read `from`.
+pub fn passed(from: u64, microseconds: u64) -> bool {
+    let hz = TSC_HZ.load(Ordering::Relaxed);
+    hw::rdtsc().wrapping_sub(from) >= hz / 1_000_000 * microseconds
+}
+
 /// Ends with a clear message: the machine cannot do its job.
 fn fail(reason: &str) -> ! {
     end(STATUS_BOOT, reason)
 }
 
-/// Prints the last line and leaves the machine as the configuration says.
+/// Stops the other cores, prints the last line and leaves the machine as the configuration says.
 pub fn end(status: u32, reason: &str) -> ! {
+    cores::stop_others();
+    // What guests have said goes before the last line.
+    console::drain();
     console::say(format_args!("end: status={status} {reason}"));
     console::drain();
     // An emulator may hold the last characters back for some milliseconds more.
     let now = hw::rdtsc();
-    let hz = TSC_HZ.load(Ordering::Relaxed);
-    while hw::rdtsc() - now < hz / 50 {
+    while !passed(now, 20_000) {
         core::hint::spin_loop();
     }
     let when_done = WHEN_DONE.get().copied().unwrap_or(WhenDone::PowerOff);
@@ -177,58 +230,70 @@ fn check_tables(map: DirectMap) {
     );
 }
 
-/// A stack with an unmapped page below; gives its top.
-fn guarded_stack(map: DirectMap, index: u64) -> Option<u64> {
-    let bottom = STACKS + index * (STACK_PAGES + 1) * PAGE_SIZE + PAGE_SIZE;
-    for page in 0..STACK_PAGES {
-        let mut allocate = || Frames.allocate(PageSize::Size4K);
-        let frame = allocate()?;
-        // SAFETY: the tables are in use and the frame is fresh.
-        let mapped = unsafe {
-            cpu::paging::map_page(
-                &map,
-                cpu::paging::root(),
-                bottom + page * PAGE_SIZE,
-                frame,
-                &mut allocate,
-            )
-        };
-        if !mapped {
-            return None;
-        }
-    }
-    Some(bottom + STACK_PAGES * PAGE_SIZE)
+/// Tops of a core's stacks, the main one first. The boot core (0) has its main one from the loader.
+pub fn stacks(core: u64) -> [u64; 5] {
+    let mut at = STACKS + core * STACKS_STRIDE;
+    STACK_PAGES.map(|pages| {
+        at += (1 + pages) * PAGE_SIZE;
+        at
+    })
 }
 
-fn install_tables(map: DirectMap) {
-    let stacks: Option<Vec<u64>> = (0..4).map(|index| guarded_stack(map, index)).collect();
-    match stacks.as_deref() {
-        Some(&[double_fault, nmi, machine_check, page_fault]) => {
-            let stacks = EmergencyStacks {
-                double_fault,
-                nmi,
-                machine_check,
-                page_fault,
-            };
-            // SAFETY: first and only time on this core; the stacks were mapped just now.
-            unsafe { CoreTables::install(stacks, on_interrupt) };
+const _: () = assert!(5 + 16 + 4 * EMERGENCY_PAGES <= STACKS_STRIDE / PAGE_SIZE);
+
+/// Maps a core's stacks, each above a page that stays unmapped.
+pub fn map_stacks(map: DirectMap, core: u64) -> Option<()> {
+    let wanted = usize::from(core == 0);
+    for (top, pages) in stacks(core).into_iter().zip(STACK_PAGES).skip(wanted) {
+        for page in 1..=pages {
+            let mut allocate = || Frames.allocate(PageSize::Size4K);
+            let (root, frame) = (cpu::paging::root(), allocate()?);
+            let at = top - page * PAGE_SIZE;
+            // SAFETY: the tables are in use and the frame is fresh.
+            let mapped = unsafe { cpu::paging::map_page(&map, root, at, frame, &mut allocate) };
+            mapped.then_some(())?;
         }
-        _ => fail("no memory for the emergency stacks"),
     }
+    Some(())
+}
+
+/// The descriptor tables of the calling core, which has these mapped stacks.
+pub fn install_tables(core: u64) {
+    let [_, double_fault, nmi, machine_check, page_fault] = stacks(core);
+    let stacks = EmergencyStacks {
+        double_fault,
+        nmi,
+        machine_check,
+        page_fault,
+    };
+    // SAFETY: first and only time on this core; the stacks are mapped and its own.
+    unsafe { CoreTables::install(stacks, on_interrupt) };
 }
 
 /// Every interrupt and exception of the host.
 fn on_interrupt(frame: &mut InterruptFrame) {
     match frame.vector as u8 {
         // It may have hit while the console was locked, so it is told later.
-        2 => run::host_nmi(),
+        2 => {
+            if !cores::nmi(frame) {
+                run::host_nmi();
+            }
+        }
         vector @ 0..=31 => {
             debug_assert!(vector < 32);
             panic::exception(frame)
         }
         hw::SPURIOUS_VECTOR => {}
         vector => {
-            run::host_interrupt(vector);
+            this().beat();
+            match vector {
+                hw::KICK_VECTOR => this().kicked.store(true, Ordering::Release),
+                hw::TIMER_VECTOR => this().timer_fired.store(true, Ordering::Relaxed),
+                _ => {}
+            }
+            if vector != hw::KICK_VECTOR {
+                run::host_interrupt();
+            }
             if let Some(apic) = APIC.get() {
                 apic.end_of_interrupt();
             }
@@ -245,7 +310,7 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
     match rsdp {
         None => warn!("ACPI: the firmware gave no tables; power-off will not work"),
         Some(_) if acpi.damaged > 0 => warn!("ACPI: {} damaged tables are left out", acpi.damaged),
-        Some(_) => info!("ACPI: {} processors", acpi.processors),
+        Some(_) => {}
     }
     // SAFETY: the loader is gone; the timers and the RTC are ours.
     let (tsc, wall) = unsafe { (hw::calibrate(acpi.pm_timer), hw::wall_clock()) };
@@ -267,16 +332,21 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
         warn!("RTC: no sensible time; guests start in 1970");
     }
     // SAFETY: this core, interrupts off, and nobody else drives the APIC.
-    let Some(apic) = (unsafe { LocalApic::enable(map) }) else {
+    let Ok(mut apic) = (unsafe { LocalApic::enable(map) }) else {
         fail("the local APIC is not reachable")
     };
+    let processors = hw::acpi::processors(map, &acpi, apic.id());
+    // SAFETY: the boot core, and no other runs yet.
+    unsafe { apic.widen(&processors.ids) };
     APIC.call_once(|| apic);
     let gsi = acpi.com1_gsi.unwrap_or(4);
     let routed = acpi.io_apic.map(|registers| {
         // SAFETY: the I/O APIC is the one the MADT names, and ours.
         unsafe { hw::route_interrupt(map, registers, gsi, hw::SERIAL_VECTOR, apic.id()) }
     });
-    if !matches!(routed, Some(Ok(()))) {
+    if matches!(routed, Some(Ok(()))) {
+        console::use_interrupt();
+    } else {
         info!("serial port: no interrupt, so it is polled");
         run::poll_serial();
     }
@@ -287,6 +357,7 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
         wall_clock: wall.map_or(0, |seconds| seconds * 1_000_000_000 + 500_000_000),
         wall_tsc,
         apic,
+        cores: &[],
     }
 }
 
@@ -334,7 +405,12 @@ pub fn host_pages(map: DirectMap, count: u64) -> Option<Vec<HostPage>> {
         .collect()
 }
 
-fn start(host: &Host, backend: &dyn Backend, bundle: &'static [u8]) -> ! {
+fn start(
+    host: &'static Host,
+    backend: &'static dyn Backend,
+    timer: CoreTimer,
+    bundle: &'static [u8],
+) -> ! {
     let bundle = match vm::bundle::Bundle::open(bundle) {
         Ok(bundle) => bundle,
         Err(error) => {
@@ -351,20 +427,21 @@ fn start(host: &Host, backend: &dyn Backend, bundle: &'static [u8]) -> ! {
     };
     log::set_max_level(config.host.log);
     WHEN_DONE.call_once(|| config.host.when_done);
-    // SAFETY: this core's timer is ours.
-    let timer = unsafe { CoreTimer::new(host.apic, host.tsc_hz) };
-    info!("timer: {}", timer.mode());
     machine::emulate::prepare();
     let base = frames::heap_used();
     console::say(format_args!("bench hypervisor-heap {base} bytes"));
-    let (status, reason) = run::run(
-        backend,
-        host,
-        timer,
-        &bundle,
-        &config,
-        START.load(Ordering::Relaxed),
-    );
+    let bundle = Box::leak(Box::new(bundle));
+    let machine = Box::leak(Box::new(Machine::new(host, backend)));
+    let mut manager = Manager::new(machine, bundle, &config);
+    console::say(format_args!(
+        "bench boot-to-guest {} tsc",
+        hw::rdtsc() - START.load(Ordering::Relaxed)
+    ));
+    cores::release(machine);
+    if Worker::new(machine, timer).manage(&mut manager) {
+        end(0, "left at the console");
+    }
+    let (status, reason) = manager.verdict();
     end(status, &reason)
 }
 

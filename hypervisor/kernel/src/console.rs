@@ -1,290 +1,466 @@
 //! The machine's console: the log and all guests' consoles on one serial line (and the log on the
-//! screen), with a prefix key to choose whom the keyboard belongs to.
+//! screen), with a prefix key to choose whom the keyboard belongs to. [`monitor::mux`] says what
+//! stands on the line; this says how it gets there without one core waiting for another.
+//!
+//! Whoever writes puts it into a bounded ring of its own, the log's or the guest's. Then, if
+//! nobody else is at it, that core carries what is in all rings through the mux and into the
+//! serial port, as much as that takes at once. The rest goes when the port has room: its
+//! interrupt, or core 0's look at it, calls [`poll`].
+//!
+//! When a ring is full, its writer stays and carries until there is room. So a guest that floods
+//! its console waits for the wire itself and loses nothing, just as on a real serial port; the
+//! others' rings have room, and their cores never wait. To drop its output instead would
+//! lose the last words before a crash, which are what a console is for.
+//!
+//! Locks: a ring's is held for a copy. The line's is held while bytes are moved into the port's FIFO,
+//! never while waiting for it; only core 0 and those whose ring is full wait for that lock. Order:
+//! line → ring → heap. Nothing is called back under them.
 
+use crate::lock::Lock;
 use alloc::collections::VecDeque;
-use alloc::string::String;
-use alloc::vec::Vec;
 use core::fmt::{self, Write};
-use hw::{Screen, Serial};
-use spin::Mutex;
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use hw::{ComPort, Screen, Serial};
+pub use monitor::mux::Request;
+use monitor::mux::{Focus, Mux};
+use spin::Once;
+use vm::config::MAX_VMS;
 
-/// Ctrl-T.
-const PREFIX: u8 = 0x14;
-/// A line of a guest without the focus is shown when it is complete or this long.
-const LINE_LIMIT: usize = 256;
-/// Keys that wait for a guest which does not read them.
-const INPUT_LIMIT: usize = 4096;
+/// Bytes of a guest's output that wait for the line.
+const GUEST_RING: usize = 4 << 10;
+/// Bytes of the log that wait for it.
+const LOG_RING: usize = 16 << 10;
+/// A line of the log is cut here.
+const LOG_LINE: usize = 1024;
+/// Bytes kept of a guest's console, and of the log.
+const GUEST_KEPT: usize = 16 << 10;
+const LOG_KEPT: usize = 32 << 10;
+/// Below this the next source's turn comes. It is short, so that keys are answered soon.
+const QUEUE_LOW: usize = 256;
+/// Room for what one turn makes of a log line at the worst.
+const QUEUE: usize = 16 << 10;
+/// A guest's share of a turn.
+const TURN: usize = 64;
+/// Turns after which a core has done enough for the others.
+const TURNS: usize = 64;
+/// Requests that core 0 has not taken yet.
+const REQUESTS: usize = 16;
 
-static CONSOLE: Mutex<Option<Console>> = Mutex::new(None);
+static LINE: Lock<Option<Line>> = Lock::new(None);
+static LOG: Lock<VecDeque<u8>> = Lock::new(VecDeque::new());
+static SCREEN: Lock<Option<Screen>> = Lock::new(None);
+static GUESTS: [Once<Source>; MAX_VMS] = [const { Once::new() }; MAX_VMS];
+/// Something was put into a ring since the line's holder looked.
+static WAITING: AtomicBool = AtomicBool::new(false);
+/// The port interrupts when it has room; until it does, writers see their words out.
+static INTERRUPTS: AtomicBool = AtomicBool::new(false);
+/// The next line of the log tells of a panic: it is seen out as well.
+static URGENT: AtomicBool = AtomicBool::new(false);
 
-/// Who has the keyboard, and whose output goes through raw.
-#[derive(Clone, Copy, PartialEq)]
-enum Focus {
-    Monitor,
-    Guest(usize),
+/// A guest's end of its console.
+struct Source {
+    ring: Lock<VecDeque<u8>>,
+    /// Bytes of the ring that go before the next line of the log.
+    before_log: AtomicUsize,
+    /// Its own port and what was typed there.
+    own: Option<Lock<(Serial, VecDeque<u8>)>>,
 }
 
-struct GuestConsole {
-    name: String,
-    line: Vec<u8>,
-    input: VecDeque<u8>,
-}
-
-struct Console {
+/// The shared line.
+struct Line {
     serial: Serial,
-    screen: Option<Screen>,
-    focus: Focus,
-    prefix: bool,
-    /// The cursor stands at the start of a line.
-    fresh_line: bool,
-    command: String,
-    guests: Vec<GuestConsole>,
-}
-
-/// What a person asked for.
-pub enum Request {
-    /// End all VMs and power off.
-    Leave,
-    /// A line typed at the monitor.
-    Command(String),
+    mux: Mux,
+    /// What the mux made, on its way to the port.
+    queue: VecDeque<u8>,
+    requests: VecDeque<Request>,
+    /// Whose turn is next.
+    next: usize,
 }
 
 /// Takes the serial port and, if there is one, the screen.
 pub fn init(serial: Serial, screen: Option<Screen>) {
-    *CONSOLE.lock() = Some(Console {
+    *SCREEN.lock() = screen;
+    // What a log line needs is there from the start: it may have to tell that memory is out.
+    LOG.lock().reserve_exact(LOG_RING);
+    *LINE.lock() = Some(Line {
         serial,
-        screen,
-        focus: Focus::Monitor,
-        prefix: false,
-        fresh_line: true,
-        command: String::new(),
-        guests: Vec::new(),
+        mux: Mux::new(LOG_KEPT),
+        queue: VecDeque::with_capacity(QUEUE),
+        requests: VecDeque::with_capacity(REQUESTS),
+        next: 0,
     });
     if log::set_logger(&Logger).is_ok() {
         log::set_max_level(log::LevelFilter::Info);
     }
 }
 
-/// Adds a guest's console; guests are numbered in this order.
-pub fn add_guest(name: &str) -> usize {
-    let mut console = CONSOLE.lock();
-    let Some(console) = console.as_mut() else {
-        return 0;
-    };
-    console.guests.push(GuestConsole {
-        name: name.into(),
-        line: Vec::new(),
-        input: VecDeque::new(),
+/// The serial port's interrupt is routed: from now on nobody waits for the line.
+pub fn use_interrupt() {
+    INTERRUPTS.store(true, Ordering::Relaxed);
+}
+
+/// Adds a guest's console, on the shared line or on a serial port of its own, by its number on a
+/// PC; guests are numbered in this order. Where the port does not work, the log says so and the
+/// shared line serves.
+pub fn add_guest(name: &str, port: Option<u8>) -> usize {
+    let own = port.and_then(ComPort::new).and_then(|port| {
+        // SAFETY: the hypervisor's own devices are fixed, and no other serial port is among them;
+        // a port that another VM has is refused by the configuration.
+        match unsafe { Serial::open(port) } {
+            Ok(serial) => Some(Lock::new((serial, VecDeque::new()))),
+            Err(error) => {
+                log::error!("vm {name}: {error}; its console is on the shared line");
+                None
+            }
+        }
     });
-    console.guests.len() - 1
+    if own.is_some() {
+        crate::run::poll_serial();
+    }
+    let number = with(|line| line.mux.add(name, GUEST_KEPT, own.is_some())).unwrap_or(0);
+    if let Some(place) = GUESTS.get(number) {
+        place.call_once(|| Source {
+            ring: Lock::new(VecDeque::with_capacity(GUEST_RING)),
+            before_log: AtomicUsize::new(0),
+            own,
+        });
+    }
+    number
+}
+
+fn source(guest: usize) -> Option<&'static Source> {
+    GUESTS.get(guest)?.get()
 }
 
 /// Gives a guest the keyboard.
 pub fn focus(guest: usize) {
-    with(|console| {
-        if guest < console.guests.len() {
-            console.set_focus(Focus::Guest(guest));
-        }
-    });
+    on_line(|mux, out| mux.set_focus(Focus::Guest(guest), out));
 }
 
 /// Passes on what a guest wrote.
 pub fn guest_output(guest: usize, bytes: &[u8]) {
-    with(|console| console.guest_output(guest, bytes));
-}
-
-/// Takes what was typed for a guest. `take` gets a slice and says how much of it it used.
-pub fn guest_input(guest: usize, take: &mut dyn FnMut(&[u8]) -> usize) {
-    with(|console| {
-        if let Some(guest) = console.guests.get_mut(guest) {
-            while !guest.input.is_empty() {
-                let used = take(guest.input.make_contiguous());
-                if used == 0 {
-                    break;
-                }
-                guest.input.drain(..used.min(guest.input.len()));
-            }
+    let Some(source) = source(guest) else { return };
+    let mut rest = bytes;
+    loop {
+        rest = rest
+            .get(put(&source.ring, GUEST_RING, rest)..)
+            .unwrap_or(&[]);
+        if source.own.is_some() {
+            source.serve_own();
+        } else {
+            carry();
         }
-    });
+        if rest.is_empty() && (INTERRUPTS.load(Ordering::Relaxed) || source.ring.lock().is_empty())
+        {
+            break;
+        }
+        core::hint::spin_loop();
+    }
 }
 
-/// Waits until all output has left the serial port.
-pub fn drain() {
-    with(|console| console.serial.drain());
+/// Copies what was typed for a guest and waits, as far as it fits; gives how much.
+pub fn peek_input(guest: usize, keys: &mut [u8]) -> usize {
+    match source(guest).and_then(|source| source.own.as_ref()) {
+        Some(own) => {
+            let own = own.lock();
+            let pairs = keys.iter_mut().zip(&own.1);
+            pairs.map(|(to, from)| *to = *from).count()
+        }
+        None => with(|line| line.mux.typed_for(guest, keys)).unwrap_or(0),
+    }
+}
+
+/// The guest took so much of it.
+pub fn consume_input(guest: usize, count: usize) {
+    match source(guest).and_then(|source| source.own.as_ref()) {
+        Some(own) => {
+            let typed = &mut own.lock().1;
+            typed.drain(..count.min(typed.len()));
+        }
+        None => {
+            with(|line| line.mux.taken(guest, count));
+        }
+    }
 }
 
 /// Whether a guest has typed input waiting.
 pub fn has_input(guest: usize) -> bool {
-    with(|console| {
-        console
-            .guests
-            .get(guest)
-            .is_some_and(|guest| !guest.input.is_empty())
-    })
-    .unwrap_or(false)
+    match source(guest).and_then(|source| source.own.as_ref()) {
+        Some(own) => !own.lock().1.is_empty(),
+        None => with(|line| line.mux.has_input(guest)).unwrap_or(false),
+    }
 }
 
-/// Shows what is left of guests' unfinished lines.
+/// A guest is over or starts anew: what it has written goes before the next line of the log, its
+/// unfinished line with it.
 pub fn flush(guest: usize) {
-    with(|console| console.flush_line(guest));
+    if let Some(source) = source(guest) {
+        let waiting = source.ring.lock().len();
+        // One more stands for the unfinished line.
+        source.before_log.store(waiting + 1, Ordering::Release);
+        carry();
+    }
 }
 
-/// Takes what has come in on the serial line, and gives back a request if one is complete.
-pub fn poll() -> Option<Request> {
-    let mut console = CONSOLE.lock();
-    let console = console.as_mut()?;
-    while let Some(byte) = console.serial.receive() {
-        if let Some(request) = console.key(byte) {
-            return Some(request);
+/// Waits until all output has left the serial ports.
+pub fn drain() {
+    for source in GUESTS.iter().filter_map(Once::get) {
+        while source.own.is_some() && !source.ring.lock().is_empty() {
+            source.serve_own();
         }
     }
-    None
+    while with(|line| line.serve()) == Some(true) {
+        core::hint::spin_loop();
+    }
+    with(|line| line.serial.drain());
 }
 
-/// Opens the console again after a panic that happened while it was held.
+/// Takes what has come in on the serial ports and sends what they have room for. Gives back a
+/// request if one is complete: call it again until there is none. Core 0's loop does.
+pub fn poll() -> Option<Request> {
+    for source in GUESTS.iter().filter_map(Once::get) {
+        source.serve_own();
+    }
+    with(|line| {
+        line.serve();
+        line.requests.pop_front()
+    })?
+}
+
+/// Opens what this core holds of the console, after a panic that happened meanwhile.
 ///
 /// # Safety
-/// The holder is gone.
-pub unsafe fn force_unlock() {
-    if CONSOLE.is_locked() {
-        // SAFETY: promised by the caller.
-        unsafe { CONSOLE.force_unlock() };
+/// What this core did with it will not go on.
+pub unsafe fn release() {
+    // SAFETY: promised by the caller.
+    unsafe { open(false) };
+}
+
+/// Opens the console whoever holds it.
+///
+/// # Safety
+/// All other cores have stopped for good.
+pub unsafe fn break_open() {
+    // SAFETY: promised by the caller.
+    unsafe { open(true) };
+}
+
+/// Opens all locks, or those of this core.
+///
+/// # Safety
+/// Their holders will not go on.
+unsafe fn open(all: bool) {
+    unsafe fn one<T>(lock: &Lock<T>, all: bool) {
+        // SAFETY: promised by the caller of `open`.
+        unsafe {
+            match all {
+                true => lock.break_open(),
+                false => lock.release(),
+            }
+        }
+    }
+    // SAFETY: promised by the caller.
+    unsafe {
+        one(&LINE, all);
+        one(&LOG, all);
+        one(&SCREEN, all);
+        for source in GUESTS.iter().filter_map(Once::get) {
+            one(&source.ring, all);
+            if let Some(own) = &source.own {
+                one(own, all);
+            }
+        }
+    }
+    URGENT.store(true, Ordering::Relaxed);
+}
+
+fn with<T>(work: impl FnOnce(&mut Line) -> T) -> Option<T> {
+    LINE.lock().as_mut().map(work)
+}
+
+/// Lets the mux write, and sends what there is room for.
+fn on_line(work: impl FnOnce(&mut Mux, &mut dyn FnMut(&[u8]))) {
+    with(|line| {
+        // What was said before stands before it.
+        line.take_all();
+        work(&mut line.mux, &mut |bytes| add(&mut line.queue, bytes));
+        line.serve();
+    });
+}
+
+/// One copy of the loop for all.
+#[inline(never)]
+fn add(ring: &mut VecDeque<u8>, bytes: &[u8]) {
+    ring.extend(bytes);
+}
+
+/// Puts as much into a ring as there is room for, and says how much.
+fn put(ring: &Lock<VecDeque<u8>>, limit: usize, bytes: &[u8]) -> usize {
+    let mut ring = ring.lock();
+    let count = bytes.len().min(limit.saturating_sub(ring.len()));
+    add(&mut ring, bytes.get(..count).unwrap_or_default());
+    drop(ring);
+    WAITING.store(true, Ordering::SeqCst);
+    count
+}
+
+/// Carries what is in the rings to the port, unless another core is at it: that one looks again
+/// before it goes.
+fn carry() {
+    while WAITING.load(Ordering::SeqCst) {
+        let Some(mut line) = LINE.try_lock() else {
+            return;
+        };
+        WAITING.store(false, Ordering::SeqCst);
+        match line.as_mut() {
+            Some(line) => line.serve(),
+            None => return,
+        };
     }
 }
 
-fn with<T>(work: impl FnOnce(&mut Console) -> T) -> Option<T> {
-    CONSOLE.lock().as_mut().map(work)
+impl Line {
+    /// Moves bytes both ways until the port has no room or nothing is left. Says whether
+    /// something is left.
+    fn serve(&mut self) -> bool {
+        for _ in 0..TURNS {
+            while let Some(byte) = self.serial.receive() {
+                let queue = &mut self.queue;
+                let request = self.mux.key(byte, &mut |bytes| add(queue, bytes));
+                if let Some(request) = request.filter(|_| self.requests.len() < REQUESTS) {
+                    self.requests.push_back(request);
+                }
+            }
+            while self.queue.len() < QUEUE_LOW && self.take() {}
+            let (front, _) = self.queue.as_slices();
+            let sent = self.serial.try_send(front);
+            self.queue.drain(..sent);
+            let left = !self.queue.is_empty();
+            if sent > 0 && left {
+                continue;
+            }
+            if !INTERRUPTS.load(Ordering::Relaxed) {
+                return left;
+            }
+            self.serial.want_room(left);
+            if !self.serial.interrupts() {
+                return left;
+            }
+        }
+        // Others write as fast as this core sends: core 0 goes on.
+        self.serial.interrupt_again();
+        true
+    }
+
+    /// Empties all rings as they are now into the queue.
+    fn take_all(&mut self) {
+        for _ in 0..(LOG_RING + MAX_VMS * GUEST_RING) / TURN {
+            if !self.take() {
+                break;
+            }
+        }
+    }
+
+    /// Takes the next source's turn. First what must stand before the log, then the log, then
+    /// one guest after the other. Says whether there was anything.
+    fn take(&mut self) -> bool {
+        for (number, source) in GUESTS.iter().filter_map(Once::get).enumerate() {
+            let before = source.before_log.load(Ordering::Acquire);
+            if before == 0 {
+                continue;
+            }
+            let taken = self.take_guest(number, source, before - 1);
+            let left = if taken > 0 { before - taken } else { 0 };
+            source.before_log.store(left, Ordering::Release);
+            if taken == 0 {
+                let queue = &mut self.queue;
+                self.mux.flush(number, &mut |bytes| add(queue, bytes));
+            }
+            return true;
+        }
+        if self.take_log() {
+            return true;
+        }
+        for _ in 0..MAX_VMS {
+            let number = self.next;
+            self.next = (self.next + 1) % MAX_VMS;
+            if let Some(source) = source(number)
+                && self.take_guest(number, source, TURN) > 0
+            {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Takes a share of what a guest wrote.
+    fn take_guest(&mut self, number: usize, source: &Source, most: usize) -> usize {
+        if source.own.is_some() {
+            return 0;
+        }
+        let mut bytes = [0; TURN];
+        let count = get(&source.ring, bytes.iter_mut().take(most));
+        let queue = &mut self.queue;
+        let bytes = bytes.get(..count).unwrap_or_default();
+        self.mux
+            .output(number, bytes, &mut |bytes| add(queue, bytes));
+        count
+    }
+
+    /// Takes a line of the log, whose first byte says whether it is to be kept.
+    fn take_log(&mut self) -> bool {
+        let mut bytes = [0; LOG_LINE];
+        let mut ring = LOG.lock();
+        let Some(end) = ring.iter().position(|byte| *byte == b'\n') else {
+            return false;
+        };
+        let pairs = bytes.iter_mut().zip(ring.drain(..=end));
+        pairs.for_each(|(to, from)| *to = from);
+        drop(ring);
+        let text = bytes.get(1..end).unwrap_or_default();
+        let text = core::str::from_utf8(text).unwrap_or("");
+        let queue = &mut self.queue;
+        let mut out = |bytes: &[u8]| add(queue, bytes);
+        if bytes.first() == Some(&KEPT) {
+            self.mux.log(text, &mut out);
+        } else {
+            self.mux.reply(text, &mut out);
+        }
+        true
+    }
 }
 
-impl Console {
-    fn raw(&mut self, bytes: &[u8]) {
-        self.serial.send(bytes);
-        if let Some(last) = bytes.last() {
-            self.fresh_line = *last == b'\n';
-        }
+/// Moves bytes out of a ring.
+fn get<'a>(ring: &Lock<VecDeque<u8>>, to: impl Iterator<Item = &'a mut u8>) -> usize {
+    let mut ring = ring.lock();
+    let mut count = 0;
+    for place in to {
+        let Some(byte) = ring.pop_front() else { break };
+        *place = byte;
+        count += 1;
     }
+    count
+}
 
-    fn line(&mut self, tag: &str, text: &[u8]) {
-        if !self.fresh_line {
-            self.raw(b"\r\n");
-        }
-        self.raw(tag.as_bytes());
-        self.raw(b"| ");
-        self.raw(text);
-        self.raw(b"\r\n");
-    }
-
-    fn log(&mut self, text: &str) {
-        for part in text.lines() {
-            self.line("tessera", part.as_bytes());
-            if let Some(screen) = &mut self.screen {
-                screen.write_line(part);
-            }
-        }
-    }
-
-    fn guest_output(&mut self, guest: usize, bytes: &[u8]) {
-        if self.focus == Focus::Guest(guest) {
-            self.raw(bytes);
-            return;
-        }
-        for &byte in bytes {
-            let Some(console) = self.guests.get_mut(guest) else {
-                return;
-            };
-            match byte {
-                b'\r' => {}
-                b'\n' => self.show_line(guest),
-                _ => {
-                    console.line.push(byte);
-                    if console.line.len() >= LINE_LIMIT {
-                        self.show_line(guest);
-                    }
-                }
-            }
-        }
-    }
-
-    fn show_line(&mut self, guest: usize) {
-        let Some(console) = self.guests.get_mut(guest) else {
+impl Source {
+    /// Moves bytes both ways at a guest's own port.
+    fn serve_own(&self) {
+        let Some(mut own) = self.own.as_ref().and_then(Lock::try_lock) else {
             return;
         };
-        let line = core::mem::take(&mut console.line);
-        let name = console.name.clone();
-        self.line(&name, &line);
-    }
-
-    fn flush_line(&mut self, guest: usize) {
-        if self
-            .guests
-            .get(guest)
-            .is_some_and(|guest| !guest.line.is_empty())
-        {
-            self.show_line(guest);
-        }
-    }
-
-    fn set_focus(&mut self, focus: Focus) {
-        if let Focus::Guest(guest) = focus {
-            self.flush_line(guest);
-        }
-        self.focus = focus;
-        let mut text = String::new();
-        let _ = match focus {
-            Focus::Monitor => write!(text, "keyboard: monitor (`help` lists its commands)"),
-            Focus::Guest(guest) => {
-                let name = self.guests.get(guest).map_or("", |guest| &guest.name);
-                write!(text, "keyboard: {name} (Ctrl-T ? for help)")
+        let (serial, typed) = &mut *own;
+        while let Some(byte) = serial.receive() {
+            if typed.len() < monitor::mux::INPUT_LIMIT {
+                typed.push_back(byte);
             }
-        };
-        self.log(&text);
-    }
-
-    fn key(&mut self, byte: u8) -> Option<Request> {
-        if core::mem::take(&mut self.prefix) {
-            let guests = self.guests.len();
-            match byte {
-                PREFIX => self.input(PREFIX),
-                b'0' => self.set_focus(Focus::Monitor),
-                b'1'..=b'9' if usize::from(byte - b'1') < guests => {
-                    self.set_focus(Focus::Guest(usize::from(byte - b'1')));
-                }
-                b'n' => self.set_focus(match self.focus {
-                    Focus::Monitor if guests > 0 => Focus::Guest(0),
-                    Focus::Guest(guest) if guest + 1 < guests => Focus::Guest(guest + 1),
-                    _ => Focus::Monitor,
-                }),
-                b'x' => return Some(Request::Leave),
-                _ => self.log(
-                    "Ctrl-T then: 0 monitor, 1-9 that VM, n next, x end all VMs and power off, \
-                     Ctrl-T sends Ctrl-T, ? this help",
-                ),
-            }
-            return None;
         }
-        match (byte, self.focus) {
-            (PREFIX, _) => self.prefix = true,
-            (_, Focus::Guest(_)) => self.input(byte),
-            (b'\r' | b'\n', Focus::Monitor) => {
-                self.raw(b"\r\n");
-                return Some(Request::Command(core::mem::take(&mut self.command)));
+        let mut ring = self.ring.lock();
+        loop {
+            let sent = serial.try_send(ring.as_slices().0);
+            if sent == 0 {
+                break;
             }
-            (8 | 127, Focus::Monitor) if self.command.pop().is_some() => self.raw(b"\x08 \x08"),
-            (b' '..=b'~', Focus::Monitor) if self.command.len() < LINE_LIMIT => {
-                self.command.push(char::from(byte));
-                self.raw(&[byte]);
-            }
-            _ => {}
-        }
-        None
-    }
-
-    fn input(&mut self, byte: u8) {
-        if let Focus::Guest(guest) = self.focus
-            && let Some(guest) = self.guests.get_mut(guest)
-            && guest.input.len() < INPUT_LIMIT
-        {
-            guest.input.push_back(byte);
+            ring.drain(..sent);
         }
     }
 }
@@ -306,30 +482,77 @@ impl log::Log for Logger {
     fn flush(&self) {}
 }
 
+/// Before a line in the log's ring: it is a line of the log.
+const KEPT: u8 = b'k';
+/// It is an answer at the monitor.
+const ANSWER: u8 = b'a';
+
 /// Writes a line of the log whatever the log level.
 pub fn say(text: fmt::Arguments<'_>) {
-    /// A log line without the heap, so that running out of it can still be told.
-    struct Line {
-        bytes: [u8; 1024],
+    write(KEPT, text);
+}
+
+/// Answers at the monitor: like a line of the log, but not kept in it.
+pub fn reply(text: fmt::Arguments<'_>) {
+    write(ANSWER, text);
+}
+
+fn write(kind: u8, text: fmt::Arguments<'_>) {
+    /// Text without the heap, so that running out of it can still be told. There is room for
+    /// the mark before a line and for its end.
+    struct Text {
+        bytes: [u8; LOG_LINE - 2],
         used: usize,
     }
-    impl Write for Line {
+    impl Write for Text {
         fn write_str(&mut self, text: &str) -> fmt::Result {
             let room = self.bytes.len() - self.used;
             let mut take = text.len().min(room);
             while !text.is_char_boundary(take) {
                 take -= 1;
             }
-            self.bytes[self.used..self.used + take].copy_from_slice(&text.as_bytes()[..take]);
-            self.used += take;
+            let place = self.bytes.get_mut(self.used..self.used + take);
+            if let (Some(place), Some(text)) = (place, text.as_bytes().get(..take)) {
+                place.copy_from_slice(text);
+                self.used += take;
+            }
             Ok(())
         }
     }
-    let mut line = Line {
-        bytes: [0; 1024],
+    let mut whole = Text {
+        bytes: [0; LOG_LINE - 2],
         used: 0,
     };
-    let _ = line.write_fmt(text);
-    let text = core::str::from_utf8(&line.bytes[..line.used]).unwrap_or("");
-    with(|console| console.log(text));
+    let _ = whole.write_fmt(text);
+    let text = whole.bytes.get(..whole.used).unwrap_or_default();
+    for line in core::str::from_utf8(text).unwrap_or("").lines() {
+        if kind == KEPT
+            && let Some(screen) = &mut *SCREEN.lock()
+        {
+            screen.write_line(line);
+        }
+        loop {
+            let mut ring = LOG.lock();
+            if ring.capacity() == 0 {
+                // Nothing is set up yet.
+                return;
+            }
+            if ring.len() + line.len() + 2 <= LOG_RING {
+                ring.push_back(kind);
+                add(&mut ring, line.as_bytes());
+                ring.push_back(b'\n');
+                break;
+            }
+            drop(ring);
+            // The log loses nothing either.
+            with(Line::serve);
+        }
+        WAITING.store(true, Ordering::SeqCst);
+    }
+    carry();
+    if URGENT.swap(false, Ordering::Relaxed) || !INTERRUPTS.load(Ordering::Relaxed) {
+        while with(Line::serve) == Some(true) {
+            core::hint::spin_loop();
+        }
+    }
 }

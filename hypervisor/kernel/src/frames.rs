@@ -1,15 +1,34 @@
 //! The one store of free frames, and the hypervisor's heap.
 
+use crate::lock::Lock;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PAGE_SIZE_2M, PageSize};
 use bootloader_api::info::{MemoryRegion, MemoryRegionKind};
+use core::alloc::{GlobalAlloc, Layout};
+use core::ptr::{NonNull, null_mut};
 use hw::DirectMap;
-use linked_list_allocator::LockedHeap;
+use linked_list_allocator::Heap;
 use memory::{FrameAllocator, FrameRange};
-use spin::Mutex;
 
 #[global_allocator]
-static HEAP: LockedHeap = LockedHeap::empty();
-static FRAMES: Mutex<Option<FrameAllocator>> = Mutex::new(None);
+static HEAP: SharedHeap = SharedHeap(Lock::new(Heap::empty()));
+static FRAMES: Lock<Option<FrameAllocator>> = Lock::new(None);
+
+/// The heap, for all cores.
+struct SharedHeap(Lock<Heap>);
+
+// SAFETY: blocks are the allocator's own, each given out once until it comes back.
+unsafe impl GlobalAlloc for SharedHeap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let block = self.0.lock().allocate_first_fit(layout);
+        block.map_or(null_mut(), NonNull::as_ptr)
+    }
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        if let Some(block) = NonNull::new(block) {
+            // SAFETY: the caller got the block from `alloc` with this layout.
+            unsafe { self.0.lock().deallocate(block, layout) };
+        }
+    }
+}
 
 /// The first megabyte stays out: the firmware's leftovers and the start-up code of other cores
 /// live there.
@@ -41,12 +60,23 @@ pub fn free_bytes() -> u64 {
 
 /// Bytes that the heap has handed out.
 pub fn heap_used() -> usize {
-    HEAP.lock().used()
+    HEAP.0.lock().used()
 }
 
-/// Whether shared state is locked: then work must not be abandoned.
-pub fn is_locked() -> bool {
-    FRAMES.is_locked() || HEAP.try_lock().is_none()
+/// The lowest free pages that follow one another below 1 MiB, where a core starts in real mode.
+/// The first 32 KiB are left to the firmware's data, whatever its memory map says.
+pub fn low_pages(regions: &[MemoryRegion], count: u64) -> Option<HostPhysAddr> {
+    const FIRST: u64 = 0x8000;
+    let usable = regions
+        .iter()
+        .filter(|region| region.kind == MemoryRegionKind::Usable);
+    usable
+        .map(|region| {
+            let start = region.start.max(FIRST).next_multiple_of(PAGE_SIZE);
+            (start, region.end.min(LOWEST))
+        })
+        .find(|(start, end)| start + count * PAGE_SIZE <= *end)
+        .map(|(start, _)| HostPhysAddr::new(start))
 }
 
 /// Why there is no memory to begin with.
@@ -92,7 +122,7 @@ pub unsafe fn init(regions: &[MemoryRegion], map: DirectMap) -> Result<u64, NoMe
         .pointer(HostPhysAddr::new(heap), needed)
         .ok_or(failure)?;
     // SAFETY: usable RAM that the direct map reaches, and from here on the heap's alone.
-    unsafe { HEAP.lock().init(pointer, needed as usize) };
+    unsafe { HEAP.0.lock().init(pointer, needed as usize) };
     let ranges: alloc::vec::Vec<FrameRange> = all()
         .map(|(first, last)| FrameRange {
             start: HostPhysAddr::new(first),

@@ -8,7 +8,10 @@ extern crate alloc;
 mod backend;
 mod bring_up;
 mod console;
+mod cores;
 mod frames;
+mod lock;
+mod manager;
 mod panic;
 mod run;
 

@@ -1,31 +1,40 @@
 //! When the hypervisor itself fails.
 //!
-//! A panic in work for one VM abandons that work: the VM is crashed and the others run. A panic
-//! that holds shared state (the frame store or the heap: their locks are the list) or that hits
-//! outside any VM's work stops the host, with what is known on every console.
+//! A panic in work for one VM abandons that work on that core: the VM is crashed and the others run.
+//! A panic that holds a shared lock ([`crate::lock`]) or that hits outside any VM's work stops the
+//! host, all cores of it, with what is known on every console.
 
-use crate::{console, frames};
+use crate::{console, cores};
 use core::panic::PanicInfo;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::Ordering;
 use cpu::host::InterruptFrame;
-
-/// A panic is being told.
-static PANICKING: AtomicBool = AtomicBool::new(false);
+use cpu::percpu::this;
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
-    if PANICKING.swap(true, Ordering::Relaxed) {
+    let core = this();
+    if core.panicking.swap(true, Ordering::Relaxed) {
         // Telling of the first one failed as well.
+        cores::stop_others();
         cpu::host::stop();
     }
-    // SAFETY: this core's only flow of control is here now; the console's holder was it.
-    unsafe { console::force_unlock() };
-    console::say(format_args!("error: panic: {info}"));
-    if cpu::guard::is_running() && !frames::is_locked() {
-        PANICKING.store(false, Ordering::Relaxed);
-        // SAFETY: neither of the shared locks is held.
+    // SAFETY: what this core did is over.
+    unsafe { console::release() };
+    console::say(format_args!(
+        "error: panic on core {}: {info}",
+        core.number()
+    ));
+    if cpu::guard::is_running() && core.held.load(Ordering::Relaxed) == 0 {
+        core.panicking.store(false, Ordering::Relaxed);
+        // SAFETY: no shared lock is held.
         unsafe { cpu::guard::abandon() };
     }
+    stop_host()
+}
+
+/// Ends everything: shared state is in doubt.
+pub fn stop_host() -> ! {
+    cores::stop_others();
     console::say(format_args!("the hypervisor has failed and stops here"));
     crate::bring_up::end(103, "the hypervisor panicked");
 }

@@ -1,41 +1,36 @@
-//! The run loop of a core: pick a VM, run it until something wants the core, repeat.
+//! The run loop of each core: ask the scheduler for a vCPU, run it until something wants the core,
+//! repeat.
+//!
+//! A core owns the vCPU that it runs: it takes it out of its seat, and puts it back when it turns
+//! to another. Nothing is locked while a guest runs. What a core leaves for another (an order to a
+//! VM, an interrupt for a vCPU, a better vCPU for the core) is written down first, then the core is
+//! kicked.
 
-use crate::backend::{self, Backend, Setup};
-use crate::bring_up::{Host, STATUS_BOOT};
-use crate::console::{self, Request};
-use crate::frames::{self, Frames};
+use crate::backend::{AnyVm, Backend, Guest};
+use crate::bring_up::Host;
+use crate::console;
+use crate::cores::watch;
+use crate::lock::Lock;
+use crate::manager::Manager;
 use alloc::boxed::Box;
-use alloc::format;
-use alloc::string::{String, ToString};
+use alloc::string::ToString;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use arch::Nanos;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use hw::{CoreTimer, TIMER_VECTOR};
-use log::{error, info, warn};
-use sched::{Decision, Scheduler, VcpuId};
-use vm::bundle::Bundle;
-use vm::config::{Config, OnReboot, VmConfig};
-use vm::{End, Stop, VmError};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use cpu::percpu::{Core, this};
+use hw::CoreTimer;
+use sched::{CoreId, CoreSet, Decision, Scheduler, VcpuId, VmId};
+use vm::config::MAX_VMS;
+use vm::{End, Order, Stop};
 
-/// Exit status for a VM that crashed.
-const STATUS_CRASH: u32 = 101;
-/// Exit status when a person ended the VMs.
-const STATUS_LEFT: u32 = 0;
-/// A VM that resets itself sooner than this after its start waits before it starts again: twice
-/// as long each time, up to [`LONGEST_WAIT`]. Else it could flood the log and the core.
-const SHORT_LIFE: u64 = 1_000_000_000;
-/// In nanoseconds.
-const FIRST_WAIT: u64 = 50_000_000;
-/// In nanoseconds.
-const LONGEST_WAIT: u64 = 5_000_000_000;
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.
 const POLL: u64 = 10_000_000;
+/// No core.
+const NOWHERE: u32 = u32::MAX;
 
-static TIMER_FIRED: AtomicBool = AtomicBool::new(false);
 static SERIAL_FIRED: AtomicBool = AtomicBool::new(false);
 static POLL_SERIAL: AtomicBool = AtomicBool::new(false);
-/// NMIs that came and were not told of yet.
-static NMIS: AtomicU32 = AtomicU32::new(0);
 
 /// The serial port has no interrupt: look at it on every tick.
 pub fn poll_serial() {
@@ -44,37 +39,227 @@ pub fn poll_serial() {
 
 /// A non-maskable interrupt of the machine. It may hit anywhere, so it takes no lock.
 pub fn host_nmi() {
-    NMIS.fetch_add(1, Ordering::Relaxed);
+    this().nmis.fetch_add(1, Ordering::Relaxed);
 }
 
-/// An interrupt of the machine.
-pub fn host_interrupt(vector: u8) {
-    if vector == TIMER_VECTOR {
-        TIMER_FIRED.store(true, Ordering::Relaxed);
-    } else {
-        SERIAL_FIRED.store(true, Ordering::Relaxed);
+/// An interrupt of the machine's devices.
+pub fn host_interrupt() {
+    SERIAL_FIRED.store(true, Ordering::Relaxed);
+}
+
+/// What all cores share.
+pub struct Machine {
+    /// The physical machine.
+    pub host: &'static Host,
+    /// The vendor's way to make VMs.
+    pub backend: &'static dyn Backend,
+    /// The cores' time.
+    pub clock: Clock,
+    /// Who runs where.
+    pub scheduler: Lock<Scheduler>,
+    /// The VMs that have memory and vCPUs, by number.
+    slots: [Lock<Option<Arc<Live>>>; MAX_VMS],
+    /// VMs, by bit number, all of whose vCPUs left the cores by order.
+    gone: AtomicU32,
+}
+
+/// A VM that has memory and vCPUs.
+pub struct Live {
+    /// What its vCPUs share.
+    pub vm: Arc<AnyVm>,
+    id: VmId,
+    seats: Box<[Seat]>,
+    /// vCPUs, by bit number, that left the cores by order.
+    out: AtomicU64,
+    /// How it ended, and whether its structures are whole.
+    end: Lock<Option<(End, bool)>>,
+}
+
+/// A vCPU's place.
+struct Seat {
+    /// The core that has taken it, or [`NOWHERE`].
+    core: AtomicU32,
+    vcpu: Lock<Option<Box<dyn Guest>>>,
+}
+
+impl Live {
+    /// A VM whose vCPUs sit in their places.
+    pub fn new(number: usize, vm: Arc<AnyVm>, vcpus: Vec<Box<dyn Guest>>) -> Self {
+        let seat = |vcpu| Seat {
+            core: AtomicU32::new(NOWHERE),
+            vcpu: Lock::new(Some(vcpu)),
+        };
+        Self {
+            vm,
+            id: VmId(number as u16),
+            seats: vcpus.into_iter().map(seat).collect(),
+            out: AtomicU64::new(0),
+            end: Lock::new(None),
+        }
+    }
+
+    fn all(&self) -> u64 {
+        u64::MAX >> (64 - self.seats.len().clamp(1, 64))
+    }
+
+    /// How it ended, if by itself, and whether its structures are whole.
+    pub fn take_end(&self) -> Option<(End, bool)> {
+        self.end.lock().take()
+    }
+
+    /// Whether all vCPUs have left the cores by order.
+    pub fn is_out(&self) -> bool {
+        self.out.load(Ordering::SeqCst) == self.all()
+    }
+
+    /// The vCPUs, out of their seats; all of them once [`Live::is_out`].
+    pub fn take_vcpus(&self) -> impl Iterator<Item = Box<dyn Guest>> {
+        self.seats.iter().filter_map(|seat| seat.vcpu.lock().take())
+    }
+
+    fn vcpu_id(&self, index: usize) -> VcpuId {
+        VcpuId {
+            vm: self.id,
+            index: index as u16,
+        }
     }
 }
 
-struct Guest {
-    config: VmConfig,
-    vm: Option<Box<dyn backend::Guest>>,
-    end: Option<End>,
-    started: Nanos,
-    /// How long it waits before it starts again, in nanoseconds.
-    wait: u64,
+/// The cores' time: nanoseconds since the guests were made.
+pub struct Clock {
+    hz: u64,
+    origin: u64,
 }
 
-impl Guest {
-    /// Whether it has reset itself and will start again.
-    const fn waits(&self) -> bool {
-        self.vm.is_none() && self.end.is_none() && self.wait > 0
+impl Clock {
+    /// Nanoseconds from here on.
+    pub fn new(hz: u64) -> Self {
+        Self {
+            hz,
+            origin: hw::rdtsc(),
+        }
+    }
+    /// Now.
+    pub fn now(&self) -> Nanos {
+        self.at(hw::rdtsc())
+    }
+    /// When the TSC reads this; `u64::MAX` is never.
+    pub fn at(&self, tsc: u64) -> Nanos {
+        if tsc == u64::MAX {
+            return Nanos::NEVER;
+        }
+        Nanos::from_ticks(tsc.saturating_sub(self.origin), self.hz)
+    }
+    /// What the TSC reads then.
+    pub fn tsc_at(&self, when: Nanos) -> u64 {
+        if when == Nanos::NEVER {
+            u64::MAX
+        } else {
+            self.origin + when.to_ticks(self.hz) + 1
+        }
+    }
+}
+
+impl Machine {
+    /// A machine without VMs, all of whose cores may run some.
+    pub fn new(host: &'static Host, backend: &'static dyn Backend) -> Self {
+        let clock = Clock::new(host.tsc_hz);
+        let mut scheduler = Scheduler::new();
+        for core in host.cores {
+            scheduler.add_core(CoreId(core.number() as u16), clock.now());
+        }
+        Self {
+            host,
+            backend,
+            clock,
+            scheduler: Lock::new(scheduler),
+            slots: [const { Lock::new(None) }; MAX_VMS],
+            gone: AtomicU32::new(0),
+        }
+    }
+
+    /// The VM of this number, if it has memory and vCPUs.
+    pub fn live(&self, number: usize) -> Option<Arc<Live>> {
+        self.slots.get(number)?.lock().clone()
+    }
+
+    /// Puts a VM in its slot, or takes it out.
+    pub fn set_live(&self, number: usize, live: Option<Arc<Live>>) -> Option<Arc<Live>> {
+        let slot = self.slots.get(number)?;
+        core::mem::replace(&mut *slot.lock(), live)
+    }
+
+    /// VMs, by bit number, all of whose vCPUs have left the cores since the last call.
+    pub fn take_gone(&self) -> u32 {
+        self.gone.swap(0, Ordering::SeqCst)
+    }
+
+    /// Works on the schedule, and calls the cores that are to look at it again.
+    pub fn schedule<T>(&self, work: impl FnOnce(&mut Scheduler, Nanos) -> T) -> T {
+        let mut scheduler = self.scheduler.lock();
+        let result = work(&mut scheduler, self.clock.now());
+        let kicks = scheduler.kicks();
+        drop(scheduler);
+        if !kicks.is_empty() {
+            self.reschedule(kicks);
+        }
+        result
+    }
+
+    fn reschedule(&self, cores: CoreSet) {
+        for CoreId(number) in cores.iter() {
+            if let Some(core) = self.host.cores.get(usize::from(number)) {
+                core.reschedule.store(true, Ordering::SeqCst);
+                if core.number() != this().number() {
+                    self.host.kick(core.number());
+                }
+            }
+        }
+    }
+
+    /// Has the boot core look at what was left for the manager.
+    fn call_manager(&self) {
+        self.reschedule(CoreSet::only(CoreId(0)));
+    }
+
+    /// Has vCPUs look at what came for them.
+    pub fn kick(&self, live: &Live, mut vcpus: u64) {
+        while vcpus != 0 {
+            let index = vcpus.trailing_zeros() as usize;
+            vcpus &= vcpus - 1;
+            let Some(seat) = live.seats.get(index) else {
+                return;
+            };
+            match seat.core.load(Ordering::SeqCst) {
+                NOWHERE => self.schedule(|s, now| s.wake(live.vcpu_id(index), now)),
+                core if core as usize == this().number() => {}
+                core => self.host.kick(core as usize),
+            }
+        }
+    }
+
+    /// Kicks whom an action on the VM from outside was for.
+    pub fn kick_touched(&self, live: &Live) {
+        self.kick(live, live.vm.take_kicks());
+    }
+
+    /// Gives all vCPUs of a VM an order. They carry it out on their cores; who sleeps is woken for
+    /// it.
+    pub fn order(&self, live: &Live, order: Order) {
+        live.vm.set_order(order);
+        if order == Order::Run {
+            live.out.store(0, Ordering::SeqCst);
+        }
+        let _ = live.vm.take_kicks();
+        self.kick(live, live.all());
     }
 }
 
 /// What the guests' rooms need of the machine while one runs.
 pub struct CoreHost<'a> {
-    guest: usize,
+    machine: &'static Machine,
+    live: &'a Live,
+    core: &'static Core,
     timer: &'a mut CoreTimer,
     /// TSC at which the core is wanted for something else.
     slice_end: u64,
@@ -84,444 +269,248 @@ impl vm::Host for CoreHost<'_> {
     fn tsc(&self) -> u64 {
         hw::rdtsc()
     }
+    fn kick(&mut self, vcpus: u64) -> bool {
+        self.machine.kick(self.live, vcpus);
+        self.core.reschedule.load(Ordering::Relaxed)
+    }
     fn arm(&mut self, deadline: u64) {
         self.timer.arm(deadline.min(self.slice_end));
     }
     fn interrupted(&mut self) -> bool {
         cpu::host::serve_interrupts();
-        if TIMER_FIRED.swap(false, Ordering::Relaxed) {
+        if self.core.timer_fired.swap(false, Ordering::Relaxed) {
             self.timer.fired();
         }
-        SERIAL_FIRED.load(Ordering::Relaxed) || hw::rdtsc() >= self.slice_end
+        self.core.take_kick();
+        self.core.reschedule.load(Ordering::Relaxed)
+            || SERIAL_FIRED.load(Ordering::Relaxed) && self.core.number() == 0
+            || hw::rdtsc() >= self.slice_end
     }
     fn output(&mut self, bytes: &[u8]) {
-        console::guest_output(self.guest, bytes);
+        console::guest_output(usize::from(self.live.id.0), bytes);
     }
 }
 
-/// The core's time: nanoseconds since the guests were made.
-struct Clock {
-    hz: u64,
-    origin: u64,
+/// The vCPU that is loaded on a core.
+struct Loaded {
+    live: Arc<Live>,
+    index: usize,
+    vcpu: Box<dyn Guest>,
+    /// It could go on.
+    runnable: bool,
 }
 
-impl Clock {
-    fn now(&self) -> Nanos {
-        self.at(hw::rdtsc())
-    }
-    fn at(&self, tsc: u64) -> Nanos {
-        if tsc == u64::MAX {
-            return Nanos::NEVER;
+/// A core at work.
+pub struct Worker {
+    machine: &'static Machine,
+    core: &'static Core,
+    timer: CoreTimer,
+    loaded: Option<Loaded>,
+}
+
+impl Worker {
+    /// The calling core, with its timer.
+    pub fn new(machine: &'static Machine, timer: CoreTimer) -> Self {
+        Self {
+            machine,
+            core: this(),
+            timer,
+            loaded: None,
         }
-        Nanos::from_ticks(tsc.saturating_sub(self.origin), self.hz)
     }
-    fn tsc_at(&self, when: Nanos) -> u64 {
-        if when == Nanos::NEVER {
+
+    /// The life of a core beside the boot core.
+    pub fn work(mut self) -> ! {
+        loop {
+            self.turn(Nanos::NEVER);
+        }
+    }
+
+    /// The life of the boot core, which also keeps the VMs; until none is left to run (`false`) or
+    /// a person leaves (`true`).
+    pub fn manage(mut self, manager: &mut Manager) -> bool {
+        loop {
+            SERIAL_FIRED.store(false, Ordering::Relaxed);
+            if let Some(left) = manager.step() {
+                self.put_back();
+                return left;
+            }
+            let mut due = manager.due();
+            if POLL_SERIAL.load(Ordering::Relaxed) {
+                due = due.min(self.machine.clock.now() + POLL);
+            }
+            self.turn(due);
+        }
+    }
+
+    /// Does what the scheduler says, until then at the latest.
+    fn turn(&mut self, due: Nanos) {
+        self.core.beat();
+        // What is left for the core from here on calls it again.
+        self.core.take_kick();
+        self.core.reschedule.store(false, Ordering::SeqCst);
+        let number = CoreId(self.core.number() as u16);
+        let (decision, stolen) = self.machine.schedule(|scheduler, now| {
+            let decision = scheduler.next(number, now);
+            let stolen = match decision {
+                Decision::Run { vcpu, .. } => scheduler.stolen(vcpu, now),
+                Decision::Idle { .. } => 0,
+            };
+            (decision, stolen)
+        });
+        match decision {
+            Decision::Run { vcpu, until } => self.run(vcpu, until.min(due), stolen),
+            Decision::Idle { until } => self.idle(until.min(due)),
+        }
+    }
+
+    fn idle(&mut self, until: Nanos) {
+        self.put_back();
+        let until = self
+            .machine
+            .clock
+            .tsc_at(until)
+            .min(watch(self.machine.host));
+        self.timer.arm(until);
+        self.core.rest();
+        // What was left for the core since it looked ends the halt at once.
+        if !self.core.reschedule.load(Ordering::SeqCst) {
+            cpu::host::wait_for_interrupt();
+        }
+        if self.core.timer_fired.swap(false, Ordering::Relaxed) {
+            self.timer.fired();
+        }
+    }
+
+    /// Takes the vCPU off the core and puts it back in its seat.
+    fn put_back(&mut self) {
+        let Some(mut loaded) = self.loaded.take() else {
+            return;
+        };
+        loaded.vcpu.unload(loaded.runnable);
+        let Loaded {
+            live, index, vcpu, ..
+        } = loaded;
+        let Some(seat) = live.seats.get(index) else {
+            return;
+        };
+        *seat.vcpu.lock() = Some(vcpu);
+        seat.core.store(NOWHERE, Ordering::SeqCst);
+        // Whoever left something for it before this found it on a core, and did not wake it.
+        if live.vm.is_signalled(index) && live.vm.order() == Order::Run {
+            self.machine
+                .schedule(|s, now| s.wake(live.vcpu_id(index), now));
+        }
+    }
+
+    /// Takes a vCPU out of its seat and loads it; `None` if it is not to be had any more.
+    fn take(&mut self, vcpu: VcpuId, stolen: u64) -> Option<()> {
+        let live = self.machine.live(usize::from(vcpu.vm.0))?;
+        let index = usize::from(vcpu.index);
+        let seat = live.seats.get(index)?;
+        // The core that had it last may be about to put it back.
+        let mut taken = loop {
+            if let Some(vcpu) = seat.vcpu.lock().take() {
+                break vcpu;
+            }
+            if live.vm.order() == Order::Abandon {
+                return None;
+            }
+            core::hint::spin_loop();
+        };
+        seat.core.store(self.core.number() as u32, Ordering::SeqCst);
+        taken.load(stolen);
+        self.loaded = Some(Loaded {
+            live,
+            index,
+            vcpu: taken,
+            runnable: true,
+        });
+        Some(())
+    }
+
+    /// Runs a vCPU.
+    fn run(&mut self, vcpu: VcpuId, until: Nanos, stolen: u64) {
+        let same = |loaded: &Loaded| loaded.live.vcpu_id(loaded.index) == vcpu;
+        if !self.loaded.as_ref().is_some_and(same) {
+            self.put_back();
+            if self.take(vcpu, stolen).is_none() {
+                self.machine
+                    .schedule(|s, now| s.sleep(vcpu, Nanos::NEVER, now));
+                return;
+            }
+        }
+        let Some(loaded) = &mut self.loaded else {
+            return;
+        };
+        let slice_end = if until == Nanos::NEVER && self.machine.host.cores.len() == 1 {
             u64::MAX
         } else {
-            self.origin + when.to_ticks(self.hz) + 1
-        }
-    }
-}
-
-/// The guests of one machine and the core that runs them.
-struct Core<'a> {
-    backend: &'a dyn Backend,
-    host: &'a Host,
-    bundle: &'a Bundle<'a>,
-    timer: CoreTimer,
-    clock: Clock,
-    scheduler: Scheduler,
-    guests: Vec<Guest>,
-    /// Whose vCPU is on the core.
-    loaded: Option<usize>,
-    /// The first bad end: exit status and reason.
-    failure: Option<(u32, String)>,
-}
-
-/// Makes the guests of the configuration, runs them until all have ended, and says how it went.
-pub fn run(
-    backend: &dyn Backend,
-    host: &Host,
-    timer: CoreTimer,
-    bundle: &Bundle<'_>,
-    config: &Config,
-    started: u64,
-) -> (u32, String) {
-    let mut core = Core {
-        backend,
-        host,
-        bundle,
-        timer,
-        clock: Clock {
-            hz: host.tsc_hz,
-            origin: hw::rdtsc(),
-        },
-        scheduler: Scheduler::default(),
-        guests: Vec::new(),
-        loaded: None,
-        failure: None,
-    };
-    for entry in &config.vms {
-        match entry {
-            Ok(config) => core.add(config),
-            Err(error) => {
-                error!("{error}");
-                core.fail(STATUS_BOOT, error.to_string());
-            }
-        }
-    }
-    let focus = config.host.focus.as_deref();
-    let focus = core
-        .guests
-        .iter()
-        .position(|guest| Some(guest.config.name.as_str()) == focus);
-    console::focus(focus.unwrap_or(0));
-    console::say(format_args!(
-        "bench boot-to-guest {} tsc",
-        hw::rdtsc() - started
-    ));
-    if core.serve() {
-        return (STATUS_LEFT, "left at the console".to_string());
-    }
-    core.failure
-        .unwrap_or_else(|| (0, "every VM ended well".to_string()))
-}
-
-impl Core<'_> {
-    fn fail(&mut self, status: u32, reason: String) {
-        self.failure.get_or_insert((status, reason));
-    }
-
-    /// Adds a guest and starts it.
-    fn add(&mut self, config: &VmConfig) {
-        let number = console::add_guest(&config.name);
-        self.guests.push(Guest {
-            config: config.clone(),
-            vm: None,
-            end: None,
-            started: Nanos::ZERO,
-            wait: 0,
-        });
-        self.start(number);
-    }
-
-    /// Makes a guest's VM and lets it run.
-    fn start(&mut self, number: usize) {
-        let Some(config) = self.guests.get(number).map(|guest| guest.config.clone()) else {
-            return;
+            let until = self.machine.clock.tsc_at(until);
+            until.min(watch(self.machine.host))
         };
-        let now = self.clock.now();
-        let mut made = None;
-        let sound = cpu::guard::run(|| made = Some(self.create(number, &config)));
-        let failed = || VmError::Vcpu("the hypervisor failed while it made this VM".to_string());
-        match made
-            .filter(|_| sound.is_ok())
-            .unwrap_or_else(|| Err(failed()))
-        {
-            Ok(vm) => {
-                if let Some(guest) = self.guests.get_mut(number) {
-                    guest.vm = Some(vm);
-                    guest.started = now;
-                    self.scheduler.wake(VcpuId(number));
-                }
-            }
-            Err(error) => {
-                error!("vm {}: {error}", config.name);
-                if let Some(guest) = self.guests.get_mut(number) {
-                    guest.wait = 0;
-                }
-                self.fail(STATUS_BOOT, format!("vm {}: {error}", config.name));
-            }
-        }
-    }
-
-    fn create(
-        &mut self,
-        number: usize,
-        config: &VmConfig,
-    ) -> Result<Box<dyn backend::Guest>, VmError> {
-        let (before_heap, before_frames) = (frames::heap_used(), frames::free_bytes());
-        let promised: u64 = self
-            .guests
-            .iter()
-            .filter_map(|guest| guest.vm.as_ref())
-            .map(|vm| vm.vm().outstanding_bytes())
-            .sum();
-        let host = self.host;
-        let now = hw::rdtsc();
-        let setup = Setup {
-            config,
-            bundle: self.bundle,
-            format: self.backend.format(),
-            phys: host.map,
-            frames: Frames,
-            free_bytes: before_frames.saturating_sub(promised),
-            tsc: now,
-            tsc_hz: host.tsc_hz,
-            wall_clock: host.wall_clock + Nanos::from_ticks(now - host.wall_tsc, host.tsc_hz).0,
-            enabled: self.backend.enabled(),
-            host_cpuid: &|leaf, subleaf| {
-                let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);
-                [result.eax, result.ebx, result.ecx, result.edx]
-            },
-            apic_access_page: self.backend.apic_access_page(),
-        };
-        let vm = self.backend.create(host, number as u16, setup)?;
-        info!(
-            "vm {}: {} MiB, {} vCPU, kernel {}",
-            config.name,
-            config.memory >> 20,
-            config.vcpus,
-            config.kernel.name
-        );
-        let heap = frames::heap_used().saturating_sub(before_heap) as u64;
-        let taken = before_frames.saturating_sub(frames::free_bytes());
-        console::say(format_args!(
-            "bench vm-memory {} bytes",
-            heap + taken.saturating_sub(vm.vm().backed_bytes())
-        ));
-        Ok(vm)
-    }
-
-    /// Runs until every guest has ended (`false`) or a person leaves (`true`).
-    fn serve(&mut self) -> bool {
-        loop {
-            if self.console() {
-                return true;
-            }
-            match NMIS.swap(0, Ordering::Relaxed) {
-                0 => {}
-                count => warn!("{count} NMI: the machine reports a fault that it does not name"),
-            }
-            let now = self.clock.now();
-            let polling = POLL_SERIAL.load(Ordering::Relaxed);
-            let poll = if polling { now + POLL } else { Nanos::NEVER };
-            match self.scheduler.next(now) {
-                Decision::Run(VcpuId(number), until) => self.turn(number, until.min(poll)),
-                Decision::Idle(until) => {
-                    self.unload();
-                    self.timer.arm(self.clock.tsc_at(until.min(poll)));
-                    // What came since the console was looked at ends the halt at once.
-                    cpu::host::wait_for_interrupt();
-                    TIMER_FIRED.store(false, Ordering::Relaxed);
-                    self.timer.fired();
-                }
-                Decision::Nothing => return false,
-            }
-        }
-    }
-
-    /// Takes what was typed; `true` means leave.
-    fn console(&mut self) -> bool {
-        SERIAL_FIRED.store(false, Ordering::Relaxed);
-        while let Some(request) = console::poll() {
-            match request {
-                Request::Leave => return true,
-                Request::Command(line) => {
-                    if self.monitor(&line) {
-                        return true;
-                    }
-                }
-            }
-        }
-        for (number, guest) in self.guests.iter_mut().enumerate() {
-            if let Some(vm) = &mut guest.vm
-                && console::has_input(number)
-            {
-                let mut taken = 0;
-                let sound = cpu::guard::run(|| {
-                    console::guest_input(number, &mut |bytes| {
-                        let used = vm.vm_mut().input(bytes, hw::rdtsc());
-                        taken += used;
-                        used
-                    });
-                });
-                if sound.is_err() {
-                    vm.vm_mut().stop();
-                }
-                if taken > 0 || sound.is_err() {
-                    self.scheduler.wake(VcpuId(number));
-                }
-            }
-        }
-        false
-    }
-
-    fn unload(&mut self) {
-        if let Some(guest) = self
-            .loaded
-            .take()
-            .and_then(|number| self.guests.get_mut(number))
-            && let Some(vm) = &mut guest.vm
-        {
-            vm.vm_mut().unload();
-        }
-    }
-
-    /// Gives a guest the core until then at the latest.
-    fn turn(&mut self, number: usize, until: Nanos) {
-        if self.loaded != Some(number) {
-            self.unload();
-        }
-        let Some(vm) = self
-            .guests
-            .get_mut(number)
-            .and_then(|guest| guest.vm.as_mut())
-        else {
-            // Either it is over, or its wait before the next start is.
-            self.scheduler.remove(VcpuId(number));
-            if self.guests.get(number).is_some_and(Guest::waits) {
-                self.start(number);
-            }
-            return;
-        };
-        if self.loaded != Some(number) {
-            vm.vm_mut().load();
-            self.loaded = Some(number);
-        }
-        let slice_end = self.clock.tsc_at(until);
         let mut stop = None;
         let mut host = CoreHost {
-            guest: number,
+            machine: self.machine,
+            live: &loaded.live,
+            core: self.core,
             timer: &mut self.timer,
             slice_end,
         };
-        let result = cpu::guard::run(|| stop = Some(vm.run(&mut host)));
-        let vcpu = VcpuId(number);
+        self.core
+            .vm
+            .store(u32::from(vcpu.vm.0) + 1, Ordering::Relaxed);
+        let sound = cpu::guard::run(|| stop = Some(loaded.vcpu.run(&mut host))).is_ok();
+        self.core.vm.store(0, Ordering::Relaxed);
+        loaded.runnable = matches!(stop, Some(Stop::Preempted | Stop::Yield));
         match stop {
-            Some(Stop::Preempted) => {
-                if self.clock.now() >= until {
-                    self.scheduler.yield_now(vcpu);
-                }
+            Some(Stop::Preempted) => {}
+            Some(Stop::Yield) => self.machine.schedule(|s, now| s.yield_now(vcpu, now)),
+            Some(Stop::Halted { until }) => {
+                let until = self.machine.clock.at(until);
+                self.machine.schedule(|s, now| s.sleep(vcpu, until, now));
             }
-            Some(Stop::Yield) => self.scheduler.yield_now(vcpu),
-            Some(Stop::Halted { until }) => self.scheduler.sleep(vcpu, self.clock.at(until)),
-            Some(Stop::Ended(end)) => self.finish(number, end, result.is_ok()),
+            Some(Stop::Ordered) => self.leave(None),
+            Some(Stop::Ended(end)) => self.leave(Some((end, sound))),
             None => {
                 let cause = "the hypervisor failed while it worked for this VM".to_string();
-                self.finish(number, End::Crashed(cause), false);
+                self.leave(Some((End::Crashed(cause), false)));
             }
         }
     }
 
-    /// A guest is over: everything it held goes back, and it starts again if it should. A VM whose
-    /// work was abandoned is `sound` no more: its structures are given up, not walked.
-    fn finish(&mut self, number: usize, end: End, sound: bool) {
-        self.unload();
-        self.scheduler.remove(VcpuId(number));
-        console::flush(number);
-        let Some(guest) = self.guests.get_mut(number) else {
+    /// The vCPU leaves the core by order, or with the end of its VM.
+    fn leave(&mut self, end: Option<(End, bool)>) {
+        let Some(loaded) = &self.loaded else {
             return;
         };
-        let (name, config) = (guest.config.name.clone(), guest.config.clone());
-        match &end {
-            End::Crashed(cause) => console::say(format_args!("vm {name}: crashed: {cause}")),
-            _ => console::say(format_args!("vm {name}: ended: {end}")),
-        }
-        let now = self.clock.now();
-        let restarts = end == End::Reset && config.on_reboot == OnReboot::Restart;
-        guest.wait = if restarts && now.since(guest.started) < SHORT_LIFE {
-            (guest.wait * 2).clamp(FIRST_WAIT, LONGEST_WAIT)
-        } else {
-            0
-        };
-        let wait = guest.wait;
-        match guest.vm.take() {
-            Some(vm) if sound => {
-                if cpu::guard::run(|| vm.destroy()).is_err() {
-                    error!("vm {name}: its memory is lost until the machine starts again");
-                }
+        let (live, index) = (loaded.live.clone(), loaded.index);
+        if let Some((end, sound)) = end {
+            // The first end counts, but an unsound one is the end of all.
+            let mut first = live.end.lock();
+            match &mut *first {
+                Some((_, whole)) => *whole &= sound,
+                None => *first = Some((end, sound)),
             }
-            lost => core::mem::forget(lost),
+            drop(first);
+            let order = if sound { Order::Stop } else { Order::Abandon };
+            self.machine.order(&live, order);
         }
-        if restarts && wait > 0 {
-            self.scheduler.sleep(VcpuId(number), now + wait);
-            return;
+        let vcpu = live.vcpu_id(index);
+        self.machine
+            .schedule(|s, now| s.sleep(vcpu, Nanos::NEVER, now));
+        self.put_back();
+        let bit = 1 << (index & 63);
+        let out = live.out.fetch_or(bit, Ordering::SeqCst) | bit;
+        if live.vm.order() == Order::Run {
+            // Let go again in the meantime.
+            live.out.fetch_and(!bit, Ordering::SeqCst);
+            self.machine.schedule(|s, now| s.wake(vcpu, now));
+        } else if out == live.all() {
+            self.machine
+                .gone
+                .fetch_or(1 << (live.id.0 & 31), Ordering::SeqCst);
+            self.machine.call_manager();
         }
-        if restarts {
-            self.start(number);
-            return;
-        }
-        if let Some((status, reason)) = verdict(&config, &end) {
-            self.fail(status, reason);
-        }
-        if let Some(guest) = self.guests.get_mut(number) {
-            guest.end = Some(end);
-        }
-    }
-
-    /// Carries out a line typed at the monitor; `true` means leave.
-    fn monitor(&mut self, line: &str) -> bool {
-        let mut words = line.split_whitespace();
-        let (verb, name) = (words.next().unwrap_or(""), words.next());
-        let mut found = self
-            .guests
-            .iter_mut()
-            .position(|guest| Some(guest.config.name.as_str()) == name);
-        if verb == "stop"
-            && let Some(number) = found
-            && let Some(guest) = self.guests.get_mut(number).filter(|guest| guest.waits())
-        {
-            guest.end = Some(End::Stopped);
-            self.scheduler.remove(VcpuId(number));
-            return false;
-        }
-        let vm = found.and_then(|number| self.guests.get_mut(number)?.vm.as_mut());
-        match (verb, name, vm) {
-            ("", ..) => found = None,
-            ("quit" | "exit", None, _) => return true,
-            ("list", None, _) => self.list(),
-            ("button", Some(_), Some(vm)) => vm.vm_mut().power_button(),
-            ("stop", Some(_), Some(vm)) => vm.vm_mut().stop(),
-            ("button" | "stop", Some(name), None) => warn!("no VM `{name}` is running"),
-            _ => console::say(format_args!(
-                "list | button VM (press its power button) | stop VM (end it now) | quit"
-            )),
-        }
-        if let Some(number) = found
-            && self
-                .guests
-                .get(number)
-                .is_some_and(|guest| guest.vm.is_some())
-        {
-            self.scheduler.wake(VcpuId(number));
-        }
-        false
-    }
-
-    fn list(&self) {
-        for (number, guest) in self.guests.iter().enumerate() {
-            let state = match (&guest.vm, &guest.end) {
-                (Some(vm), _) => format!(
-                    "running, {} KiB of {} in use",
-                    vm.vm().backed_bytes() >> 10,
-                    vm.vm().promised_bytes() >> 10
-                ),
-                (None, Some(end)) => format!("ended: {end}"),
-                (None, None) if guest.waits() => "waits to start again".to_string(),
-                (None, None) => "not started".to_string(),
-            };
-            console::say(format_args!(
-                "{} {}: {state}",
-                number + 1,
-                guest.config.name
-            ));
-        }
-        console::say(format_args!(
-            "{} KiB of memory free",
-            frames::free_bytes() >> 10
-        ));
-    }
-}
-
-/// The status that a VM's bad end gives the whole run; `None` for a good end.
-fn verdict(config: &VmConfig, end: &End) -> Option<(u32, String)> {
-    let name = &config.name;
-    match end {
-        End::PoweredOff | End::Halted | End::Reset | End::Stopped => None,
-        End::DebugExit(code) if *code == config.devices.success_code => None,
-        End::DebugExit(code) => Some((*code, format!("vm {name}: debug exit with code {code}"))),
-        End::Crashed(cause) => Some((STATUS_CRASH, format!("vm {name}: crashed: {cause}"))),
     }
 }

@@ -27,7 +27,7 @@ use acpi_tables::{
 
 use arch::{GuestMemory, GuestPhysAddr, MemoryFault};
 
-use crate::map;
+use crate::{map, watchdog};
 
 const OEM: [u8; 6] = *b"TESERA";
 const OEM_TABLE: [u8; 8] = *b"TESSERA ";
@@ -40,6 +40,8 @@ pub struct AcpiConfig {
     pub vcpus: u32,
     /// Whether there is an HPET.
     pub hpet: bool,
+    /// Whether there is a watchdog.
+    pub watchdog: bool,
 }
 
 /// The tables need more room than [`map::ACPI_TABLES`] has.
@@ -92,6 +94,9 @@ pub fn build(config: &AcpiConfig) -> Result<Vec<u8>, TooLarge> {
     ];
     if config.hpet {
         tables.push(blob.place(&hpet(), 16));
+    }
+    if config.watchdog {
+        tables.push(blob.place(&wdat(), 16));
     }
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     let mut pointers = Vec::new();
@@ -267,6 +272,83 @@ fn hpet() -> Sdt {
     body.word(0x80);
     body.byte(0);
     table(*b"HPET", 1, &body)
+}
+
+/// The watchdog, as instructions on its registers (Microsoft, Hardware Watchdog Timers Design
+/// Specification; ACPI 6.5 table 5.6 reserves the name). The whole time is in the first stage: an
+/// interrupt at its end would be nobody's.
+fn wdat() -> Sdt {
+    use watchdog::{
+        ENABLE, LOCK_PORT, PRELOAD_1, PRELOAD_2, PRELOAD_MASK, RELOAD, RELOAD_NOW, TIMED_OUT,
+        UNLOCK,
+    };
+    const READ_VALUE: u8 = 0;
+    const READ_COUNTDOWN: u8 = 1;
+    const WRITE_VALUE: u8 = 2;
+    const WRITE_COUNTDOWN: u8 = 3;
+    const PRESERVE: u8 = 0x80;
+    /// What to do, with which register, the value, and the bits that count.
+    type Instruction = (u8, u16, u32, u32);
+    /// In place of an instruction: the sequence that opens the registers for one write.
+    const OPEN: Instruction = (u8::MAX, 0, 0, 0);
+    let enabled = |what, value| (what, LOCK_PORT, value, ENABLE);
+    let restart = (WRITE_VALUE, RELOAD, RELOAD_NOW, RELOAD_NOW);
+    let actions: [(u8, &[Instruction]); 9] = [
+        (0x01, &[OPEN, restart]),
+        (0x05, &[(READ_COUNTDOWN, PRELOAD_1, 0, PRELOAD_MASK)]),
+        (
+            0x06,
+            &[
+                OPEN,
+                (WRITE_COUNTDOWN, PRELOAD_1, 0, PRELOAD_MASK),
+                OPEN,
+                (WRITE_VALUE, PRELOAD_2, 1, PRELOAD_MASK),
+            ],
+        ),
+        (0x08, &[enabled(READ_VALUE, ENABLE)]),
+        (0x09, &[enabled(WRITE_VALUE | PRESERVE, ENABLE)]),
+        (0x0a, &[enabled(READ_VALUE, 0)]),
+        (0x0b, &[enabled(WRITE_VALUE | PRESERVE, 0)]),
+        (0x20, &[(READ_VALUE, RELOAD, TIMED_OUT, TIMED_OUT)]),
+        (0x21, &[OPEN, (WRITE_VALUE, RELOAD, TIMED_OUT, TIMED_OUT)]),
+    ];
+    let (mut count, mut entries) = (0, Vec::new());
+    let mut entry = |action, (what, register, value, mask): Instruction| {
+        count += 1;
+        let shift = mask.trailing_zeros();
+        let (bits, access) = match register {
+            LOCK_PORT => (8, AccessSize::ByteAccess),
+            _ => (32, AccessSize::DwordAccess),
+        };
+        let port = u64::from(map::WATCHDOG.start + register);
+        entries.vec(&[action, what, 0, 0]);
+        GAS::new(Space::SystemIo, bits, shift as u8, access, port).to_aml_bytes(&mut entries);
+        entries.dword(value >> shift);
+        entries.dword(mask >> shift);
+    };
+    for (action, instructions) in actions {
+        for instruction in instructions {
+            if *instruction == OPEN {
+                for key in UNLOCK {
+                    entry(action, (WRITE_VALUE, RELOAD, key.into(), u32::MAX));
+                }
+            } else {
+                entry(action, *instruction);
+            }
+        }
+    }
+    let mut body = Vec::new();
+    body.dword(32);
+    // No PCI device: an address in full would make it a legacy one.
+    body.vec(&[0xff, 0, 0xff, 0xff, 0xff, 0, 0, 0]);
+    // A count is a millisecond; from 1 to as many as the register holds.
+    body.dword(1);
+    body.dword(PRELOAD_MASK);
+    body.dword(1);
+    body.dword(1);
+    body.dword(count);
+    body.vec(&entries);
+    table(*b"WDAT", 1, &body)
 }
 
 /// A small IRQ descriptor: edge triggered, active high, exclusive (§6.4.2.1). The legacy devices
@@ -482,10 +564,18 @@ mod tests {
     use std::{fs, process::Command, string::String};
 
     use super::*;
+    use crate::board::{Board, BoardConfig};
+    use arch::Nanos;
 
     const ONE: AcpiConfig = AcpiConfig {
         vcpus: 1,
         hpet: true,
+        watchdog: false,
+    };
+
+    const WATCHED: AcpiConfig = AcpiConfig {
+        watchdog: true,
+        ..ONE
     };
 
     fn number(bytes: &[u8]) -> usize {
@@ -567,6 +657,99 @@ mod tests {
         );
     }
 
+    /// What a guest's driver does for one action, on a board.
+    fn act(board: &mut Board, action: u8, countdown: u32, now: Nanos) -> Option<u32> {
+        let blob = build(&WATCHED).unwrap();
+        let tables = walk(&blob);
+        let table = tables.iter().find(|(name, _)| name == "WDAT").unwrap().1;
+        let entries = &table[36 + number(&table[36..40])..];
+        assert_eq!(entries.len(), 24 * number(&table[64..68]));
+        let mut result = None;
+        for entry in entries.chunks(24).filter(|entry| entry[0] == action) {
+            assert_eq!(entry[4], 1, "ports");
+            let (shift, size) = (entry[6], 1 << (entry[7] - 1));
+            let port = number(&entry[8..16]) as u16;
+            let [value, mask] = [16, 20].map(|at| number(&entry[at..at + 4]) as u32);
+            let read = board.port_read(port, size, now) >> shift & mask;
+            let kept = match entry[1] & 0x80 {
+                0 => 0,
+                _ => board.port_read(port, size, now) & !(mask << shift),
+            };
+            let mut write = |value: u32| {
+                board.port_write(port, size, kept | (value & mask) << shift, now);
+            };
+            match entry[1] & 0x7f {
+                0 => result = Some(u32::from(read == value)),
+                1 => result = Some(read),
+                2 => write(value),
+                _ => write(countdown),
+            }
+            board.tick(now);
+        }
+        result
+    }
+
+    #[test]
+    fn a_driver_that_knows_the_table_alone_can_use_the_watchdog() {
+        let mut board = Board::new(&BoardConfig {
+            vcpus: 1,
+            low_ram: 1 << 20,
+            high_ram: 0,
+            wall_clock: 0,
+            hpet: false,
+            debug_exit: false,
+            debug_console: false,
+            watchdog: true,
+        });
+        let second = |n: u64| Nanos(n * 1_000_000_000);
+        let board = &mut board;
+        assert_eq!(act(board, 8, 0, second(1)), Some(0), "does not run");
+        assert_eq!(act(board, 0x20, 0, second(1)), Some(0), "did not expire");
+        act(board, 6, 30_000, second(1));
+        assert_eq!(act(board, 5, 0, second(1)), Some(30_000));
+        act(board, 9, 0, second(1));
+        assert_eq!(act(board, 8, 0, second(1)), Some(1), "runs");
+        assert_eq!(act(board, 0xa, 0, second(1)), Some(0), "is not stopped");
+        act(board, 1, 0, second(30));
+        board.tick(second(59));
+        assert!(!board.take_actions().watchdog);
+        board.tick(second(61));
+        assert!(board.take_actions().watchdog);
+        assert_eq!(act(board, 0x20, 0, second(61)), Some(1), "it expired");
+        board.reset(second(62));
+        assert_eq!(act(board, 0x20, 0, second(62)), Some(1), "before the reset");
+        act(board, 0x21, 0, second(62));
+        assert_eq!(act(board, 0x20, 0, second(62)), Some(0));
+        act(board, 6, 1_000, second(63));
+        act(board, 9, 0, second(63));
+        act(board, 0xb, 0, second(63));
+        board.tick(second(100));
+        assert!(!board.take_actions().watchdog, "stopped");
+    }
+
+    /// Processors are known by one number in MADT and DSDT.
+    #[test]
+    fn each_vcpu_has_its_entries() {
+        for vcpus in [1, 3, 4, 64] {
+            let blob = build(&AcpiConfig { vcpus, ..ONE }).unwrap();
+            let tables = walk(&blob);
+            let table = |name| tables.iter().find(|(n, _)| n == name).unwrap().1;
+            let madt = &table("APIC")[44..];
+            for (id, entry) in (0..vcpus as u8).zip(madt.chunks(8)) {
+                assert_eq!(entry, [0, 8, id, id, 1, 0, 0, 0], "enabled local APIC");
+            }
+            assert_eq!(madt[8 * vcpus as usize], 1, "then the I/O APIC");
+            let end = madt.len() - 6;
+            assert_eq!(madt[end..], [4, 6, 0xff, 0, 0, 1], "NMI on LINT1 of all");
+            let dsdt = table("DSDT");
+            let named = |name: String| dsdt.windows(4).filter(|w| *w == name.as_bytes()).count();
+            for id in 0..=vcpus {
+                let devices = named(format!("C{id:03X}"));
+                assert_eq!(devices, usize::from(id < vcpus), "{id}");
+            }
+        }
+    }
+
     #[test]
     fn too_many_processors_are_refused() {
         let need = build(&AcpiConfig { vcpus: 4096, ..ONE }).unwrap_err().need;
@@ -582,7 +765,11 @@ mod tests {
         }
         let folder = std::env::temp_dir().join(format!("tessera-acpi-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
-        let blob = build(&AcpiConfig { vcpus: 257, ..ONE }).unwrap();
+        let blob = build(&AcpiConfig {
+            vcpus: 257,
+            ..WATCHED
+        })
+        .unwrap();
         let iasl = |arguments: &[&str]| {
             let output = Command::new("iasl")
                 .args(arguments)

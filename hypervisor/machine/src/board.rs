@@ -8,36 +8,32 @@
 //! What happens outside of the board is asked for in [`Actions`]. Deadlines are kept per device,
 //! so that [`Board::next_event`] is a load.
 
-use alloc::{vec, vec::Vec};
+use alloc::{boxed::Box, vec, vec::Vec};
 use core::ops::Range;
 
 use arch::{Nanos, Vector};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    apic::{ApicFabric, ApicFabricState, RestoreError},
-    clock::TscClock,
+    apic::{IoApic, Router},
     debug::Debug,
     hpet::{Hpet, Output, Route},
     i8042::{I8042, Request},
     map,
-    pci::{Pci, PciState},
+    pci::{DeviceFunction, Pci, PciState},
     pic::PicPair,
     pit::Pit,
     pm::{Pm, ResetControl},
     rtc::Rtc,
     uart::Uart,
+    watchdog::Watchdog,
 };
 
 /// What a board is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct BoardConfig {
-    /// vCPUs, for their local APICs.
+    /// vCPUs, to which interrupts are routed.
     pub vcpus: u32,
-    /// Width of guest-physical addresses.
-    pub phys_bits: u8,
-    /// The guests' time stamp counter.
-    pub clock: TscClock,
     /// Bytes of memory below 4 GiB.
     pub low_ram: u64,
     /// Bytes of memory above 4 GiB.
@@ -50,6 +46,8 @@ pub struct BoardConfig {
     pub debug_exit: bool,
     /// Whether port 0xe9 prints.
     pub debug_console: bool,
+    /// Whether there is a watchdog.
+    pub watchdog: bool,
 }
 
 /// Who asked for a reset.
@@ -75,6 +73,8 @@ pub struct Actions {
     pub reset: Option<ResetCause>,
     /// The guest ends with this code, by port 0xf4.
     pub exit_code: Option<u32>,
+    /// The watchdog ran out.
+    pub watchdog: bool,
     /// There is something for [`Board::console_output`].
     pub console: bool,
 }
@@ -127,14 +127,14 @@ struct Devices {
 pub struct BoardState {
     devices: Devices,
     pci: PciState,
-    apic: ApicFabricState,
+    io_apic: IoApic,
 }
 
 /// A virtual PC without its processors.
 pub struct Board {
-    /// Local APICs and I/O APIC. Local APICs' pages are not on the board's bus: an access is
-    /// made by one vCPU, which the caller knows.
-    pub apic: ApicFabric,
+    /// The I/O APIC, and the ways to the local APICs, which their vCPUs own. Local APICs' pages
+    /// are not on the board's bus: an access is made by one vCPU, which the caller knows.
+    pub apic: Router,
     /// The PCI root, to plug functions in.
     pub pci: Pci,
     devices: Devices,
@@ -173,7 +173,7 @@ impl Board {
     #[must_use]
     pub fn new(config: &BoardConfig) -> Self {
         let mut board = Self {
-            apic: ApicFabric::new(config.vcpus, config.phys_bits, config.clock),
+            apic: Router::new(config.vcpus),
             pci: Pci::new(fixed_ranges(config)),
             devices: Devices {
                 pic: PicPair::new(),
@@ -197,6 +197,13 @@ impl Board {
             deadlines: [Nanos::NEVER; TIMED],
             next: Nanos::NEVER,
         };
+        if config.watchdog
+            && let Some(place) = DeviceFunction::new(map::WATCHDOG_DEVICE, 0)
+            && let Some(watchdog) = Watchdog::new()
+        {
+            // The bus is empty.
+            let _ = board.pci.plug(place, Box::new(watchdog));
+        }
         board.carry_all(Nanos::ZERO);
         board
     }
@@ -235,23 +242,20 @@ impl Board {
         BoardState {
             devices: self.devices.clone(),
             pci: self.pci.save(),
-            apic: self.apic.save(),
+            io_apic: self.apic.io.clone(),
         }
     }
 
     /// Puts saved state in place, on a board of the same configuration on which the same functions
     /// are plugged in and have their own state already.
-    ///
-    /// # Errors
-    /// The state does not fit this board; the board is then as it was.
-    pub fn restore(&mut self, state: BoardState) -> Result<(), RestoreError> {
-        self.apic.restore(&state.apic)?;
+    pub fn restore(&mut self, state: BoardState) {
+        self.apic.restore(state.io_apic);
         self.pci.restore(state.pci);
         self.devices = state.devices;
         self.extint = self.devices.pic.interrupt();
+        self.apic.set_extint(self.extint);
         self.carry_lines();
         self.act(|actions| actions.console = true);
-        Ok(())
     }
 
     // ---- ports ----
@@ -522,7 +526,7 @@ impl Board {
         match address {
             map::IO_APIC..=IO_APIC_END => {
                 // Registers are 32 bits wide and aligned; a narrower read sees its bytes.
-                let register = self.apic.read_io((address & 0xffc) as u16);
+                let register = self.apic.io.read((address & 0xffc) as u16);
                 u64::from(register) >> (8 * (address & 3)) & ones
             }
             map::HPET..=HPET_END if let Some(hpet) = &mut self.devices.hpet => {
@@ -601,6 +605,9 @@ impl Board {
             hpet.tick(now);
         }
         self.pci.tick(now);
+        if self.pci.take_expiry() {
+            self.act(|actions| actions.watchdog = true);
+        }
         self.carry_lines();
         self.next = self.next.max(now + MIN_TICK);
     }
@@ -832,6 +839,7 @@ impl Board {
                 power_off: false,
                 reset: None,
                 exit_code: None,
+                watchdog: false,
                 console: false,
             },
         )
@@ -879,18 +887,19 @@ impl Board {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::apic::LocalApic;
+    use crate::clock::TscClock;
     use crate::pci::{DeviceFunction, tests::Toy};
 
     const CONFIG: BoardConfig = BoardConfig {
         vcpus: 1,
-        phys_bits: 36,
-        clock: TscClock::new(1_000_000),
         low_ram: 256 << 20,
         high_ram: 0,
         wall_clock: 1_709_164_798_500_000_000,
         hpet: true,
         debug_exit: true,
         debug_console: true,
+        watchdog: false,
     };
     const T: Nanos = Nanos(1_000_000);
 
@@ -930,13 +939,22 @@ mod tests {
         board
     }
 
-    /// Routes an I/O APIC pin to vCPU 0 and switches its local APIC on.
-    fn route(board: &mut Board, pin: u8, entry: u32) {
-        let _ = board.apic.write_mmio(0, 0xf0, 0x1ff, T);
+    /// Routes an I/O APIC pin to vCPU 0, whose local APIC is switched on.
+    fn route(board: &mut Board, pin: u8, entry: u32) -> LocalApic {
+        let mut apic = LocalApic::new(0, true, 36, TscClock::new(1_000_000));
+        let _ = apic.write_mmio(0xf0, 0x1ff, T);
+        board.apic.fabric().publish(&mut apic);
         for (register, value) in [(0x11 + 2 * pin, 0), (0x10 + 2 * pin, entry)] {
             board.mmio_write(map::IO_APIC, 4, register.into(), T);
             board.mmio_write(map::IO_APIC + 0x10, 4, value.into(), T);
         }
+        apic
+    }
+
+    /// The interrupt that waits in the local APIC.
+    fn pending(board: &Board, apic: &mut LocalApic) -> Option<Vector> {
+        board.apic.fabric().collect(apic);
+        apic.pending()
     }
 
     fn printed(board: &mut Board) -> String {
@@ -963,7 +981,7 @@ mod tests {
     #[test]
     fn the_timer_reaches_both_controllers() {
         let mut board = with_pic();
-        route(&mut board, 2, 0x30);
+        let mut apic = route(&mut board, 2, 0x30);
         out(&mut board, &[(0x43, 0x34), (0x40, 0xa9), (0x40, 0x04)]); // 1 kHz
         for n in 1..=3 {
             let now = board.next_event();
@@ -974,9 +992,9 @@ mod tests {
             assert!(board.pic_interrupt());
             assert_eq!(board.pic_acknowledge(), Vector(0x20));
             out(&mut board, &[(0x20, 0x20)]);
-            assert_eq!(board.apic.local[0].pending(), Some(Vector(0x30)));
-            board.apic.local[0].acknowledge();
-            let _ = board.apic.write_mmio(0, 0xb0, 0, now);
+            assert_eq!(pending(&board, &mut apic), Some(Vector(0x30)));
+            apic.acknowledge();
+            let _ = apic.write_mmio(0xb0, 0, now);
         }
         board.tick(Nanos(10_000_000_000));
         assert_eq!(
@@ -1009,12 +1027,12 @@ mod tests {
         assert!(board.next_event() < T + 11_000_000, "the PIT is back");
 
         // A timer on its own pin, level triggered.
-        route(&mut board, 21, 0x803b);
+        let mut apic = route(&mut board, 21, 0x803b);
         board.mmio_write(hpet + 0x120, 4, 0x6 | 21 << 9, T);
         board.mmio_write(hpet + 0x128, 8, 90_010, T);
         board.mmio_write(hpet + 0x10, 4, 1, T + 9_000_000);
         board.tick(T + 9_001_000);
-        assert_eq!(board.apic.local[0].pending(), Some(Vector(0x3b)));
+        assert_eq!(pending(&board, &mut apic), Some(Vector(0x3b)));
 
         let mut without = Board::new(&BoardConfig {
             hpet: false,
@@ -1122,9 +1140,9 @@ mod tests {
         assert!(board.pic_interrupt(), "until it is cleared");
         board.port_write(0x600, 2, 0x100, T);
         assert!(!board.pic_interrupt());
-        route(&mut board, 9, 0x8039);
+        let mut apic = route(&mut board, 9, 0x8039);
         board.power_button();
-        assert_eq!(board.apic.local[0].pending(), Some(Vector(0x39)));
+        assert_eq!(pending(&board, &mut apic), Some(Vector(0x39)));
     }
 
     #[test]
@@ -1186,15 +1204,15 @@ mod tests {
         assert_eq!(board.pic_acknowledge(), Vector(0x2a));
         board.mmio_write(0xd000_0000, 4, 0, T);
 
-        route(&mut board, 18, 0xa03a);
+        let mut apic = route(&mut board, 18, 0xa03a);
         board.mmio_write(0xd000_0000, 4, 0x1e, T);
-        assert_eq!(board.apic.local[0].pending(), Some(Vector(0x3a)));
+        assert_eq!(pending(&board, &mut apic), Some(Vector(0x3a)));
 
         board.mmio_write(0xd000_0800, 8, 0xfee0_0000, T);
         board.mmio_write(0xd000_0808, 8, 0x0000_0051, T);
         board.mmio_write(config + 0x42, 2, 0x8000, T);
         board.mmio_write(0xd000_0000, 4, 0, T);
-        assert_eq!(board.apic.local[0].pending(), Some(Vector(0x51)), "MSI-X");
+        assert_eq!(pending(&board, &mut apic), Some(Vector(0x51)), "MSI-X");
 
         assert_eq!(board.mmio_read(0xd100_0000, 4, T), 0xffff_ffff);
         board.mmio_write(0xa_0000, 1, 0, T);
@@ -1220,17 +1238,11 @@ mod tests {
         let state = board.save();
         savable(&state);
         let mut other = Board::new(&CONFIG);
-        other.restore(state.clone()).unwrap();
+        other.restore(state);
         let [other_state, own_state] = [&other, &board].map(|b| format!("{:?}", b.save()));
         assert!(other_state == own_state);
         assert_eq!(other.next_event(), board.next_event());
         assert_eq!(other.pic_acknowledge(), Vector(0x24));
-        assert!(
-            Board::new(&BoardConfig { vcpus: 2, ..CONFIG })
-                .restore(state)
-                .is_err()
-        );
-
         let later = Nanos(5_000_000_000);
         board.reset(later);
         assert!(!board.pic_interrupt());

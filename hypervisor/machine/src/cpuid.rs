@@ -197,6 +197,13 @@ const ARCH_CAPABILITIES: u64 = bits(&[
 ]) as u64;
 const IBRS_ALL: u64 = 1 << 1;
 
+/// What of KVM's services there is.
+const KVM_FEATURES: u32 = leaf::kvm::CLOCKSOURCE
+    | leaf::kvm::CLOCKSOURCE2
+    | leaf::kvm::CLOCKSOURCE_STABLE
+    | leaf::kvm::NOP_IO_DELAY
+    | leaf::kvm::STEAL_TIME;
+
 /// What of the machine a backend lets guests use, beyond what runs unasked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Enabled {
@@ -220,6 +227,8 @@ pub struct Enabled {
 pub struct CpuidConfig {
     /// How many vCPUs the VM has.
     pub vcpus: u32,
+    /// Each vCPU owns its core.
+    pub dedicated: bool,
     /// The rate of the guest's TSC.
     pub tsc_khz: u32,
     /// What the backend enables.
@@ -304,6 +313,7 @@ pub struct CpuidPolicy {
     subleaves: Vec<(Regs, Dynamic)>,
     components: Vec<Component>,
     timing: Regs,
+    kvm: Regs,
     features: Features,
 }
 
@@ -376,15 +386,7 @@ impl CpuidPolicy {
             leaf::BASE => signature(leaf::TIMING, leaf::SIGNATURE),
             leaf::INTERFACE => [abi::VERSION, 0, 0, 0],
             leaf::KVM_BASE => signature(leaf::KVM_TIMING, leaf::KVM_SIGNATURE),
-            leaf::KVM_FEATURES => [
-                leaf::kvm::CLOCKSOURCE
-                    | leaf::kvm::CLOCKSOURCE2
-                    | leaf::kvm::CLOCKSOURCE_STABLE
-                    | leaf::kvm::NOP_IO_DELAY,
-                0,
-                0,
-                0,
-            ],
+            leaf::KVM_FEATURES => self.kvm,
             leaf::TIMING | leaf::KVM_TIMING => self.timing,
             _ => match self.basic.last() {
                 Some(last) if self.features.intel && leaf >> 28 != 4 => return Err(last),
@@ -487,6 +489,12 @@ impl<'a> Builder<'a> {
                 subleaves: Vec::new(),
                 components: Vec::new(),
                 timing: [config.tsc_khz, TIMER_HZ / 1000, 0, 0],
+                kvm: [
+                    KVM_FEATURES,
+                    0,
+                    0,
+                    u32::from(config.dedicated) * leaf::kvm::HINT_DEDICATED,
+                ],
                 features: Features::default(),
             },
         }
@@ -648,8 +656,9 @@ impl<'a> Builder<'a> {
                 let host = self.host(1, 0);
                 let mut regs = self.filtered(1, 0);
                 regs[EAX] = host[EAX];
-                // CLFLUSH size and brand index; how many ids the package has.
-                regs[EBX] = host[EBX] & 0xffff | 1 << (16 + shift);
+                // CLFLUSH size and brand index; how many ids the package has (Intel), or vCPUs.
+                let ids = if self.amd { vcpus } else { 1 << shift };
+                regs[EBX] = host[EBX] & 0xffff | ids << 16;
                 regs[EDX] |= u32::from(vcpus > 1) << 28;
                 // The vCPU's APIC may be disabled.
                 regs[EDX] &= !(1 << 9);
@@ -906,6 +915,7 @@ mod tests {
         fn new(vendor: &'static [u8; 12], vcpus: u32, enabled: Enabled) -> Self {
             let config = CpuidConfig {
                 vcpus,
+                dedicated: vcpus == 5,
                 tsc_khz: 2_995_201,
                 enabled,
             };
@@ -970,6 +980,7 @@ mod tests {
     fn a_bare_machine_still_gives_what_software_provides() {
         let config = CpuidConfig {
             vcpus: 1,
+            dedicated: false,
             tsc_khz: 1_000_000,
             enabled: Enabled::default(),
         };
@@ -1039,10 +1050,45 @@ mod tests {
         assert_eq!(world.cpuid(4, 3), [0; 4]);
 
         let world = World::new(AMD, 3, ALL);
+        assert_eq!(world.cpuid(0xb, 0), [0, 1, 0x100, 2]);
+        assert_eq!(world.cpuid(0xb, 1), [2, 3, 0x201, 2]);
         assert_eq!(world.cpuid(0x8000_0008, 0)[ECX], 2 << 12 | 2);
         assert_eq!(world.cpuid(0x8000_001e, 0), [2, 2, 0, 0]);
         assert_eq!(world.cpuid(0x8000_001d, 0)[EAX] >> 26, 0);
         assert_eq!(world.cpuid(0x8000_0001, 0)[ECX] >> 1 & 1, 1);
+    }
+
+    /// Packages, cores and threads as Linux, Windows and the manuals' own algorithms count them.
+    #[test]
+    fn every_way_to_count_comes_to_the_same() {
+        for (vcpus, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (63, 6), (64, 6)] {
+            let last = vcpus - 1;
+            let intel = World::new(INTEL, vcpus, ALL);
+            let amd = World::new(AMD, vcpus, ALL);
+            for world in [&intel, &amd] {
+                let one = world.cpuid(1, 0);
+                assert_eq!(one[EBX] >> 24, last, "initial APIC id");
+                assert_eq!(one[EDX] >> 28 & 1, u32::from(vcpus > 1), "HTT");
+                assert_eq!(world.cpuid(0xb, 0), [0, 1, 0x100, last], "one thread");
+                assert_eq!(world.cpuid(0xb, 1), [bits, vcpus, 0x201, last], "cores");
+                assert_eq!(world.cpuid(0xb, 2), [0, 0, 2, last], "no more levels");
+                assert!(last >> bits == 0, "one package");
+            }
+            for sub in 0..3 {
+                assert_eq!(intel.cpuid(0x1f, sub), intel.cpuid(0xb, sub));
+                assert_eq!(intel.cpuid(4, sub)[EAX] >> 26, (1 << bits) - 1, "core ids");
+                let leaf = [intel.cpuid(4, sub), amd.cpuid(0x8000_001d, sub)];
+                let sharing = if sub == 2 { (1 << bits) - 1 } else { 0 };
+                assert_eq!(leaf.map(|regs| regs[EAX] >> 14 & 0xfff), [sharing; 2]);
+            }
+            assert_eq!(intel.cpuid(1, 0)[EBX] >> 16 & 0xff, 1 << bits);
+            assert_eq!(amd.cpuid(1, 0)[EBX] >> 16 & 0xff, vcpus);
+            assert_eq!(amd.cpuid(0x8000_0008, 0)[ECX], bits << 12 | last);
+            let legacy = amd.cpuid(0x8000_0001, 0)[ECX] >> 1 & 1;
+            assert_eq!(legacy, u32::from(vcpus > 1), "cores, not threads");
+            assert_eq!(amd.cpuid(0x8000_001e, 0), [last, last, 0, 0]);
+            assert_eq!(intel.cpuid(0x8000_0008, 0)[ECX], 0);
+        }
     }
 
     #[test]
@@ -1102,7 +1148,9 @@ mod tests {
         assert!(max >= 0x4000_0101);
         let name = [b, c, d].map(u32::to_le_bytes);
         assert_eq!(name.as_flattened(), b"KVMKVMKVM\0\0\0");
-        assert_eq!(world.cpuid(0x4000_0101, 0), [0x0100_000b, 0, 0, 0]);
+        assert_eq!(world.cpuid(0x4000_0101, 0), [0x0100_002b, 0, 0, 0]);
+        let dedicated = World::new(INTEL, 5, ALL);
+        assert_eq!(dedicated.cpuid(0x4000_0101, 0), [0x0100_002b, 0, 0, 1]);
         assert_eq!(world.cpuid(0x4000_0200, 0), [0; 4]);
     }
 

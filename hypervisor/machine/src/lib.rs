@@ -28,6 +28,7 @@ pub mod pvclock;
 pub mod rtc;
 mod ticks;
 pub mod uart;
+pub mod watchdog;
 
 #[cfg(test)]
 mod random;

@@ -68,6 +68,10 @@ pub const GPE0: u16 = 0x620;
 pub const GPE0_LENGTH: u8 = 4;
 /// Ports the power-management block owns.
 pub const PM_BLOCK: Range<u16> = 0x600..0x640;
+/// The watchdog's registers, if the guest has one.
+pub const WATCHDOG: Range<u16> = 0x640..0x654;
+/// Its device number on bus 0.
+pub const WATCHDOG_DEVICE: u8 = 29;
 /// Reset control register.
 pub const RESET: u16 = 0xcf9;
 /// Written to [`RESET`]: a full reset.

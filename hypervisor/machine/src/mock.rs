@@ -315,6 +315,11 @@ impl Vcpu for MockVcpu {
         cs.base = 0xffff_0000;
         cs.rights = AccessRights(CODE);
     }
+    fn init(&mut self) {
+        let xcr0 = self.xcr0;
+        self.reset();
+        self.xcr0 = xcr0;
+    }
 }
 
 const fn debug_slot(register: DebugRegister) -> usize {

@@ -9,6 +9,7 @@
 use crate::{
     apic::{ApicEffect, LocalApic},
     cpuid::Features,
+    pvclock,
 };
 use abi::msr as pv;
 use arch::{ControlRegister, Cr0, Efer, GuestPhysAddr, Nanos, Vcpu, msr as index};
@@ -55,7 +56,7 @@ pub enum MsrFault {
 pub enum MsrEffect {
     /// Nothing.
     None,
-    /// Hand it to [`ApicFabric::apply`](crate::apic::ApicFabric::apply).
+    /// For [`ApicFabric::apply`](crate::apic::ApicFabric::apply).
     Apic(ApicEffect),
     /// The local APIC's mode or address may have changed.
     ApicBase,
@@ -67,6 +68,9 @@ pub enum MsrEffect {
     SystemTime,
     /// Write the wall clock record ([`MsrState::wall_clock`]).
     WallClock,
+    /// The record of stolen time was registered or dropped ([`MsrState::steal_time`]): what is
+    /// stolen counts from here.
+    StealTime,
     /// Make an indirect branch prediction barrier (write IA32_PRED_CMD).
     PredictionBarrier,
 }
@@ -194,7 +198,8 @@ const TABLE: &[Row] = {
         row(0x0000_0c80, 0x0000_0d93, Any,   Absent),            // DEBUG_INTERFACE, RDT, BNDCFGS
         row(0x0000_0db0, 0x0000_0db2, Any,   Absent),            // hardware duty cycling
         row(0x4000_0000, 0x4000_01ff, Any,   Absent),            // Hyper-V
-        row(0x4b56_4d02, 0x4b56_4d08, Any,   Absent),            // KVM's other services
+        row(0x4b56_4d02, 0x4b56_4d02, Any,   Absent),            // KVM: asynchronous page faults
+        row(0x4b56_4d04, 0x4b56_4d08, Any,   Absent),            // KVM's other services
         row(0xc000_00e7, 0xc000_00e9, Any,   Absent),            // MPERF, APERF (read-only)
         row(0xc000_0104, 0xc000_0104, Any,   Absent),            // TSC_RATIO
         row(0xc000_0300, 0xc000_0302, Any,   Absent),            // PERF_CNTR_GLOBAL
@@ -338,6 +343,7 @@ const fn is_canonical(address: u64) -> bool {
 pub struct MsrState {
     tsc_adjust: u64,
     system_time: u64,
+    steal_time: u64,
     wall_clock: u64,
     mtrrs: Mtrrs,
     stored: [u64; SLOTS],
@@ -350,6 +356,7 @@ impl MsrState {
         Self {
             tsc_adjust: 0,
             system_time: 0,
+            steal_time: 0,
             wall_clock: 0,
             mtrrs: Mtrrs::new(features.phys_bits),
             stored: STORED_AT_RESET,
@@ -364,8 +371,21 @@ impl MsrState {
         };
     }
 
+    /// INIT. All registers here keep their values (Intel SDM Vol. 3A §10.1.1, AMD APM Vol. 2
+    /// §14.1.3); but the records in memory are those of the kernel that was, and are let go.
+    pub const fn init(&mut self) {
+        self.system_time = 0;
+        self.steal_time = 0;
+    }
+
+    /// The steal-time MSR: see [`pvclock::record_address`].
+    #[must_use]
+    pub const fn steal_time(&self) -> u64 {
+        self.steal_time
+    }
+
     /// The system-time MSR of the paravirtual clock: see
-    /// [`pvclock::record_address`](crate::pvclock::record_address).
+    /// [`pvclock::record_address`].
     #[must_use]
     pub const fn system_time(&self) -> u64 {
         self.system_time
@@ -433,6 +453,7 @@ impl MsrState {
             IA32_MTRRCAP => Ok(MTRRCAP_VALUE),
             pv::SYSTEM_TIME | pv::SYSTEM_TIME_OLD => Ok(self.system_time),
             pv::WALL_CLOCK | pv::WALL_CLOCK_OLD => Ok(self.wall_clock),
+            pv::STEAL_TIME => Ok(self.steal_time),
             MTRR_VARIABLE_FIRST..=MTRR_DEF_TYPE
                 if let Some(register) = self.mtrrs.register(msr) =>
             {
@@ -581,6 +602,11 @@ impl MsrState {
             pv::WALL_CLOCK | pv::WALL_CLOCK_OLD => {
                 self.wall_clock = value;
                 Ok(MsrEffect::WallClock)
+            }
+            pv::STEAL_TIME => {
+                needs(value & pvclock::STEAL_TIME_RESERVED == 0)?;
+                self.steal_time = value;
+                Ok(MsrEffect::StealTime)
             }
             MTRR_VARIABLE_FIRST..=MTRR_DEF_TYPE
                 if let Some(register) = self.mtrrs.register(msr) =>
@@ -802,6 +828,79 @@ mod tests {
         );
         assert_eq!(world.state.wall_clock(), GuestPhysAddr::new(0x6000));
         assert_eq!(world.state.system_time(), 0x5001);
+    }
+
+    #[test]
+    fn stolen_time_is_told_at_a_multiple_of_64() {
+        let mut world = World::new(true);
+        assert_eq!(
+            world.write(pv::STEAL_TIME, 0x5041),
+            Ok(MsrEffect::StealTime)
+        );
+        assert_eq!(world.read(pv::STEAL_TIME), Ok(0x5041));
+        let record = pvclock::record_address(world.state.steal_time());
+        assert_eq!(record, Some(GuestPhysAddr::new(0x5040)));
+        for bad in [0x5003, 0x5005, 0x5009, 0x5011, 0x5021, 2] {
+            assert_eq!(world.write(pv::STEAL_TIME, bad), GP, "{bad:#x}");
+        }
+        assert_eq!(world.read(pv::STEAL_TIME), Ok(0x5041));
+        assert_eq!(world.read(0x4b56_4d02), Err(MsrFault::Protection));
+        assert_eq!(world.read(0x4b56_4d04), Err(MsrFault::Protection));
+    }
+
+    /// What Linux compares over its CPUs, and complains about if one is unlike the others.
+    #[test]
+    fn all_vcpus_begin_alike() {
+        for intel in [true, false] {
+            let mut first = World::new(intel);
+            let mut second = World::new(intel);
+            second.apic = LocalApic::new(3, false, 40, TscClock::new(2_000_000));
+            for row in TABLE {
+                assert_eq!(first.read(row.first), second.read(row.first));
+            }
+            let mtrrs = (MTRR_VARIABLE_FIRST..=MTRR_VARIABLE_LAST)
+                .chain(MTRR_FIX4K_FIRST..=MTRR_FIX4K_LAST)
+                .chain([
+                    MTRR_FIX64K,
+                    MTRR_FIX16K_FIRST,
+                    MTRR_FIX16K_LAST,
+                    MTRR_DEF_TYPE,
+                ]);
+            let rest = [
+                IA32_MTRRCAP,
+                IA32_BIOS_SIGN_ID,
+                IA32_TSC_ADJUST,
+                index::IA32_TSC,
+                index::IA32_PAT,
+                index::IA32_EFER,
+                index::IA32_DEBUGCTL,
+                PLATFORM_INFO,
+            ];
+            for msr in mtrrs.chain(rest) {
+                assert_eq!(first.read(msr), second.read(msr), "{msr:#x}");
+            }
+            // But for the one that booted.
+            let [base, other] =
+                [&mut first, &mut second].map(|world| world.read(index::IA32_APIC_BASE).unwrap());
+            assert_eq!(base ^ other, 1 << 8, "BSP");
+        }
+    }
+
+    #[test]
+    fn init_lets_go_of_the_records_and_keeps_the_rest() {
+        let mut world = World::new(true);
+        assert!(world.write(IA32_TSC_ADJUST, 5).is_ok());
+        assert!(world.write(0x20e, 0xff_0000_0005).is_ok());
+        assert!(world.write(0x1a0, 0).is_ok());
+        assert!(world.write(pv::WALL_CLOCK, 0x6000).is_ok());
+        let before = world.state.clone();
+        assert!(world.write(pv::SYSTEM_TIME, 0x5001).is_ok());
+        assert!(world.write(pv::STEAL_TIME, 0x5041).is_ok());
+        world.state.init();
+        assert_eq!(world.state, before);
+        world.state.reset(&world.features);
+        assert_eq!(world.read(IA32_TSC_ADJUST), Ok(5), "the TSC goes on");
+        assert_eq!(world.read(0x20e), Ok(0));
     }
 
     #[test]

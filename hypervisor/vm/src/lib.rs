@@ -8,10 +8,11 @@ extern crate alloc;
 pub mod bundle;
 pub mod config;
 pub mod layout;
+pub mod life;
 pub mod load;
 mod run;
 #[cfg(test)]
 mod testing;
 mod vm;
 
-pub use vm::{End, Host, MakeVcpu, Stop, Vm, VmError, VmSetup};
+pub use vm::{End, Host, MakeVcpu, Order, Processor, Stop, VcpuParts, Vm, VmError, VmSetup};

@@ -1,18 +1,20 @@
-//! A running VM: entry, exit, and what each exit means.
+//! A running vCPU: entry, exit, and what each exit means.
 //!
 //! The loop is the hot path of the whole hypervisor. Exits that guests make all day (CPUID, MSR,
 //! ports, local APIC, EOI, HLT) are handled here in line and generic over the backend; anything
-//! else goes through one cold function. Nothing here allocates, takes a lock, or knows what
-//! vendor runs the guest.
+//! else goes through one cold function. Nothing here allocates, takes a lock that another VM
+//! could hold, or knows what vendor runs the guest. What needs only the vCPU (CPUID, most MSRs,
+//! its local APIC and timer, IPIs) takes no lock at all.
 
-use crate::vm::{End, Host, Stop, Vm};
+use crate::vm::{Attention, End, Host, Order, Over, Processor, Stop};
 use alloc::format;
 use arch::{
-    Access, ControlRegister, Cr0, Cr4, CrAccess, CrOp, DebugRegister, Event, Exception, Exit,
-    FrameSource, Gpr, GuestMemory, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE, PhysMemory, RFlags,
-    SegmentRegister, Vcpu, msr,
+    Access, AccessRights, ControlRegister, Cr0, Cr4, CrAccess, CrOp, DebugRegister, Event,
+    Exception, Exit, FrameSource, Gpr, GuestMemory, GuestPhysAddr, IoExit, Nanos, PAGE_SIZE,
+    PhysMemory, RFlags, SegmentRegister, Vcpu, msr,
 };
-use machine::apic::{ApicEffect, ApicMode, Then};
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
+use machine::apic::{ApicEffect, ApicMode, LocalApic};
 use machine::board::Board;
 use machine::emulate::{self, Done, Expected, LengthError, MmioBus, PortBus};
 use machine::map;
@@ -25,16 +27,19 @@ const SHUTDOWN: &str = "triple fault";
 
 /// What lies behind guest-physical addresses that are not RAM.
 struct Bus<'a> {
-    board: &'a mut Board,
+    apic: &'a mut LocalApic,
+    /// What writes to the local APIC have left to do.
+    effect: ApicEffect,
+    /// `None` while an access to the local APIC alone is under way.
+    board: Option<&'a mut Board>,
     now: Nanos,
 }
 
 impl Bus<'_> {
     /// The register offset, if the address lies in the local APIC's page.
     fn local_apic(&self, addr: GuestPhysAddr) -> Option<u16> {
-        let apic = &self.board.apic.local[0];
-        let offset = addr.as_u64().wrapping_sub(apic.base_address());
-        (offset < PAGE_SIZE && apic.mode() == ApicMode::XApic).then_some(offset as u16)
+        let offset = addr.as_u64().wrapping_sub(self.apic.base_address());
+        (offset < PAGE_SIZE && self.apic.mode() == ApicMode::XApic).then_some(offset as u16)
     }
 }
 
@@ -43,42 +48,51 @@ impl MmioBus for Bus<'_> {
     fn read(&mut self, addr: GuestPhysAddr, size: u8) -> u64 {
         if let Some(offset) = self.local_apic(addr) {
             // Registers are 32 bits wide on 16-byte boundaries; narrower reads see their bytes.
-            let value = self.board.apic.read_mmio(0, offset & !3, self.now);
+            let value = self.apic.read_mmio(offset & !3, self.now);
             return u64::from(value) >> (8 * (offset & 3));
         }
-        self.board.mmio_read(addr.as_u64(), size, self.now)
+        match &mut self.board {
+            Some(board) => board.mmio_read(addr.as_u64(), size, self.now),
+            None => u64::MAX,
+        }
     }
     #[inline(always)]
     fn write(&mut self, addr: GuestPhysAddr, size: u8, value: u64) {
         if let Some(offset) = self.local_apic(addr) {
-            // Whatever follows shows in what `prepare` looks at.
-            let _: Then = self
-                .board
-                .apic
-                .write_mmio(0, offset, value as u32, self.now);
+            let effect = self.apic.write_mmio(offset, value as u32, self.now);
+            if effect != ApicEffect::None {
+                self.effect = effect;
+            }
             return;
         }
-        self.board.mmio_write(addr.as_u64(), size, value, self.now);
+        if let Some(board) = &mut self.board {
+            board.mmio_write(addr.as_u64(), size, value, self.now);
+        }
     }
 }
 
 impl PortBus for Bus<'_> {
     fn read(&mut self, port: u16, size: u8) -> u32 {
-        self.board.port_read(port, size, self.now)
+        match &mut self.board {
+            Some(board) => board.port_read(port, size, self.now),
+            None => u32::MAX,
+        }
     }
     fn write(&mut self, port: u16, size: u8, value: u32) {
-        self.board.port_write(port, size, value, self.now);
+        if let Some(board) = &mut self.board {
+            board.port_write(port, size, value, self.now);
+        }
     }
 }
 
 /// What is to be done before the next entry.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
-    /// Nothing: the exit changed nothing that [`Vm::prepare`] looks at.
+    /// Nothing: the exit changed nothing that [`Processor::prepare`] looks at.
     Enter,
-    /// [`Vm::prepare`].
+    /// [`Processor::prepare`].
     Prepare,
-    /// The machine's interrupts get their turn, then [`Vm::prepare`].
+    /// The machine's interrupts get their turn, then [`Processor::prepare`].
     Serve,
     /// Another vCPU may have the core.
     Yield,
@@ -95,21 +109,28 @@ impl Next {
     }
 }
 
-/// The VM came to its end, which stands in [`Vm::end`]: too large to be passed on every path.
-#[derive(Clone, Copy)]
-struct Over;
-
-/// How an exit was handled. All paths of the run loop give it in a register.
+/// How an exit was handled. All paths of the run loop give it in a register; how a VM ended
+/// stands in [`Processor::end`].
 type Handled = Result<Next, Over>;
 
-impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
+impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     /// Runs the guest until something else wants the core or the guest wants nothing of it. The
     /// vCPU must be loaded.
     pub fn run(&mut self, host: &mut impl Host) -> Stop {
-        if self.stop {
-            return Stop::Ended(End::Stopped);
+        if self.vm.order() != Order::Run {
+            return Stop::Ordered;
         }
-        self.tick(host);
+        // From here on it hears what it is told: see `fall_deaf`.
+        let asleep = Attention::HALTED | Attention::WAITS;
+        if self.attention.intersects(asleep) {
+            self.vm.deaf.fetch_and(!(1 << (self.id() & 63)), SeqCst);
+        }
+        self.attention.insert(Attention::KICKS);
+        let extint = self.vm.fabric.extint_for(&self.apic);
+        self.attention.set(Attention::EXTINT, extint);
+        if self.tick(host).is_err() {
+            return Stop::Ordered;
+        }
         'prepare: loop {
             self.take_tpr();
             if let Some(stop) = self.prepare(host) {
@@ -144,10 +165,15 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                         if host.interrupted() {
                             return Stop::Preempted;
                         }
-                        self.tick(host);
+                        if self.tick(host).is_err() {
+                            return Stop::Ordered;
+                        }
                         continue 'prepare;
                     }
-                    Ok(Next::Yield) => return Stop::Yield,
+                    Ok(Next::Yield) => {
+                        self.kick_others(host);
+                        return Stop::Yield;
+                    }
                     Err(Over) => return self.ended(host),
                 }
             }
@@ -156,18 +182,39 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     #[cold]
     fn ended(&mut self, host: &mut impl Host) -> Stop {
-        self.drain(host);
-        Stop::Ended(self.end.take().unwrap_or(End::Stopped))
+        // Without an end of its own, it was another vCPU's.
+        let Some(end) = self.end.take() else {
+            return Stop::Ordered;
+        };
+        if let Ok(mut board) = self.vm.board() {
+            board.console_output(&mut |bytes| host.output(bytes));
+        }
+        Stop::Ended(end)
     }
 
     /// Lets devices and timers come up to the present. While the guest runs, that is only needed
-    /// when the deadline that [`Vm::arm`] set has passed: the guest leaves then.
-    fn tick(&mut self, host: &mut impl Host) {
-        let now = self.time_at(host.tsc());
-        self.board.tick(now);
-        self.board.apic.local[0].tick(now);
+    /// when the deadline that [`Processor::arm`] set has passed: the guest leaves then. The
+    /// board's time is kept by vCPU 0.
+    fn tick(&mut self, host: &mut impl Host) -> Result<(), Over> {
+        let now = self.vm.time_at(host.tsc());
+        if self.apic.id() == 0 && now.0 >= self.vm.board_next.load(Relaxed) {
+            let mut board = self.vm.board()?;
+            board.tick(now);
+            Self::left(&mut self.attention, &self.vm, &board);
+        }
+        self.apic.tick(now);
         // A timer may go off a little early, and rings once.
         self.armed = None;
+        Ok(())
+    }
+
+    /// What an access to the board leaves to do.
+    #[inline(always)]
+    fn left(attention: &mut Attention, vm: &crate::vm::Vm<P, F>, board: &Board) {
+        vm.board_done(board);
+        if vm.fabric.has_kicks() | board.has_actions() {
+            attention.insert(Attention::KICKS | Attention::ACTIONS);
+        }
     }
 
     /// Takes over TPR where the guest changes it in the hardware's own copy, which has the
@@ -178,19 +225,17 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             && tpr >> 4 != self.shown_tpr.0 >> 4
         {
             self.shown_tpr.0 = tpr;
-            self.board.apic.local[0].set_tpr(tpr);
+            self.apic.set_tpr(tpr);
         }
     }
 
     /// Brings interrupts and deadlines up to date before an entry.
     #[inline(always)]
     fn prepare(&mut self, host: &mut impl Host) -> Option<Stop> {
-        let board = &self.board;
-        let apic = &board.apic.local[0];
-        let shown = (apic.tpr(), 0);
-        let next = board.next_event().min(apic.next_event());
-        let work = apic.has_work() | board.wants_attention() | self.window | self.halted;
-        if work || shown != self.shown_tpr {
+        let shown = (self.apic.tpr(), 0);
+        let next = self.next_event();
+        let work = self.apic.has_work() | self.vm.fabric.is_signalled(self.id());
+        if work || !self.attention.is_empty() || shown != self.shown_tpr {
             return self.prepare_in_full(host);
         }
         if self.armed != Some(next) {
@@ -201,11 +246,21 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     #[inline(never)]
     fn prepare_in_full(&mut self, host: &mut impl Host) -> Option<Stop> {
-        if let Some(stop) = self.deliver(host) {
+        if self.vm.fabric.is_signalled(self.id())
+            || self
+                .attention
+                .intersects(Attention::KICKS | Attention::ACTIONS)
+        {
+            let stop = self.look_around(host);
+            if stop.is_some() {
+                return stop;
+            }
+        }
+        if let Some(stop) = self.deliver() {
+            self.kick_others(host);
             return Some(stop);
         }
-        let apic = &self.board.apic.local[0];
-        let shown = (apic.tpr(), apic.tpr_threshold());
+        let shown = (self.apic.tpr(), self.apic.tpr_threshold());
         if shown != self.shown_tpr {
             self.shown_tpr = shown;
             self.vcpu.set_virtual_tpr(shown.0, shown.1);
@@ -217,39 +272,101 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         None
     }
 
-    /// Delivers what is pending, or asks for the window in which it can be.
-    fn deliver(&mut self, host: &mut impl Host) -> Option<Stop> {
-        let apic = &self.board.apic.local[0];
-        if apic.has_signals() || self.board.wants_attention() || self.halted {
-            return self.attend(host);
+    /// Tells others what came for them, and takes what came for this vCPU. In this order: a kick
+    /// of its own among those that are told is seen right after.
+    fn look_around(&mut self, host: &mut impl Host) -> Option<Stop> {
+        if self.attention.contains(Attention::ACTIONS) || self.apic.id() == 0 {
+            self.attention.remove(Attention::ACTIONS);
+            if let Some(end) = self.carry_out(host) {
+                self.kick_others(host);
+                return Some(end);
+            }
         }
-        if apic.pending().is_none() {
+        let wanted = self.kick_others(host);
+        if self.vm.fabric.is_signalled(self.id()) {
+            if self.vm.fabric.collect(&mut self.apic) {
+                // A kick ends the halt, or else the next one.
+                self.kicked = !self.attention.contains(Attention::HALTED);
+                self.attention.remove(Attention::HALTED);
+            }
+            let extint = self.vm.fabric.extint_for(&self.apic);
+            self.attention.set(Attention::EXTINT, extint);
+            if self.vm.order() != Order::Run {
+                return Some(Stop::Ordered);
+            }
+        }
+        wanted.then_some(Stop::Preempted)
+    }
+
+    /// Tells others what came for them; `true`: the core is wanted.
+    fn kick_others(&mut self, host: &mut impl Host) -> bool {
+        self.attention.remove(Attention::KICKS);
+        let kicks = self.vm.fabric.take_kicks();
+        kicks != 0 && host.kick(kicks)
+    }
+
+    /// Does what the board wants of the host.
+    fn carry_out(&mut self, host: &mut impl Host) -> Option<Stop> {
+        let Ok(mut board) = self.vm.board() else {
+            return Some(Stop::Ordered);
+        };
+        if !board.has_actions() {
+            return None;
+        }
+        board.console_output(&mut |bytes| host.output(bytes));
+        let actions = board.take_actions();
+        self.vm.board_done(&board);
+        drop(board);
+        let end = if let Some(code) = actions.exit_code {
+            End::DebugExit(code)
+        } else if actions.watchdog {
+            self.report("its watchdog ran out")
+        } else if actions.power_off {
+            End::PoweredOff
+        } else if actions.reset.is_some() {
+            End::Reset
+        } else {
+            return None;
+        };
+        Some(Stop::Ended(end))
+    }
+
+    /// Delivers what is pending, or asks for the window in which it can be.
+    fn deliver(&mut self) -> Option<Stop> {
+        let special = Attention::HALTED | Attention::WAITS | Attention::EXTINT;
+        if self.apic.has_signals() || self.attention.intersects(special) {
+            return self.attend();
+        }
+        if self.apic.pending().is_none() {
             self.want_window(false);
         } else if self.vcpu.interruptibility().interrupts_open {
-            let vector = self.board.apic.local[0].acknowledge();
+            let vector = self.apic.acknowledge();
             if !self.vcpu.inject(Event::Interrupt(vector)) {
                 return Some(Stop::Ended(self.report(SHUTDOWN)));
             }
             // Another may wait behind it.
-            self.want_window(self.board.apic.local[0].pending().is_some());
+            self.want_window(self.apic.pending().is_some());
         } else {
             self.want_window(true);
         }
         None
     }
 
-    /// When a device or the local APIC's timer next has something to do.
-    #[inline]
+    /// When a device or the local APIC's timer next has something for this vCPU to do.
+    #[inline(always)]
     fn next_event(&self) -> Nanos {
-        self.board
-            .next_event()
-            .min(self.board.apic.local[0].next_event())
+        let own = self.apic.next_event();
+        if self.apic.id() == 0 {
+            own.min(Nanos(self.vm.board_next.load(Relaxed)))
+        } else {
+            own
+        }
     }
 
     #[inline]
     fn want_window(&mut self, on: bool) {
-        if on != self.window {
-            self.window = on;
+        if on != self.attention.contains(Attention::WINDOW) {
+            self.attention.set(Attention::WINDOW, on);
             self.vcpu.request_interrupt_window(on);
         }
     }
@@ -257,43 +374,40 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     #[inline(always)]
     fn arm(&mut self, next: Nanos, host: &mut impl Host) {
         self.armed = Some(next);
-        let deadline = self.tsc_at(next);
+        let deadline = self.vm.tsc_at(next);
         // Where the vCPU has a timer of its own, the core's timer only ends the slice.
         let own = self.vcpu.set_deadline(deadline);
         host.arm(if own { u64::MAX } else { deadline });
     }
 
-    /// What is not the common case of an entry: signals, the 8259A, HLT, and what the devices
-    /// want of the host.
+    /// What is not the common case of an entry: signals, the 8259A, HLT, and the wait for a
+    /// start-up.
     #[cold]
-    fn attend(&mut self, host: &mut impl Host) -> Option<Stop> {
-        if self.board.has_actions() {
-            self.drain(host);
-            let actions = self.board.take_actions();
-            if let Some(code) = actions.exit_code {
-                return Some(Stop::Ended(End::DebugExit(code)));
-            }
-            if actions.power_off {
-                return Some(Stop::Ended(End::PoweredOff));
-            }
-            if actions.reset.is_some() {
-                return Some(Stop::Ended(End::Reset));
-            }
+    fn attend(&mut self) -> Option<Stop> {
+        let signals = self.apic.signals();
+        if signals.init
+            && let Some(stop) = self.init()
+        {
+            return Some(stop);
         }
-        let apic = &mut self.board.apic;
-        let signals = apic.local[0].signals();
+        if self.attention.contains(Attention::WAITS) {
+            // NMIs and interrupts wait with it (SDM Vol. 3A §9.4.1, Vol. 3C §26.2).
+            let Some(page) = self.apic.take_startup() else {
+                if self.fall_deaf() {
+                    return Some(Stop::Ended(End::Halted));
+                }
+                return Some(Stop::Halted { until: u64::MAX });
+            };
+            self.start_up(page);
+        } else {
+            // A start-up is for those that wait for one.
+            let _ = self.apic.take_startup();
+        }
         let open = self.vcpu.interruptibility();
-        if signals.init || signals.startup.is_some() {
-            // The boot CPU of a machine with one CPU: INIT to itself restarts it in wait for a
-            // start-up that nobody can send.
-            let _ = apic.take_signals(0);
-            if signals.init {
-                return Some(Stop::Ended(self.report("INIT sent to the only vCPU")));
-            }
-        } else if signals.nmi {
+        if signals.nmi {
             if open.nmi_open {
-                let _ = apic.take_signals(0);
-                self.halted = false;
+                self.apic.take_nmi();
+                self.wake();
                 if !self.vcpu.inject(Event::Nmi) {
                     return Some(Stop::Ended(self.report(SHUTDOWN)));
                 }
@@ -301,40 +415,100 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             }
             self.vcpu.request_nmi_window(true);
         }
-        let vector = apic.local[0].pending();
-        let extint = self.board.pic_interrupt() && self.board.apic.accepts_extint(0);
+        let vector = self.apic.pending();
+        let extint = self.vm.fabric.extint_for(&self.apic);
+        self.attention.set(Attention::EXTINT, extint);
         if vector.is_some() || extint {
             if open.interrupts_open {
                 let vector = match vector {
-                    Some(_) => self.board.apic.local[0].acknowledge(),
-                    None => self.board.pic_acknowledge(),
+                    Some(_) => Some(self.apic.acknowledge()),
+                    None => match self.take_extint() {
+                        Ok(vector) => vector,
+                        Err(Over) => return Some(Stop::Ordered),
+                    },
                 };
-                self.halted = false;
-                if !self.vcpu.inject(Event::Interrupt(vector)) {
-                    return Some(Stop::Ended(self.report(SHUTDOWN)));
+                if let Some(vector) = vector {
+                    self.wake();
+                    if !self.vcpu.inject(Event::Interrupt(vector)) {
+                        return Some(Stop::Ended(self.report(SHUTDOWN)));
+                    }
                 }
-                let more = self.board.apic.local[0].pending().is_some()
-                    || (self.board.pic_interrupt() && self.board.apic.accepts_extint(0));
+                let more = self.apic.pending().is_some() || self.vm.fabric.extint_for(&self.apic);
                 self.want_window(more);
-            } else if !self.halted {
+            } else if !self.attention.contains(Attention::HALTED) {
                 self.want_window(true);
             }
         } else {
             self.want_window(false);
         }
-        if self.halted {
-            if !self.vcpu.rflags().contains(RFlags::IF) {
+        if self.attention.contains(Attention::HALTED) {
+            if !self.vcpu.rflags().contains(RFlags::IF) && self.fall_deaf() {
                 return Some(Stop::Ended(End::Halted));
             }
-            let until = self.tsc_at(self.next_event());
+            let until = self.vm.tsc_at(self.next_event());
             return Some(Stop::Halted { until });
         }
         None
     }
 
-    /// Shows what the guest wrote.
-    fn drain(&mut self, host: &mut impl Host) {
-        self.board.console_output(&mut |bytes| host.output(bytes));
+    /// The acknowledge cycle with the 8259A; `None`: another vCPU was faster.
+    fn take_extint(&mut self) -> Result<Option<arch::Vector>, Over> {
+        let mut board = self.vm.board()?;
+        let vector = board.pic_interrupt().then(|| board.pic_acknowledge());
+        Self::left(&mut self.attention, &self.vm, &board);
+        self.attention.set(Attention::EXTINT, board.pic_interrupt());
+        Ok(vector)
+    }
+
+    /// The vCPU has something to execute again.
+    fn wake(&mut self) {
+        self.attention.remove(Attention::HALTED | Attention::WAITS);
+    }
+
+    /// The vCPU hears nothing but NMI, INIT and start-up. `true`: and neither does any other, so
+    /// that nobody is left to send them.
+    fn fall_deaf(&self) -> bool {
+        let own = 1 << (self.id() & 63);
+        self.vm.deaf.fetch_or(own, SeqCst);
+        // One that was told something and does not know it yet is deaf on paper alone. It takes
+        // itself off the paper before it looks.
+        let all = || self.vm.deaf.load(SeqCst).count_ones() as usize == self.vm.vcpus();
+        all() && !(0..self.vm.vcpus()).any(|vcpu| self.vm.fabric.is_signalled(vcpu)) && all()
+    }
+
+    /// INIT (SDM Vol. 3A §9.1, table 9-1).
+    fn init(&mut self) -> Option<Stop> {
+        let id = self.id();
+        self.apic.take_init();
+        if id == 0 {
+            // The boot CPU goes on at the reset vector, where firmware starts the machine afresh.
+            return Some(Stop::Ended(End::Reset));
+        }
+        self.vcpu.init();
+        self.apic.init();
+        self.vm.fabric.publish(&mut self.apic);
+        self.shown_tpr = (0, 0);
+        self.vcpu.set_virtual_tpr(0, 0);
+        self.want_window(false);
+        self.code_page = emulate::CodePage::NONE;
+        self.attention.remove(Attention::HALTED);
+        self.attention.insert(Attention::WAITS);
+        None
+    }
+
+    /// A start-up: real mode at a page of the first megabyte (SDM Vol. 3A §9.4.4.1).
+    fn start_up(&mut self, page: u8) {
+        self.wake();
+        self.vcpu.set_segment(
+            SegmentRegister::Cs,
+            arch::Segment {
+                selector: u16::from(page) << 8,
+                base: u64::from(page) << 12,
+                limit: 0xffff,
+                rights: AccessRights(0x9b),
+            },
+        );
+        self.vcpu.set_rip(0);
     }
 
     /// Where the instruction that exited ends. `Ok(None)`: enter the guest again.
@@ -344,7 +518,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             return Ok(Some(next));
         }
         let page = &mut self.code_page;
-        match emulate::plain_next_rip(&self.vcpu, &mut self.memory, page, expected) {
+        let mut memory = self.vm.memory()?;
+        let plain = emulate::plain_next_rip(&self.vcpu, &mut *memory, page, expected);
+        drop(memory);
+        match plain {
             Some(next) => Ok(Some(next)),
             None => self.decode_next_rip(expected),
         }
@@ -352,7 +529,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     #[cold]
     fn decode_next_rip(&mut self, expected: Expected) -> Result<Option<u64>, Over> {
-        match emulate::decode_next_rip(&self.vcpu, &mut self.memory, expected) {
+        let decoded = emulate::decode_next_rip(&self.vcpu, &mut *self.vm.memory()?, expected);
+        match decoded {
             Ok(next) => Ok(Some(next)),
             Err(error) => self.no_length(error).map(|_| None),
         }
@@ -408,7 +586,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     /// An instruction without effect that is one of two.
     fn skip_either(&mut self, first: Expected, second: Expected) -> Handled {
-        match emulate::next_rip(&self.vcpu, &mut self.memory, first) {
+        let decoded = emulate::next_rip(&self.vcpu, &mut *self.vm.memory()?, first);
+        match decoded {
             Ok(next) => self.retire(next),
             Err(LengthError::Changed) => self.skip(second),
             Err(error) => self.no_length(error),
@@ -431,7 +610,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         };
         let gprs = self.vcpu.gprs();
         let (leaf, subleaf) = (gprs[Gpr::Rax] as u32, gprs[Gpr::Rcx] as u32);
-        let Some(&[eax, ebx, ecx, edx]) = self.cpuid.constant(leaf, subleaf) else {
+        let Some(&[eax, ebx, ecx, edx]) = self.vm.cpuid.constant(leaf, subleaf) else {
             return self.cpuid_of_vcpu(leaf, subleaf, next);
         };
         let gprs = self.vcpu.gprs_mut();
@@ -445,8 +624,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     /// CPUID where the answer depends on the vCPU's state, or has to be looked for.
     #[inline(never)]
     fn cpuid_of_vcpu(&mut self, leaf: u32, subleaf: u32, next: u64) -> Handled {
-        let apic = &self.board.apic.local[0];
-        let [eax, ebx, ecx, edx] = self.cpuid.answer(leaf, subleaf, &self.vcpu, apic);
+        let answer = self.vm.cpuid.answer(leaf, subleaf, &self.vcpu, &self.apic);
+        let [eax, ebx, ecx, edx] = answer;
         let gprs = self.vcpu.gprs_mut();
         gprs[Gpr::Rax] = eax.into();
         gprs[Gpr::Rbx] = ebx.into();
@@ -457,10 +636,31 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     #[inline(always)]
     fn apic_write(&mut self, offset: u16, host: &mut impl Host) -> Handled {
-        let now = self.time_at(host.tsc());
-        let effect = self.board.apic.local[0].apic_write_done(offset, now);
-        let _: Then = self.board.apic.apply(0, effect);
+        let now = self.vm.time_at(host.tsc());
+        let effect = self.apic.apic_write_done(offset, now);
+        self.apply(effect)?;
         Ok(Next::Prepare)
+    }
+
+    /// Does what a write to the local APIC has left to do.
+    #[inline(always)]
+    fn apply(&mut self, effect: ApicEffect) -> Result<(), Over> {
+        match effect {
+            ApicEffect::None | ApicEffect::Timer => Ok(()),
+            effect => self.apply_outside(effect),
+        }
+    }
+
+    #[inline(never)]
+    fn apply_outside(&mut self, effect: ApicEffect) -> Result<(), Over> {
+        if self.vm.fabric.apply(&mut self.apic, effect) {
+            let mut board = self.vm.board()?;
+            board.apic.finish(effect);
+            let extint = self.vm.fabric.extint_for(&self.apic);
+            self.attention.set(Attention::EXTINT, extint);
+        }
+        self.attention.insert(Attention::KICKS);
+        Ok(())
     }
 
     #[inline(always)]
@@ -471,17 +671,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let Some(next) = self.vcpu.next_rip() else {
             return Err(self.crash("the hardware gave no length for a port access"));
         };
+        let mut board = self.vm.board()?;
         if io.input {
-            let pic = if byte {
-                self.board.pic_read(io.port)
-            } else {
-                None
-            };
+            let pic = if byte { board.pic_read(io.port) } else { None };
             let value = match pic {
                 Some(value) => value.into(),
                 None => {
-                    let now = self.time_at(host.tsc());
-                    u64::from(self.board.port_read(io.port, io.size, now))
+                    let now = self.vm.time_at(host.tsc());
+                    u64::from(board.port_read(io.port, io.size, now))
                 }
             };
             let merged = match io.size {
@@ -496,20 +693,30 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 2 => rax as u32 & 0xffff,
                 _ => rax as u32,
             };
-            if !(byte && self.board.pic_write(io.port, value as u8)) {
-                let now = self.time_at(host.tsc());
-                self.board.port_write(io.port, io.size, value, now);
+            if !(byte && board.pic_write(io.port, value as u8)) {
+                let now = self.vm.time_at(host.tsc());
+                board.port_write(io.port, io.size, value, now);
             }
         }
+        Self::left(&mut self.attention, &self.vm, &board);
+        drop(board);
         self.retire_and_prepare(next)
     }
 
     fn string_port(&mut self, io: IoExit, host: &mut impl Host) -> Handled {
+        let mut board = self.vm.board()?;
         let mut bus = Bus {
-            now: self.time_at(host.tsc()),
-            board: &mut self.board,
+            now: self.vm.time_at(host.tsc()),
+            apic: &mut self.apic,
+            effect: ApicEffect::None,
+            board: Some(&mut board),
         };
-        match emulate::string_io(&mut self.vcpu, &mut self.memory, &mut bus, &io) {
+        let mut memory = self.vm.memory()?;
+        let done = emulate::string_io(&mut self.vcpu, &mut *memory, &mut bus, &io);
+        drop(memory);
+        Self::left(&mut self.attention, &self.vm, &board);
+        drop(board);
+        match done {
             Ok(done) => self.done(done),
             Err(error) => Err(self.crash(&format!("port {:#x}: {error}", io.port))),
         }
@@ -519,7 +726,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         if let Some(next) = self.next_rip(Expected::Hlt)? {
             self.retire(next)?;
             // A single-step trap ends the halt as it begins (SDM Vol. 2A, HLT).
-            self.halted = self.vcpu.pending_event().is_none();
+            let kicked = core::mem::take(&mut self.kicked);
+            let halts = !kicked && self.vcpu.pending_event().is_none();
+            self.attention.set(Attention::HALTED, halts);
         }
         Ok(Next::Prepare)
     }
@@ -533,11 +742,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     ) -> Handled {
         self.take_tpr();
         // Nothing is RAM at the local APIC's usual place, which is where guests go all the time.
-        let apic = addr.align_down(PAGE_SIZE).as_u64() == map::LOCAL_APIC;
-        let outcome = if apic {
+        let at_apic = addr.align_down(PAGE_SIZE).as_u64() == map::LOCAL_APIC;
+        let outcome = if at_apic {
             FaultOutcome::NotRam
         } else {
-            self.memory.fault(addr, access)
+            self.vm.memory()?.fault(addr, access)
         };
         match outcome {
             FaultOutcome::Backed => return Ok(Next::Enter),
@@ -555,17 +764,50 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 "a stack or table at {addr}, where there is no memory"
             )));
         }
-        let mut bus = Bus {
-            now: self.time_at(host.tsc()),
-            board: &mut self.board,
-        };
-        let (vcpu, memory) = (&mut self.vcpu, &mut self.memory);
-        match emulate::fast_mov(vcpu, memory, &mut bus, addr, access) {
-            Some(Done::Next) => return Ok(Next::Prepare),
-            Some(done) => return self.done(done),
-            None => {}
+        let now = self.vm.time_at(host.tsc());
+        if at_apic && self.apic.mode() == ApicMode::XApic {
+            let mut bus = Bus {
+                now,
+                apic: &mut self.apic,
+                effect: ApicEffect::None,
+                board: None,
+            };
+            let mut memory = self.vm.memory()?;
+            let done = emulate::fast_mov(&mut self.vcpu, &mut *memory, &mut bus, addr, access);
+            let effect = bus.effect;
+            drop(memory);
+            if let Some(done) = done {
+                self.apply(effect)?;
+                return match done {
+                    Done::Next => Ok(Next::Prepare),
+                    done => self.done(done),
+                };
+            }
         }
-        match emulate::emulate(vcpu, memory, &mut bus) {
+        self.device(addr, access, now)
+    }
+
+    /// An access to device memory.
+    #[inline(never)]
+    fn device(&mut self, addr: GuestPhysAddr, access: Access, now: Nanos) -> Handled {
+        let mut board = self.vm.board()?;
+        let mut bus = Bus {
+            now,
+            apic: &mut self.apic,
+            effect: ApicEffect::None,
+            board: Some(&mut board),
+        };
+        let (vcpu, mut memory) = (&mut self.vcpu, self.vm.memory()?);
+        let done = match emulate::fast_mov(vcpu, &mut *memory, &mut bus, addr, access) {
+            Some(done) => Ok(done),
+            None => emulate::emulate(vcpu, &mut *memory, &mut bus),
+        };
+        drop(memory);
+        let effect = bus.effect;
+        Self::left(&mut self.attention, &self.vm, &board);
+        drop(board);
+        self.apply(effect)?;
+        match done {
             Ok(Done::Next | Done::Again) => Ok(Next::Prepare),
             Ok(done) => self.done(done),
             Err(error) => Err(self.crash(&format!("access to {addr}: {error}"))),
@@ -584,11 +826,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         }
         // On SVM the guest may have moved TPR.
         self.take_tpr();
-        let now = self.time_at(host.tsc());
+        let now = self.vm.time_at(host.tsc());
         let mut context = MsrContext {
             vcpu: &mut self.vcpu,
-            apic: &mut self.board.apic.local[0],
-            features: self.cpuid.features(),
+            apic: &mut self.apic,
+            features: self.vm.cpuid.features(),
             now,
         };
         match self.msrs.read(index, &mut context) {
@@ -615,35 +857,34 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let index = gprs[Gpr::Rcx] as u32;
         let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
         if index == msr::IA32_TSC_DEADLINE {
-            let now = self.time_at(host.tsc());
-            let _: ApicEffect = self.board.apic.local[0].set_tsc_deadline(value, now);
+            let now = self.vm.time_at(host.tsc());
+            let _: ApicEffect = self.apic.set_tsc_deadline(value, now);
             return self.retire_and_prepare(next);
         }
         if index == msr::IA32_PAT && machine::msr::is_pat(value) {
             self.vcpu.set_msr(index, value);
             return self.retire(next);
         }
-        let apic = &mut self.board.apic.local[0];
         // The end of an interrupt needs no time either, and uncovers only what waits.
-        if apic.is_x2_eoi(index, value) {
-            let effect = apic.eoi();
-            if effect == ApicEffect::None && !apic.has_work() {
+        if self.apic.is_x2_eoi(index, value) {
+            let effect = self.apic.eoi();
+            if effect == ApicEffect::None && !self.apic.has_work() {
                 return self.retire(next);
             }
-            let _: Then = self.board.apic.apply(0, effect);
+            self.apply(effect)?;
             return self.retire_and_prepare(next);
         }
-        let now = self.time_at(host.tsc());
+        let now = self.vm.time_at(host.tsc());
         self.take_tpr();
         let mut context = MsrContext {
             vcpu: &mut self.vcpu,
-            apic: &mut self.board.apic.local[0],
-            features: self.cpuid.features(),
+            apic: &mut self.apic,
+            features: self.vm.cpuid.features(),
             now,
         };
         match self.msrs.write(index, value, &mut context) {
             Ok(MsrEffect::None | MsrEffect::Apic(ApicEffect::None | ApicEffect::Timer)) => {}
-            Ok(effect) => self.msr_effect(effect, now),
+            Ok(effect) => self.msr_effect(effect, now)?,
             Err(fault) => return self.no_msr(fault, "WRMSR", index),
         }
         self.retire_and_prepare(next)
@@ -651,70 +892,97 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     /// What a write to an MSR leaves to do.
     #[inline(never)]
-    fn msr_effect(&mut self, effect: MsrEffect, now: Nanos) {
+    fn msr_effect(&mut self, effect: MsrEffect, now: Nanos) -> Result<(), Over> {
         match effect {
             MsrEffect::None => {}
-            MsrEffect::Apic(effect) => {
-                let _: Then = self.board.apic.apply(0, effect);
-            }
-            MsrEffect::ApicBase => self.apic_moved(),
+            MsrEffect::Apic(effect) => self.apply(effect)?,
+            MsrEffect::ApicBase => self.apic_moved()?,
             MsrEffect::Tsc => {
-                let base = self.board.apic.local[0].clock().base();
-                self.vcpu.set_tsc_offset(base.wrapping_sub(self.origin));
-                self.write_time(now);
+                let base = self.apic.clock().base();
+                self.vcpu.set_tsc_offset(base.wrapping_sub(self.vm.origin));
+                self.write_time(now)?;
             }
-            MsrEffect::SystemTime => self.write_time(now),
+            MsrEffect::SystemTime => self.write_time(now)?,
             MsrEffect::WallClock => {
                 let at = self.msrs.wall_clock();
                 // A guest that names an address without memory gets no clock.
-                let _ = pvclock::write_wall_clock(&mut self.memory, at, self.epoch);
+                let _ = pvclock::write_wall_clock(&mut *self.vm.memory()?, at, self.vm.epoch);
+            }
+            MsrEffect::StealTime => {
+                self.stolen_shown = None;
+                self.show_stolen(false)?;
             }
             MsrEffect::PredictionBarrier => {
                 self.vcpu.set_msr(msr::IA32_PRED_CMD, 1);
             }
         }
+        Ok(())
+    }
+
+    /// Writes how much time was taken from the vCPU where the guest wants it.
+    pub(crate) fn show_stolen(&mut self, preempted: bool) -> Result<(), Over> {
+        if self.stolen_shown != Some((self.stolen, preempted))
+            && let Some(at) = pvclock::record_address(self.msrs.steal_time())
+        {
+            self.stolen_shown = Some((self.stolen, preempted));
+            let memory = &mut *self.vm.memory()?;
+            let _ = pvclock::write_steal_time(memory, at, self.stolen, preempted);
+        }
+        Ok(())
     }
 
     /// Writes the paravirtual clock's record where the guest wants it.
-    fn write_time(&mut self, now: Nanos) {
+    fn write_time(&mut self, now: Nanos) -> Result<(), Over> {
         if let Some(at) = pvclock::record_address(self.msrs.system_time()) {
-            let clock = *self.board.apic.local[0].clock();
             // As above: an address without memory means no clock.
-            let _ = pvclock::write_time(&mut self.memory, at, &clock, now);
+            let _ = pvclock::write_time(&mut *self.vm.memory()?, at, self.apic.clock(), now);
         }
+        Ok(())
     }
 
     /// The local APIC's mode or place changed.
-    fn apic_moved(&mut self) {
-        let apic = &self.board.apic.local[0];
+    fn apic_moved(&mut self) -> Result<(), Over> {
         let home = map::LOCAL_APIC;
-        let mode = match apic.mode() {
-            ApicMode::XApic if apic.base_address() == home => arch::ApicMode::XApic,
+        let mode = match self.apic.mode() {
+            ApicMode::XApic if self.apic.base_address() == home => arch::ApicMode::XApic,
             ApicMode::X2Apic => arch::ApicMode::X2Apic,
             // Elsewhere its registers are reached by emulation.
             _ => arch::ApicMode::Disabled,
         };
-        if let Some(page) = self.apic_access_page {
+        if let Some(page) = self.vm.apic_access_page {
+            let mut memory = self.vm.memory()?;
+            let own = 1 << (self.id() & 63);
+            // The tables are those of all vCPUs: the page that hardware watches is there while
+            // all of them have their registers at home. Else those that do are emulated.
+            let before = if mode == arch::ApicMode::XApic {
+                self.vm.elsewhere.fetch_and(!own, SeqCst)
+            } else {
+                self.vm.elsewhere.fetch_or(own, SeqCst)
+            };
             let home = GuestPhysAddr::new(home);
-            self.memory.unmap_device_page(home);
-            if mode == arch::ApicMode::XApic {
-                let _ = self.memory.map_device_page(home, page);
+            match (before == 0, self.vm.elsewhere.load(SeqCst) == 0) {
+                (true, false) => memory.unmap_device_page(home),
+                (false, true) => _ = memory.map_device_page(home, page),
+                _ => {}
             }
-            self.vcpu.flush_nested(self.memory.root());
+            // What other vCPUs still have cached of it is what they may use.
+            self.vcpu.flush_nested(memory.root());
         }
         self.vcpu.set_apic_mode(mode);
+        self.apply(ApicEffect::Reachable)
     }
 
     #[cold]
     fn no_msr(&mut self, fault: MsrFault, what: &str, index: u32) -> Handled {
         if fault == MsrFault::Unknown {
-            self.unknown_msrs = self.unknown_msrs.saturating_add(1);
+            let count = &self.vm.unknown_msrs;
+            let count = count.fetch_update(Relaxed, Relaxed, |count| count.checked_add(1));
+            let count = count.map_or(u32::MAX, |before| before + 1);
             // The first few, then at powers of two: a guest cannot flood the log.
-            if self.unknown_msrs <= 8 || self.unknown_msrs.is_power_of_two() {
+            if count <= 8 || count.is_power_of_two() {
                 log::warn!(
-                    "vm {}: {what} of unknown MSR {index:#x} gets #GP ({} so far)",
-                    self.name,
-                    self.unknown_msrs
+                    "vm {}: {what} of unknown MSR {index:#x} gets #GP ({count} so far)",
+                    self.vm.name,
                 );
             }
         }
@@ -731,20 +999,36 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         } else if self.vcpu.gprs()[Gpr::Rax] == abi::hypercall::VERSION {
             abi::VERSION.into()
         } else {
-            self.other_hypercall()
+            return self.other_hypercall(next);
         };
         self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
         self.retire(next)
     }
 
-    #[inline]
-    fn other_hypercall(&self) -> i64 {
-        match (self.vcpu.gprs()[Gpr::Rax], self.vcpu.control_accesses()) {
+    #[inline(never)]
+    fn other_hypercall(&mut self, next: u64) -> Handled {
+        let gprs = self.vcpu.gprs();
+        let (number, target) = (gprs[Gpr::Rax], gprs[Gpr::Rcx]);
+        let mut then = Next::Enter;
+        let result = match (number, self.vcpu.control_accesses()) {
+            (abi::hypercall::YIELD, _) => {
+                then = Next::Yield;
+                0
+            }
+            (abi::hypercall::KICK_CPU, _) => {
+                self.vm.fabric.unhalt(target as usize);
+                self.attention.insert(Attention::KICKS);
+                then = Next::Prepare;
+                0
+            }
             (abi::hypercall::VMCS_ACCESSES, Some([reads, writes])) => {
                 ((writes & 0x7fff_ffff) << 32 | reads & 0xffff_ffff) as i64
             }
             _ => abi::hypercall::ERROR_UNKNOWN,
-        }
+        };
+        self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
+        let retired = self.retire(next)?;
+        Ok(if then == Next::Enter { retired } else { then })
     }
 
     /// The guest shut down.
@@ -803,12 +1087,15 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 error_code,
                 info,
             } => self.reflect(exception, error_code, info),
-            Exit::Invlpg => match emulate::decode_invlpg(&self.vcpu, &mut self.memory) {
-                // With nested paging the guest's own INVLPG does the work; it exits only where
-                // a backend asks for that.
-                Ok((_, next)) => self.retire(next),
-                Err(error) => self.no_length(error),
-            },
+            Exit::Invlpg => {
+                let decoded = emulate::decode_invlpg(&self.vcpu, &mut *self.vm.memory()?);
+                match decoded {
+                    // With nested paging the guest's own INVLPG does the work; it exits only
+                    // where a backend asks for that.
+                    Ok((_, next)) => self.retire(next),
+                    Err(error) => self.no_length(error),
+                }
+            }
             // QEMU's emulation reports INVD as WBINVD.
             Exit::Invd | Exit::Wbinvd => match self.vcpu.next_rip() {
                 Some(next) => self.retire(next),
@@ -825,8 +1112,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 let Some(next) = self.next_rip(expected)? else {
                     return Ok(Next::Enter);
                 };
-                let now = self.time_at(host.tsc());
-                let tsc = self.board.apic.local[0].clock().tsc(now);
+                let now = self.vm.time_at(host.tsc());
+                let tsc = self.apic.clock().tsc(now);
                 let aux = self.vcpu.msr(msr::IA32_TSC_AUX).unwrap_or(0);
                 let gprs = self.vcpu.gprs_mut();
                 gprs[Gpr::Rax] = tsc & 0xffff_ffff;
@@ -878,7 +1165,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
     fn control_register(&mut self, access: CrAccess) -> Handled {
         let (op, next) = match access.op {
             CrOp::Undecoded { write } => {
-                match emulate::decode_cr(&mut self.vcpu, &mut self.memory, access.register, write) {
+                let mut memory = self.vm.memory()?;
+                let (vcpu, register) = (&mut self.vcpu, access.register);
+                let decoded = emulate::decode_cr(vcpu, &mut *memory, register, write);
+                drop(memory);
+                match decoded {
                     Ok(decoded) => decoded,
                     Err(error) => return self.no_length(error),
                 }
@@ -892,7 +1183,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let fine = match op {
             CrOp::Read(gpr) => {
                 let value = match access.register {
-                    ControlRegister::Cr8 => u64::from(self.board.apic.local[0].tpr() >> 4),
+                    ControlRegister::Cr8 => u64::from(self.apic.tpr() >> 4),
                     register => self.vcpu.cr(register),
                 };
                 self.vcpu.set_gpr(gpr, value);
@@ -900,13 +1191,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             }
             CrOp::Write(gpr) => {
                 let value = self.wide_gpr(gpr);
-                self.write_control(access.register, value)
+                self.write_control(access.register, value)?
             }
-            CrOp::Clts => self.write_control(ControlRegister::Cr0, cr0 & !Cr0::TS.bits()),
+            CrOp::Clts => self.write_control(ControlRegister::Cr0, cr0 & !Cr0::TS.bits())?,
             // LMSW sets PE, MP, EM and TS, and cannot clear PE (SDM Vol. 2A, LMSW).
             CrOp::Lmsw(source) => {
                 let value = cr0 & !0xe | u64::from(source) & 0xf;
-                self.write_control(ControlRegister::Cr0, value)
+                self.write_control(ControlRegister::Cr0, value)?
             }
             CrOp::Undecoded { .. } => false,
         };
@@ -926,21 +1217,26 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
 
     /// The page-directory pointers of PAE paging, which the processor reads at some writes of
     /// control registers and then keeps (SDM Vol. 3A §4.4.1); `None` means #GP(0).
-    fn page_directory_pointers(&mut self, cr3: u64) -> Option<[u64; 4]> {
-        let width = self.cpuid.features().phys_bits.into();
-        let reserved = 0x1e6 | u64::MAX.checked_shl(width).unwrap_or(0);
+    fn page_directory_pointers(&self, cr3: u64) -> Result<Option<[u64; 4]>, Over> {
+        let width = self.vm.cpuid.features().phys_bits.into();
+        // Not the accessed bit, which some CPUs set in them.
+        let reserved = 0x1c6 | u64::MAX.checked_shl(width).unwrap_or(0);
         let mut entries = [0; 4];
+        let mut memory = self.vm.memory()?;
         for (at, entry) in (cr3 & 0xffff_ffe0..).step_by(8).zip(&mut entries) {
-            *entry = self.memory.read_u64(GuestPhysAddr::new(at)).ok()?;
-            if *entry & 1 != 0 && *entry & reserved != 0 {
-                return None;
+            let Ok(value) = memory.read_u64(GuestPhysAddr::new(at)) else {
+                return Ok(None);
+            };
+            if value & 1 != 0 && value & reserved != 0 {
+                return Ok(None);
             }
+            *entry = value;
         }
-        Some(entries)
+        Ok(Some(entries))
     }
 
     /// Writes a control register by the rules of SDM Vol. 3A §2.5; `false` means #GP(0).
-    fn write_control(&mut self, register: ControlRegister, mut value: u64) -> bool {
+    fn write_control(&mut self, register: ControlRegister, mut value: u64) -> Result<bool, Over> {
         let vcpu = &self.vcpu;
         let efer = arch::Efer::from_bits_retain(vcpu.efer());
         let cr4 = Cr4::from_bits_retain(vcpu.cr(ControlRegister::Cr4));
@@ -962,7 +1258,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
             ControlRegister::Cr4 => {
                 let new = Cr4::from_bits_retain(value);
                 let long = efer.contains(arch::Efer::LMA);
-                value & !self.cpuid.features().cr4 == 0
+                value & !self.vm.cpuid.features().cr4 == 0
                     && (!long || new.contains(Cr4::PAE))
                     && !(long && (new ^ cr4).contains(Cr4::LA57))
                     && (!new.contains(Cr4::PCIDE)
@@ -976,12 +1272,12 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
                 if cr4.contains(Cr4::PCIDE) {
                     value &= !(1 << 63);
                 }
-                value >> self.cpuid.features().phys_bits == 0
+                value >> self.vm.cpuid.features().phys_bits == 0
             }
             ControlRegister::Cr2 => true,
         };
         if !legal {
-            return false;
+            return Ok(false);
         }
         // What of each register makes the processor read the pointers of PAE paging again.
         let mut cr3 = vcpu.cr(ControlRegister::Cr3);
@@ -1006,24 +1302,25 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         };
         let mut pointers = None;
         if paging && pae && reads && !efer.contains(arch::Efer::LME) {
-            pointers = self.page_directory_pointers(cr3);
+            pointers = self.page_directory_pointers(cr3)?;
             if pointers.is_none() {
-                return false;
+                return Ok(false);
             }
         }
         if register == ControlRegister::Cr8 {
-            self.board.apic.local[0].set_tpr((value as u8) << 4);
+            self.apic.set_tpr((value as u8) << 4);
         } else {
             self.vcpu.set_cr(register, value);
         }
         if let Some(pointers) = pointers {
             self.vcpu.set_pdptes(pointers);
         }
-        true
+        Ok(true)
     }
 
     fn debug_register(&mut self) -> Handled {
-        let (access, next) = match emulate::decode_dr(&self.vcpu, &mut self.memory) {
+        let decoded = emulate::decode_dr(&self.vcpu, &mut *self.vm.memory()?);
+        let (access, next) = match decoded {
             Ok(decoded) => decoded,
             Err(error) => return self.no_length(error),
         };
@@ -1056,7 +1353,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         let gprs = self.vcpu.gprs();
         let index = gprs[Gpr::Rcx] as u32;
         let value = gprs[Gpr::Rdx] << 32 | gprs[Gpr::Rax] & 0xffff_ffff;
-        if index != 0 || self.vcpu.cpl() != 0 || !xcr0_is_legal(value, self.cpuid.features().xcr0) {
+        if index != 0
+            || self.vcpu.cpl() != 0
+            || !xcr0_is_legal(value, self.vm.cpuid.features().xcr0)
+        {
             return self.inject(Event::GP0);
         }
         self.vcpu.set_xcr0(value);

@@ -4,7 +4,7 @@
 use crate::bundle::{Bundle, pack};
 use crate::config::{self, VmConfig};
 use crate::load::tests::{elf, notes};
-use crate::{Host, Stop, Vm, VmError, VmSetup};
+use crate::{Host, Processor, Stop, VmError, VmSetup};
 use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::{vec, vec::Vec};
@@ -105,11 +105,17 @@ pub(crate) struct Core {
     pub patience: usize,
     pub armed: Vec<u64>,
     pub output: Vec<u8>,
+    /// vCPUs that were told to look.
+    pub kicked: u64,
 }
 
 impl Host for Core {
     fn tsc(&self) -> u64 {
         self.tsc
+    }
+    fn kick(&mut self, vcpus: u64) -> bool {
+        self.kicked |= vcpus;
+        false
     }
     fn arm(&mut self, deadline: u64) {
         self.armed.push(deadline);
@@ -124,7 +130,7 @@ impl Host for Core {
     }
 }
 
-pub(crate) type TestVm = Vm<MockVcpu, Phys, Frames>;
+pub(crate) type TestCpu = Processor<MockVcpu, Phys, Frames>;
 
 /// The TSC when VMs are made: their time zero.
 pub(crate) const ORIGIN: u64 = 5_000_000;
@@ -172,7 +178,7 @@ impl Machine {
         &self,
         keys: &str,
         make_vcpu: &mut dyn FnMut() -> Result<MockVcpu, String>,
-    ) -> Result<TestVm, VmError> {
+    ) -> Result<Vec<TestCpu>, VmError> {
         let config = parse(keys);
         let bundle = Bundle::open(&self.archive).unwrap();
         let setup = VmSetup {
@@ -192,7 +198,9 @@ impl Machine {
             host_cpuid: &cpuid,
             apic_access_page: None,
         };
-        Vm::new(setup, &mut |_, _, _| make_vcpu())
+        let mut cpus = Vec::new();
+        Processor::create_all(setup, &mut |_| make_vcpu(), &mut cpus)?;
+        Ok(cpus)
     }
 }
 
@@ -229,9 +237,9 @@ fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     }
 }
 
-/// A VM and the core on which it runs.
+/// A VM with one vCPU and the core on which it runs.
 pub(crate) struct World {
-    pub vm: TestVm,
+    pub cpu: TestCpu,
     pub core: Core,
     pub machine: Machine,
 }
@@ -241,15 +249,17 @@ impl World {
     /// bytes on.
     pub fn new() -> Self {
         let machine = Machine::new();
-        let mut vm = machine.make("", &mut || Ok(MockVcpu::protected())).unwrap();
-        vm.vcpu.next_rip = Some(KERNEL + 2);
+        let mut cpus = machine.make("", &mut || Ok(MockVcpu::protected())).unwrap();
+        let mut cpu = cpus.remove(0);
+        cpu.vcpu.next_rip = Some(KERNEL + 2);
         Self {
-            vm,
+            cpu,
             core: Core {
                 tsc: ORIGIN,
                 patience: 0,
                 armed: Vec::new(),
                 output: Vec::new(),
+                kicked: 0,
             },
             machine,
         }
@@ -257,9 +267,13 @@ impl World {
 
     /// Runs with these exits, and then until something wants the core.
     pub fn run(&mut self, exits: &[Exit]) -> Stop {
-        self.vm.vcpu.delivered.clear();
-        self.vm.vcpu.exits = exits.iter().copied().collect();
+        self.cpu.vcpu.delivered.clear();
+        self.cpu.vcpu.exits = exits.iter().copied().collect();
         self.core.patience = exits.len();
-        self.vm.run(&mut self.core)
+        self.cpu.run(&mut self.core)
+    }
+
+    pub fn memory(&self) -> spin::MutexGuard<'_, memory::AddressSpace<Phys, Frames>> {
+        self.cpu.vm().memory().unwrap()
     }
 }

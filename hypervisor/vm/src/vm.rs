@@ -1,14 +1,20 @@
-//! One VM: its configuration made into an address space, a virtual PC and a vCPU.
+//! One VM: its configuration made into an address space, a virtual PC and vCPUs.
 
 use crate::bundle::{Bundle, BundleError};
-use crate::config::{ImageName, VmConfig};
+use crate::config::{Class, ImageName, VmConfig};
 use crate::layout::MemoryLayout;
 use crate::load::{self, Boot, EntryState, Image, LoadError};
 use alloc::string::String;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use arch::{FrameSource, GuestPhysAddr, HostPhysAddr, MemoryFault, Nanos, PhysMemory, Vcpu};
 use core::fmt;
+use core::sync::atomic::{
+    AtomicU8, AtomicU32, AtomicU64,
+    Ordering::{Acquire, Relaxed, SeqCst},
+};
 use machine::acpi::{self, AcpiConfig};
+use machine::apic::{ApicFabric, LocalApic};
 use machine::board::{Board, BoardConfig};
 use machine::clock::TscClock;
 use machine::cpuid::{CpuidConfig, CpuidPolicy, Enabled};
@@ -16,11 +22,15 @@ use machine::emulate::CodePage;
 use machine::map;
 use machine::msr::MsrState;
 use memory::{AddressSpace, Format, MapError, Region, RegionError, RegionKind};
+use spin::{Mutex, MutexGuard};
 
-/// What a running VM needs of the core it runs on.
+/// What a running vCPU needs of the core it runs on.
 pub trait Host {
     /// The core's TSC.
     fn tsc(&self) -> u64;
+    /// Has these vCPUs of the VM look at what came for them: wakes them, or has them leave guest
+    /// mode. `true`: the core is wanted for one of them.
+    fn kick(&mut self, vcpus: u64) -> bool;
     /// Takes the core back when its TSC reaches this value (`u64::MAX`: no need to).
     fn arm(&mut self, deadline: u64);
     /// Serves the machine's interrupts that wait. `true`: the core is wanted for something else.
@@ -29,7 +39,7 @@ pub trait Host {
     fn output(&mut self, bytes: &[u8]);
 }
 
-/// Why a VM gave the core back.
+/// Why a vCPU gave the core back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
     /// The core is wanted for something else.
@@ -41,7 +51,9 @@ pub enum Stop {
         /// In the core's TSC; `u64::MAX` for never.
         until: u64,
     },
-    /// It is over.
+    /// [`Vm::order`] says so.
+    Ordered,
+    /// The VM is over.
     Ended(End),
 }
 
@@ -140,9 +152,21 @@ pub struct VmSetup<'a, P, F> {
     pub apic_access_page: Option<HostPhysAddr>,
 }
 
-/// Makes the vCPU, given the root of the nested tables, the local APIC's register page, and the
-/// bits of CR4 that CPUID allows.
-pub type MakeVcpu<'a, V> = &'a mut dyn FnMut(HostPhysAddr, *const u8, u64) -> Result<V, String>;
+/// What a backend makes a vCPU from.
+#[derive(Clone, Copy, Debug)]
+pub struct VcpuParts {
+    /// Its number in the VM, which is its APIC id.
+    pub id: u32,
+    /// The root of the nested tables.
+    pub root: HostPhysAddr,
+    /// Its local APIC's register page.
+    pub apic_page: *const u8,
+    /// The bits of CR4 that CPUID allows.
+    pub cr4: u64,
+}
+
+/// Makes one vCPU.
+pub type MakeVcpu<'a, V> = &'a mut dyn FnMut(VcpuParts) -> Result<V, String>;
 
 fn image<'a>(bundle: &Bundle<'a>, image: &'a ImageName) -> Result<Image<'a>, BundleError> {
     Ok(Image {
@@ -152,62 +176,72 @@ fn image<'a>(bundle: &Bundle<'a>, image: &'a ImageName) -> Result<Image<'a>, Bun
 }
 
 /// What a VM costs the host besides its RAM and the tables that map it, with room to spare:
-/// devices, vCPU, upper page tables.
+/// devices, first vCPU, upper page tables.
 const OVERHEAD: u64 = 256 << 10;
+/// What each further vCPU costs.
+const VCPU_OVERHEAD: u64 = 32 << 10;
+
+const fn overhead(vcpus: u32) -> u64 {
+    OVERHEAD + (vcpus as u64).saturating_sub(1) * VCPU_OVERHEAD
+}
 
 /// What the lower tables of this much RAM take when all of it is backed by base pages.
 const fn tables_for(memory: u64) -> u64 {
     memory / 512 + memory / (512 * 512)
 }
 
-/// A virtual machine. What is rare or cold works on a `Vm<dyn Vcpu, …>`, so that it is there once
-/// and not once for each vendor.
-pub struct Vm<V: Vcpu + ?Sized, P: PhysMemory, F: FrameSource> {
-    // Fields in the order in which an exit touches them, but for the vCPU.
+/// What a VM's vCPUs are to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Order {
+    /// Run.
+    Run,
+    /// Leave the cores, and stay as they are.
+    Pause,
+    /// Leave the cores: the VM is over.
+    Stop,
+    /// As [`Order::Stop`], after work for one of them was abandoned: the VM's structures may be
+    /// half done, and its locks held for ever.
+    Abandon,
+}
+
+/// The VM is over, or given up while this vCPU waited for a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Over;
+
+/// A virtual machine: what its vCPUs share. The board's lock comes before that of the memory, and
+/// neither is held across an entry.
+pub struct Vm<P: PhysMemory, F: FrameSource> {
     pub(crate) cpuid: CpuidPolicy,
-    pub(crate) msrs: MsrState,
     /// Converts between TSC ticks and the VM's time; its base stays 0.
     pub(crate) clock: TscClock,
     /// The machine's TSC at the VM's time zero.
     pub(crate) origin: u64,
-    /// The next deadline that was armed, in the VM's time; `None`: arm again.
-    pub(crate) armed: Option<Nanos>,
-    /// The TPR and threshold that the hardware knows.
-    pub(crate) shown_tpr: (u8, u8),
-    /// An interrupt or NMI window was asked for.
-    pub(crate) window: bool,
-    /// The vCPU executed HLT.
-    pub(crate) halted: bool,
-    pub(crate) stop: bool,
-    /// How the VM ended, on the way out of the run loop.
-    pub(crate) end: Option<End>,
-    /// Where the guest's code was found last.
-    pub(crate) code_page: CodePage,
-    pub(crate) board: Board,
-    pub(crate) memory: AddressSpace<P, F>,
+    /// The ways between the vCPUs' local APICs.
+    pub(crate) fabric: Arc<ApicFabric>,
+    /// When the board next has something to do by itself, in nanoseconds.
+    pub(crate) board_next: AtomicU64,
+    order: AtomicU8,
+    /// vCPUs that nothing but an NMI, INIT or start-up can wake.
+    pub(crate) deaf: AtomicU64,
+    /// vCPUs whose local APIC is not at its usual place in xAPIC mode.
+    pub(crate) elsewhere: AtomicU64,
+    board: Mutex<Board>,
+    memory: Mutex<AddressSpace<P, F>>,
     /// Accesses to MSRs that do not exist, for the log's rate limit.
-    pub(crate) unknown_msrs: u32,
+    pub(crate) unknown_msrs: AtomicU32,
     /// The wall clock at the VM's time zero, in nanoseconds since 1970 UTC.
     pub(crate) epoch: u64,
     pub(crate) apic_access_page: Option<HostPhysAddr>,
     pub(crate) name: String,
-    /// Last, as the language wants it for a `Vm<dyn Vcpu, …>`.
-    pub(crate) vcpu: V,
 }
 
-/// What of a VM has nothing to do with its vCPU's kind.
-struct Parts<P: PhysMemory, F: FrameSource> {
-    cpuid: CpuidPolicy,
-    clock: TscClock,
-    board: Board,
-    memory: AddressSpace<P, F>,
-    entry: EntryState,
-}
-
-impl<P: PhysMemory, F: FrameSource> Parts<P, F> {
-    fn new(setup: VmSetup<'_, P, F>) -> Result<Self, VmError> {
+impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
+    /// Builds the VM up to the point where its first instruction can run. Gives it, and what its
+    /// first vCPU starts with.
+    fn new(setup: VmSetup<'_, P, F>) -> Result<(Self, EntryState), VmError> {
         let VmSetup { config, bundle, .. } = setup;
-        let overhead = OVERHEAD + tables_for(config.memory);
+        let overhead = overhead(config.vcpus) + tables_for(config.memory);
         if config.memory.saturating_add(overhead) > setup.free_bytes {
             return Err(VmError::TooMuchMemory {
                 memory: config.memory,
@@ -252,6 +286,7 @@ impl<P: PhysMemory, F: FrameSource> Parts<P, F> {
             setup.host_cpuid,
             &CpuidConfig {
                 vcpus: config.vcpus,
+                dedicated: config.scheduling.class == Class::Dedicated,
                 tsc_khz: khz,
                 enabled: setup.enabled,
             },
@@ -259,19 +294,19 @@ impl<P: PhysMemory, F: FrameSource> Parts<P, F> {
         let high_ram = config.memory.saturating_sub(map::LOW_RAM_END);
         let board = Board::new(&BoardConfig {
             vcpus: config.vcpus,
-            phys_bits: cpuid.features().phys_bits,
-            clock,
             low_ram: config.memory - high_ram,
             high_ram,
             hpet: true,
             wall_clock: setup.wall_clock,
             debug_exit: config.devices.debug_exit,
             debug_console: config.devices.debug_console,
+            watchdog: config.devices.watchdog,
         });
         let rsdp = acpi::install(
             &AcpiConfig {
                 vcpus: config.vcpus,
                 hpet: true,
+                watchdog: config.devices.watchdog,
             },
             &mut memory,
         )
@@ -284,112 +319,174 @@ impl<P: PhysMemory, F: FrameSource> Parts<P, F> {
             cmdline: &config.cmdline,
         };
         let entry = load::load(&boot, &layout, &mut memory, rsdp)?;
-        Ok(Self {
+        let vm = Self {
             cpuid,
             clock,
-            board,
-            memory,
-            entry,
-        })
-    }
-}
-
-impl<V: Vcpu, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
-    /// Builds the VM up to the point where its first instruction can run.
-    ///
-    /// # Errors
-    /// What stands in the way; nothing is left behind.
-    pub fn new(setup: VmSetup<'_, P, F>, make_vcpu: MakeVcpu<'_, V>) -> Result<Self, VmError> {
-        let (tsc, epoch) = (setup.tsc, setup.wall_clock);
-        let (apic_access_page, name) = (setup.apic_access_page, setup.config.name.clone());
-        let Parts {
-            cpuid,
-            clock,
-            board,
-            memory,
-            entry,
-        } = Parts::new(setup)?;
-        let apic_page = board.apic.local[0].page_ptr();
-        let mut vcpu =
-            make_vcpu(memory.root(), apic_page, cpuid.features().cr4).map_err(VmError::Vcpu)?;
-        entry.apply(&mut vcpu);
-        vcpu.set_tsc_offset(0u64.wrapping_sub(tsc));
-        vcpu.set_apic_mode(arch::ApicMode::XApic);
-        Ok(Self {
-            msrs: MsrState::new(cpuid.features()),
-            cpuid,
-            clock,
-            origin: tsc,
-            armed: None,
-            shown_tpr: (0, 0),
-            window: false,
-            halted: false,
-            stop: false,
-            end: None,
-            code_page: CodePage::NONE,
-            board,
-            memory,
-            unknown_msrs: 0,
-            epoch,
-            apic_access_page,
-            name,
-            vcpu,
-        })
+            origin: setup.tsc,
+            fabric: board.apic.fabric().clone(),
+            board_next: AtomicU64::new(board.next_event().0),
+            order: AtomicU8::new(Order::Run as u8),
+            deaf: AtomicU64::new(0),
+            elsewhere: AtomicU64::new(0),
+            board: Mutex::new(board),
+            memory: Mutex::new(memory),
+            unknown_msrs: AtomicU32::new(0),
+            epoch: setup.wall_clock,
+            apic_access_page: setup.apic_access_page,
+            name: config.name.clone(),
+        };
+        Ok((vm, entry))
     }
 
-    /// Takes the VM apart: its memory goes back, and its vCPU to the backend.
+    /// Takes a lock, unless the VM is given up.
+    #[inline(always)]
+    fn lock<'a, T>(&self, what: &'a Mutex<T>) -> Result<MutexGuard<'a, T>, Over> {
+        match what.try_lock() {
+            Some(guard) => Ok(guard),
+            None => self.wait(what),
+        }
+    }
+
+    #[cold]
+    fn wait<'a, T>(&self, what: &'a Mutex<T>) -> Result<MutexGuard<'a, T>, Over> {
+        loop {
+            if let Some(guard) = what.try_lock() {
+                return Ok(guard);
+            }
+            // Whoever held it may be gone with it.
+            if self.order.load(Acquire) == Order::Abandon as u8 {
+                return Err(Over);
+            }
+            core::hint::spin_loop();
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn board(&self) -> Result<MutexGuard<'_, Board>, Over> {
+        self.lock(&self.board)
+    }
+
+    #[inline(always)]
+    pub(crate) fn memory(&self) -> Result<MutexGuard<'_, AddressSpace<P, F>>, Over> {
+        self.lock(&self.memory)
+    }
+
+    /// Works on the board from outside of its vCPUs.
+    fn with_board<T>(&self, work: impl FnOnce(&mut Board) -> T) -> Option<T> {
+        let mut board = self.board().ok()?;
+        let result = work(&mut board);
+        self.board_done(&board);
+        if board.has_actions() {
+            // The boot CPU's next look at the board carries them out.
+            self.fabric.signal(0);
+        }
+        Some(result)
+    }
+
+    /// Tells when the board is next due, after each access to it; vCPU 0 keeps its time.
+    #[inline(always)]
+    pub(crate) fn board_done(&self, board: &Board) {
+        let next = board.next_event().0;
+        if next != self.board_next.load(Relaxed) {
+            self.board_due(next);
+        }
+    }
+
+    #[inline(never)]
+    fn board_due(&self, next: u64) {
+        if next < self.board_next.swap(next, SeqCst) {
+            self.fabric.signal(0);
+        }
+    }
+
+    /// Its name in the configuration.
     #[must_use]
-    pub fn into_vcpu(self) -> V {
-        self.vcpu
-    }
-}
-
-impl<V: Vcpu + ?Sized, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
-    /// Puts the vCPU's state on the calling core.
-    pub fn load(&mut self) {
-        self.vcpu.load();
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
-    /// Takes the vCPU's state off the core.
-    pub fn unload(&mut self) {
-        self.vcpu.unload();
+    /// How many vCPUs it has.
+    #[must_use]
+    pub fn vcpus(&self) -> usize {
+        self.fabric.vcpus()
+    }
+
+    /// vCPUs, by bit number, that got something since the last call: those that sleep are to be
+    /// woken, those that run are to leave guest mode. To be asked after each call that acts on
+    /// the VM.
+    #[must_use]
+    pub fn take_kicks(&self) -> u64 {
+        self.fabric.take_kicks()
+    }
+
+    /// Whether something waits for a vCPU that it has not looked at.
+    #[must_use]
+    pub fn is_signalled(&self, vcpu: usize) -> bool {
+        self.fabric.is_signalled(vcpu)
+    }
+
+    /// What its vCPUs are to do.
+    #[must_use]
+    pub fn order(&self) -> Order {
+        match self.order.load(Acquire) {
+            0 => Order::Run,
+            1 => Order::Pause,
+            2 => Order::Stop,
+            _ => Order::Abandon,
+        }
+    }
+
+    /// Tells its vCPUs what to do. The first end is final.
+    pub fn set_order(&self, order: Order) {
+        let _ = self.order.fetch_update(SeqCst, Relaxed, |old| {
+            (old < Order::Stop as u8 || order as u8 > old).then_some(order as u8)
+        });
+        for vcpu in 0..self.vcpus() {
+            self.fabric.signal(vcpu);
+        }
     }
 
     /// Bytes of RAM that have a frame.
     #[must_use]
-    pub const fn backed_bytes(&self) -> u64 {
-        self.memory.backed_bytes()
+    pub fn backed_bytes(&self) -> u64 {
+        self.memory().map_or(0, |memory| memory.backed_bytes())
     }
 
     /// Bytes of RAM that the guest was promised.
     #[must_use]
     pub fn promised_bytes(&self) -> u64 {
-        self.memory.promised_bytes()
+        self.memory().map_or(0, |memory| memory.promised_bytes())
     }
 
     /// Bytes of host memory that the VM may still come to take, page tables included.
     #[must_use]
     pub fn outstanding_bytes(&self) -> u64 {
-        let promised = self.memory.promised_bytes();
-        let taken = self.memory.backed_bytes() + self.memory.table_bytes();
-        (promised + tables_for(promised) + OVERHEAD).saturating_sub(taken)
+        let Ok(memory) = self.memory() else {
+            return 0;
+        };
+        let promised = memory.promised_bytes();
+        let taken = memory.backed_bytes() + memory.table_bytes();
+        (promised + tables_for(promised) + overhead(self.vcpus() as u32)).saturating_sub(taken)
     }
 
     /// Types on the guest's console when the machine's TSC reads `tsc`; gives how many bytes it
     /// took.
-    pub fn input(&mut self, bytes: &[u8], tsc: u64) -> usize {
+    pub fn input(&self, bytes: &[u8], tsc: u64) -> usize {
         let now = self.time_at(tsc);
-        self.board.console_input(bytes, now)
+        self.with_board(|board| board.console_input(bytes, now))
+            .unwrap_or(0)
     }
 
     /// Presses the power button.
-    pub fn power_button(&mut self) {
-        self.board.power_button();
+    pub fn power_button(&self) {
+        self.with_board(Board::power_button);
     }
 
-    /// Ends the VM at its next turn.
-    pub const fn stop(&mut self) {
-        self.stop = true;
+    /// Raises a non-maskable interrupt at every vCPU, as a dump button does.
+    pub fn inject_nmi(&self) {
+        for vcpu in 0..self.vcpus() {
+            self.fabric.inject_nmi(vcpu);
+        }
     }
 
     /// The VM's time when the machine's TSC reads `tsc`.
@@ -407,5 +504,151 @@ impl<V: Vcpu + ?Sized, P: PhysMemory, F: FrameSource> Vm<V, P, F> {
         self.origin
             .saturating_add(self.clock.nanos_to_ticks(time.0))
             .saturating_add(1)
+    }
+}
+
+/// A vCPU: the hardware's part, its local APIC, and what else belongs to it alone. The core that
+/// runs it owns it.
+pub struct Processor<V: Vcpu, P: PhysMemory, F: FrameSource> {
+    pub(crate) vm: Arc<Vm<P, F>>,
+    pub(crate) msrs: MsrState,
+    /// The next deadline that was armed, in the VM's time; `None`: arm again.
+    pub(crate) armed: Option<Nanos>,
+    /// The TPR and threshold that the hardware knows.
+    pub(crate) shown_tpr: (u8, u8),
+    /// What the next entry must look at besides the local APIC.
+    pub(crate) attention: Attention,
+    /// Another vCPU asked that its next halt be none.
+    pub(crate) kicked: bool,
+    /// How long it was kept from running, in nanoseconds.
+    pub(crate) stolen: u64,
+    /// What the guest was told of that, and whether it was being preempted.
+    pub(crate) stolen_shown: Option<(u64, bool)>,
+    /// How the VM ended, on the way out of the run loop.
+    pub(crate) end: Option<End>,
+    /// Where the guest's code was found last.
+    pub(crate) code_page: CodePage,
+    pub(crate) apic: LocalApic,
+    pub(crate) vcpu: V,
+}
+
+bitflags::bitflags! {
+    /// Why an entry is not the plain case.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) struct Attention: u8 {
+        /// An interrupt window was asked for.
+        const WINDOW = 1 << 0;
+        /// The vCPU executed HLT.
+        const HALTED = 1 << 1;
+        /// The vCPU waits for a start-up.
+        const WAITS = 1 << 2;
+        /// The 8259 may have an interrupt for it.
+        const EXTINT = 1 << 3;
+        /// Others may have got something of it.
+        const KICKS = 1 << 4;
+        /// The board wants something of the host.
+        const ACTIONS = 1 << 5;
+    }
+}
+
+impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
+    fn new(vm: &Arc<Vm<P, F>>, id: u32, make: MakeVcpu<'_, V>) -> Result<Self, VmError> {
+        let features = vm.cpuid.features();
+        let mut apic = LocalApic::new(id, id == 0, features.phys_bits, vm.clock);
+        if id == 0 {
+            apic.virtual_wire();
+        }
+        vm.fabric.publish(&mut apic);
+        let root = vm
+            .memory()
+            .map_err(|Over| VmError::Vcpu(String::new()))?
+            .root();
+        let mut vcpu = make(VcpuParts {
+            id,
+            root,
+            apic_page: apic.page_ptr(),
+            cr4: features.cr4,
+        })
+        .map_err(VmError::Vcpu)?;
+        vcpu.set_tsc_offset(0u64.wrapping_sub(vm.origin));
+        vcpu.set_apic_mode(arch::ApicMode::XApic);
+        // Others than the first wait to be started up.
+        let attention = if id == 0 {
+            Attention::EXTINT
+        } else {
+            vm.deaf.fetch_or(1 << (id & 63), SeqCst);
+            Attention::WAITS
+        };
+        Ok(Self {
+            msrs: MsrState::new(features),
+            vm: vm.clone(),
+            armed: None,
+            shown_tpr: (0, 0),
+            attention,
+            kicked: false,
+            stolen: 0,
+            stolen_shown: None,
+            end: None,
+            code_page: CodePage::NONE,
+            apic,
+            vcpu,
+        })
+    }
+
+    /// Builds a VM up to the point where its first instruction can run, and puts its vCPUs into
+    /// `processors` in their order. After an error some may be there, to be taken apart.
+    ///
+    /// # Errors
+    /// What stands in the way.
+    pub fn create_all(
+        setup: VmSetup<'_, P, F>,
+        make: MakeVcpu<'_, V>,
+        processors: &mut Vec<Self>,
+    ) -> Result<Arc<Vm<P, F>>, VmError> {
+        let vcpus = setup.config.vcpus;
+        let (vm, entry) = Vm::new(setup)?;
+        let vm = Arc::new(vm);
+        for id in 0..vcpus {
+            processors.push(Self::new(&vm, id, make)?);
+        }
+        if let Some(first) = processors.first_mut() {
+            entry.apply(&mut first.vcpu);
+        }
+        // Nobody runs yet who could miss them.
+        let _ = vm.take_kicks();
+        Ok(vm)
+    }
+
+    /// The VM that it belongs to.
+    #[must_use]
+    pub const fn vm(&self) -> &Arc<Vm<P, F>> {
+        &self.vm
+    }
+
+    /// Takes it apart, for the backend to have its part back.
+    #[must_use]
+    pub fn into_vcpu(self) -> V {
+        self.vcpu
+    }
+
+    /// Its number in the VM.
+    #[must_use]
+    pub const fn id(&self) -> usize {
+        self.apic.id() as usize
+    }
+
+    /// Puts the vCPU's state on the calling core. It has been kept from running for `stolen`
+    /// nanoseconds so far.
+    pub fn load(&mut self, stolen: u64) {
+        self.vcpu.load();
+        self.stolen = stolen;
+        // A VM that is given up has no use for it.
+        let _ = self.show_stolen(false);
+    }
+
+    /// Takes the vCPU's state off the core, which another may have `preempted` it from.
+    pub fn unload(&mut self, preempted: bool) {
+        let _ = self.show_stolen(preempted);
+        self.vcpu.unload();
     }
 }

@@ -18,7 +18,7 @@
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, Source, Step};
 use crate::emulator::Pace;
 
-use Step::{Check, Expect, Send};
+use Step::{Expect, Send};
 
 const FILES: &[(&str, Source)] = &[
     ("guest-heartbeat", Source::Made("guest-heartbeat")),

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod boot;
+mod console;
 mod guests;
 mod hostile;
 mod linux;
@@ -10,7 +11,7 @@ mod smp;
 use crate::dialogue::Case;
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 7] = [
+pub const GROUPS: [(&str, &str); 8] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -23,6 +24,10 @@ pub const GROUPS: [(&str, &str); 7] = [
     ),
     ("smp", "several CPUs in one guest"),
     ("hostile", "guests that try everything, and harm nobody"),
+    (
+        "console",
+        "one line for the log, the monitor and all guests: keys, past, lies",
+    ),
     (
         "bad-input",
         "one clear error for each wrong input, and the rest goes on",
@@ -37,6 +42,7 @@ pub fn all() -> Vec<&'static Case> {
         boot::CASES,
         smp::CASES,
         hostile::CASES,
+        console::CASES,
         bad_input::CASES,
     ];
     groups.into_iter().flatten().collect()

@@ -1,7 +1,8 @@
 //! Several CPUs in one guest.
 
 use super::guests::CONFORMANCE;
-use crate::dialogue::{Case, Ending, Load, QEMU_BIOS, Step};
+use super::linux;
+use crate::dialogue::{BOCHS_BIOS, Case, Ending, Load, QEMU_BIOS, Source, Step};
 
 pub(super) const CASES: &[Case] = &[
     // What the same cases find without a hypervisor.
@@ -19,4 +20,129 @@ pub(super) const CASES: &[Case] = &[
         end: Ending::Exit(1),
         ..CONFORMANCE
     },
+    // Four vCPUs that share one core, and that move between two.
+    Case {
+        group: "smp",
+        name: "one-core",
+        load: FOUR_VCPUS,
+        ..CONFORMANCE
+    },
+    Case {
+        group: "smp",
+        name: "two-cores",
+        cpus: 2,
+        load: FOUR_VCPUS,
+        ..CONFORMANCE
+    },
+    // Unmodified Linux, to which all of it must look like a PC.
+    Case {
+        group: "smp",
+        name: "linux",
+        on: &[QEMU_BIOS, BOCHS_BIOS],
+        load: Load::Bundle {
+            config: &[r#"
+[[vm]]
+name = "linux"
+kind = "linux"
+kernel = "vmlinuz"
+initrd = "initrd.cpio"
+cmdline = "console=ttyS0"
+memory = "256MiB"
+vcpus = 4
+"#],
+            files: linux::FILES,
+            spoil: None,
+        },
+        steps: &[
+            linux::UP,
+            linux::PROMPT,
+            Step::Send("grep -c ^processor /proc/cpuinfo; cat /sys/devices/system/cpu/online\n"),
+            Step::Expect("^4$"),
+            Step::Expect("^0-3$"),
+            linux::PROMPT,
+            Step::Send("dmesg; echo is-$?\n"),
+            Step::Expect("^is-0$"),
+            Step::Refuse(linux::FAULTS),
+            linux::PROMPT,
+            // A process on each, one after the other, and the parent moved along.
+            Step::Send(
+                "for c in 0 1 2 3; do taskset -p $((1 << c)) $$ >/dev/null; sh -c 'cut -d\" \" -f39 /proc/self/stat'; done\n",
+            ),
+            Step::Expect("^0$"),
+            Step::Expect("^1$"),
+            Step::Expect("^2$"),
+            Step::Expect("^3$"),
+            linux::PROMPT,
+            Step::Send("poweroff\n"),
+            Step::Expect(r"^tessera\| vm linux: ended: powered off$"),
+        ],
+        deadline: 300,
+        ..linux::LINUX
+    },
+    Case {
+        group: "smp",
+        name: "linux-on-two-cores",
+        on: &[QEMU_BIOS],
+        cpus: 2,
+        load: Load::Bundle {
+            config: &[r#"
+[[vm]]
+name = "linux"
+kind = "linux"
+kernel = "vmlinuz"
+initrd = "initrd.cpio"
+cmdline = "console=ttyS0"
+memory = "256MiB"
+vcpus = 3
+[[vm]]
+name = "other"
+kind = "linux"
+kernel = "vmlinuz"
+initrd = "initrd.cpio"
+cmdline = "console=ttyS0"
+memory = "256MiB"
+vcpus = 2
+"#],
+            files: linux::FILES,
+            spoil: None,
+        },
+        steps: &[
+            linux::UP,
+            linux::PROMPT,
+            Step::Send("dmesg; echo is-$?\n"),
+            Step::Expect("^is-0$"),
+            Step::Refuse(linux::FAULTS),
+            linux::PROMPT,
+            Step::Send("poweroff\n"),
+            Step::Expect(r"^tessera\| vm linux: ended: powered off$"),
+            // The other one.
+            Step::Send("\x14"),
+            Step::Send("2"),
+            Step::Send("\n"),
+            linux::PROMPT,
+            Step::Send("cat /sys/devices/system/cpu/online\n"),
+            Step::Expect("^0-1$"),
+            Step::Send("poweroff\n"),
+            Step::Expect(r"^tessera\| vm other: ended: powered off$"),
+        ],
+        deadline: 300,
+        ..linux::LINUX
+    },
 ];
+
+const FOUR_VCPUS: Load = Load::Bundle {
+    config: &[r#"
+[[vm]]
+name = "conformance"
+kind = "pvh"
+kernel = "guest-conformance"
+cmdline = "smp_"
+memory = "256MiB"
+vcpus = 4
+[vm.devices]
+debug_exit = true
+debug_console = true
+"#],
+    files: &[("guest-conformance", Source::Made("guest-conformance"))],
+    spoil: None,
+};

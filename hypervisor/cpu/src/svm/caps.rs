@@ -1,13 +1,14 @@
 //! What the processor's SVM can do, and turning it on and off (AMD APM Vol. 2 §15.4, §15.30,
 //! Vol. 3 appendix E, function 8000_000AH).
 
-use super::contiguous;
 use crate::page::HostPage;
+use crate::percpu::this;
 use crate::virt::{Extension, VirtUnavailable};
+use arch::HostPhysAddr;
 use arch::msr::IA32_EFER;
-use arch::{HostPhysAddr, PAGE_SIZE};
 use bitflags::bitflags;
 use core::arch::x86_64::{__cpuid_count, CpuidResult};
+use core::sync::atomic::Ordering;
 use x86_64::registers::model_specific::Msr;
 
 const EFER_SVME: u64 = 1 << 12;
@@ -132,11 +133,11 @@ impl SvmCaps {
     }
 }
 
-/// SVM turned on on one core: holds the page VMRUN saves the host's state to, and behind it the
-/// one that VMSAVE puts the host's FS, GS, TR, LDTR, KernelGSBase, STAR and SYSENTER state into.
+/// SVM turned on on one core: holds the page VMRUN saves the host's state to, and the one that
+/// VMSAVE puts the host's FS, GS, TR, LDTR, KernelGSBase, STAR and SYSENTER state into.
 ///
-/// The two follow each other, so that a vCPU that is loaded finds both by VM_HSAVE_PA, which is
-/// 0 exactly while SVM is off.
+/// A vCPU that is loaded finds the second by the core's own data, and knows by VM_HSAVE_PA on which
+/// core it is; that is 0 exactly while SVM is off.
 #[derive(Debug)]
 pub struct Svm {
     pages: [HostPage; 2],
@@ -155,11 +156,11 @@ impl Svm {
         Ok(caps)
     }
 
-    /// Turns SVM on on the calling core. `pages` must follow each other in physical memory.
+    /// Turns SVM on on the calling core.
     ///
     /// # Errors
-    /// [`VirtUnavailable::EnableFailed`] when the pages are apart, when SVM is on already, or when
-    /// the processor does not take EFER.SVME.
+    /// [`VirtUnavailable::EnableFailed`] when SVM is on already, or when the processor does not take
+    /// EFER.SVME.
     ///
     /// # Safety
     /// The core is in ring 0 of the hypervisor, and the returned value stays with it (its drop
@@ -169,8 +170,6 @@ impl Svm {
             extension: Extension::Svm,
             step,
         };
-        contiguous("host save area", &pages)
-            .map_err(|_| failed("the two pages of the host save area are not consecutive"))?;
         // SAFETY: these MSRs exist where CPUID says SVM (`caps` is the proof); setting SVME only
         // makes more instructions valid, and HSAVE_PA names a page that is ours.
         unsafe {
@@ -188,7 +187,10 @@ impl Svm {
             if Msr::new(IA32_EFER).read() & EFER_SVME == 0 {
                 return Err(failed("EFER.SVME stays 0"));
             }
-            let [save, _] = &pages;
+            let [save, host] = &pages;
+            this()
+                .host_save
+                .store(host.phys().as_u64(), Ordering::Relaxed);
             Msr::new(VM_HSAVE_PA).write(save.phys().as_u64());
         }
         Ok(Self { pages })
@@ -208,11 +210,6 @@ impl Svm {
         }
         self.pages.map(HostPage::into_phys)
     }
-}
-
-/// The page behind the host save area, by the value of VM_HSAVE_PA.
-pub(super) const fn host_vmcb(hsave: u64) -> u64 {
-    hsave + PAGE_SIZE
 }
 
 fn check_vm_cr(value: u64) -> Result<(), VirtUnavailable> {

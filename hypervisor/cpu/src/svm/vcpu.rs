@@ -13,19 +13,21 @@
 //!   instruction, so one single step, hidden from the guest, follows when somebody waits.
 
 use super::bitmaps::SvmBitmaps;
-use super::caps::{SvmCaps, SvmFeatures, VM_HSAVE_PA, host_vmcb};
+use super::caps::{SvmCaps, SvmFeatures, VM_HSAVE_PA};
 use super::exit::{self, code};
 use super::vmcb::{
     Clean, Control, IntCtl, Misc1, Misc2, Misc3, Save, Violations, Vmcb, event, tlb,
 };
 use super::{SvmError, entry};
 use crate::page::HostPage;
+use crate::percpu::this;
 use crate::xstate::{XState, XStateCaps};
 use arch::{
     Combined, ControlRegister, Cr0, DebugRegister, DescriptorTable, Efer, EntryFailure, Event,
     Exception, Exit, Gpr, Gprs, HostPhysAddr, Interruptibility, RFlags, Segment, SegmentRegister,
     Vcpu, Vector, combine, msr,
 };
+use core::sync::atomic::Ordering;
 use x86_64::registers::model_specific::Msr;
 
 /// DR6 and DR7 after RESET, which are also their bits that always read as one (§13.1.1).
@@ -291,6 +293,10 @@ impl SvmVcpu {
     #[inline(never)]
     fn decode_rare(&mut self) {
         self.rare = exit::rare(self.block(), &self.features);
+        if self.rare == Exit::Nmi {
+            // The guest that was left shows the watchdog, who may have sent it, that all is well.
+            this().beat();
+        }
     }
 
     /// Queues the event again whose delivery was cut short.
@@ -462,9 +468,8 @@ fn set_controls(control: &mut Control, caps: &SvmCaps, config: &SvmConfig) {
     if caps.has(SvmFeatures::MCOMMIT) {
         control.intercept_misc3 |= Misc3::MCOMMIT;
     }
-    // Without a filter each single PAUSE would exit.
+    // For when PAUSE is intercepted: without a filter each single one exits.
     if caps.has(SvmFeatures::PAUSE_FILTER) {
-        control.intercept_misc1 |= Misc1::PAUSE;
         control.pause_filter_count = PAUSE_COUNT;
         if caps.has(SvmFeatures::PAUSE_THRESHOLD) {
             control.pause_filter_threshold = PAUSE_GAP;
@@ -537,6 +542,14 @@ fn requeue(info: u64) -> u64 {
 }
 
 impl Vcpu for SvmVcpu {
+    fn set_pause_exiting(&mut self, on: bool) {
+        let control = self.control_mut();
+        if control.intercept_misc1.contains(Misc1::PAUSE) != on {
+            control.intercept_misc1.set(Misc1::PAUSE, on);
+            control.clean &= !Clean::INTERCEPTS;
+        }
+    }
+
     fn load(&mut self) {
         if self.loaded() {
             return;
@@ -554,7 +567,7 @@ impl Vcpu for SvmVcpu {
         } else if self.asid_shared {
             self.flush();
         }
-        self.host = host_vmcb(hsave);
+        self.host = this().host_save.load(Ordering::Relaxed);
         self.update_attention();
         // SAFETY: VM_HSAVE_PA is set, so `Svm::enable` ran here and owns the page behind. DR7 is
         // as #VMEXIT left it. TSC_AUX is written where it exists; IBPB where PRED_CMD does. The
@@ -969,22 +982,42 @@ impl Vcpu for SvmVcpu {
     /// §14.1.3, table 14-1. CR0.CD is set as there: a loader that starts a kernel directly clears
     /// it, or the guest's memory is uncached. RDX, which tells the processor's signature, is 0.
     fn reset(&mut self) {
-        self.gprs = Gprs::default();
-        self.dr = [0; 4];
-        self.tsc_aux = 0;
-        self.nmi = Nmi::default();
-        self.window = false;
-        self.tpr_threshold = 0;
         self.xstate.reset();
+        self.tsc_aux = 0;
         if self.loaded() {
             // SAFETY: the state on the core is this vCPU's; see `load`.
             unsafe {
                 self.xstate.restore();
-                entry::load_debug(&self.dr);
                 if self.features.contains(SvmFeatures::TSC_AUX) {
                     Msr::new(msr::IA32_TSC_AUX).write(0);
                 }
             }
+        }
+        self.restart();
+    }
+
+    fn init(&mut self) {
+        let kept = msr::KEPT_BY_INIT.map(|index| self.msr(index));
+        self.restart();
+        for (index, value) in msr::KEPT_BY_INIT.into_iter().zip(kept) {
+            value.map(|value| self.set_msr(index, value));
+        }
+    }
+}
+
+impl SvmVcpu {
+    /// What RESET and INIT have in common.
+    fn restart(&mut self) {
+        self.gprs = Gprs::default();
+        // Family, model and stepping.
+        self.gprs[arch::Gpr::Rdx] = core::arch::x86_64::__cpuid(1).eax.into();
+        self.dr = [0; 4];
+        self.nmi = Nmi::default();
+        self.window = false;
+        self.tpr_threshold = 0;
+        if self.loaded() {
+            // SAFETY: the debug registers on the core are this vCPU's; see `load`.
+            unsafe { entry::load_debug(&self.dr) };
         }
         let mut int_ctl = IntCtl::V_INTR_MASKING;
         if self.features.contains(SvmFeatures::VGIF) {

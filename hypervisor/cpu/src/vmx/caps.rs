@@ -265,7 +265,7 @@ struct Raw {
 }
 
 /// What VT-x of this machine offers, with the controls fitted to it. The same on every core.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VmxCaps {
     /// VMCS revision identifier.
     pub(super) revision: u32,

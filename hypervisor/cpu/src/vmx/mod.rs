@@ -21,3 +21,11 @@ pub mod vmcs;
 
 pub use caps::{Features, Vmx, VmxCaps};
 pub use vcpu::{ApicMode, VmxConfig, VmxPages, VmxVcpu};
+
+/// A vCPU that is not loaded goes from core to core: `unload` leaves nothing of it behind, and `load`
+/// writes what is the core's own and drops stale translations when it came to another one.
+const _: () = {
+    const fn moves_between_cores<T: Send>() {}
+    moves_between_cores::<VmxVcpu>();
+    moves_between_cores::<crate::svm::SvmVcpu>();
+};

@@ -175,6 +175,9 @@ pub struct VmxVcpu {
     context: Context,
     /// What the next entry delivers.
     pending: Option<Event>,
+    /// Exit on loops of PAUSE, where the processor can.
+    pause_exiting: bool,
+    mode: ApicMode,
     /// TSC value at which guest mode ends, `u64::MAX` for never.
     deadline: u64,
     /// The same while the vCPU is loaded, else `u64::MAX`: what an entry looks at.
@@ -232,6 +235,8 @@ impl VmxVcpu {
             },
             pending: None,
             rare: Exit::Benign,
+            pause_exiting: false,
+            mode: ApicMode::Disabled,
             deadline: u64::MAX,
             timer: u64::MAX,
             pin: caps.pin,
@@ -433,9 +438,25 @@ impl VmxVcpu {
     /// The virtual-APIC page then answers reads of all registers but PPR (which nothing but
     /// virtual-interrupt delivery keeps) and the timer's current count.
     pub fn set_apic_mode(&mut self, mode: ApicMode) {
+        self.mode = mode;
+        let controls = self.secondary();
+        let open = controls & secondary::X2APIC_MODE != 0;
+        for index in msr::X2APIC_FIRST..=msr::X2APIC_LAST {
+            self.intercept_msr(index, !(open && x2apic_readable(index)), true);
+        }
+        // A write to TPR goes to the page and exits only below the threshold (§30.5).
+        self.intercept_msr(0x808, !open, !open);
+        self.write(control::SECONDARY_PROCBASED_EXEC_CONTROLS, controls.into());
+    }
+
+    /// The secondary controls for what is asked for.
+    fn secondary(&self) -> u32 {
         let mut controls = self.caps.secondary;
         if self.uses_vpid() {
             controls |= secondary::VPID;
+        }
+        if !self.pause_exiting {
+            controls &= !secondary::PAUSE_LOOP;
         }
         let registers = if self.has(Features::APIC_REGISTERS) {
             secondary::APIC_REGISTERS
@@ -447,18 +468,12 @@ impl VmxVcpu {
             && self.config.apic_access_page.is_some();
         // Without register virtualization, reads that do not exit would go to the machine's APIC.
         let msrs = self.shadows_tpr() && self.has(Features::X2APIC) && registers != 0;
-        controls |= match mode {
-            ApicMode::XApic if memory => secondary::APIC_ACCESSES | registers,
-            ApicMode::X2Apic if msrs => secondary::X2APIC_MODE | registers,
-            _ => 0,
-        };
-        let open = controls & secondary::X2APIC_MODE != 0;
-        for index in msr::X2APIC_FIRST..=msr::X2APIC_LAST {
-            self.intercept_msr(index, !(open && x2apic_readable(index)), true);
-        }
-        // A write to TPR goes to the page and exits only below the threshold (§30.5).
-        self.intercept_msr(0x808, !open, !open);
-        self.write(control::SECONDARY_PROCBASED_EXEC_CONTROLS, controls.into());
+        controls
+            | match self.mode {
+                ApicMode::XApic if memory => secondary::APIC_ACCESSES | registers,
+                ApicMode::X2Apic if msrs => secondary::X2APIC_MODE | registers,
+                _ => 0,
+            }
     }
 
     /// The four PDPTEs of a guest in PAE paging, for the restoring of a saved state. In running
@@ -757,6 +772,8 @@ impl VmxVcpu {
             Some(Event::Nmi) => {
                 // The exit took the NMI and left NMIs blocked: the host's handler runs as if it
                 // had been interrupted, and its IRET unblocks them (§28.2.2 does not).
+                // The guest that was left shows the watchdog, who may have sent it, that all is well.
+                crate::percpu::this().beat();
                 // SAFETY: the host's IDT has a handler for vector 2.
                 #[cfg(target_os = "none")]
                 unsafe {
@@ -850,6 +867,13 @@ impl VmxVcpu {
 
     /// Exchanges what the guest reaches without exits.
     fn load_switched(&mut self) {
+        self.load_registers();
+        // SAFETY: the vCPU becomes the core's, and the host uses no extended state.
+        unsafe { self.xstate.restore() };
+    }
+
+    /// [`Self::load_switched`] but for the extended state.
+    fn load_registers(&mut self) {
         let state = &self.switched;
         let msrs = SWITCHED_MSRS.iter().zip(state.msrs);
         // SAFETY: the values came from the guest by the same MSRs or were checked by the caller of
@@ -867,7 +891,6 @@ impl VmxVcpu {
             }
             asm!("mov cr2, {}", in(reg) state.cr2, options(nomem, nostack));
             state.load_debug();
-            self.xstate.restore();
         }
     }
 
@@ -1139,6 +1162,14 @@ const fn vmcs_msr(index: u32) -> Option<u32> {
 }
 
 impl Vcpu for VmxVcpu {
+    fn set_pause_exiting(&mut self, on: bool) {
+        if on != self.pause_exiting {
+            self.pause_exiting = on;
+            let controls = self.secondary();
+            self.write(control::SECONDARY_PROCBASED_EXEC_CONTROLS, controls.into());
+        }
+    }
+
     fn set_apic_mode(&mut self, mode: ApicMode) {
         Self::set_apic_mode(self, mode);
     }
@@ -1543,6 +1574,23 @@ impl Vcpu for VmxVcpu {
             self.load_switched();
         } else {
             self.core = 0;
+        }
+    }
+
+    fn init(&mut self) {
+        let kept = msr::KEPT_BY_INIT.map(|index| self.msr(index));
+        self.context.gprs = Gprs::default();
+        self.context.gprs[arch::Gpr::Rdx] = __cpuid(1).eax.into();
+        self.pending = None;
+        self.with_current(Self::reset_vmcs);
+        self.switched = Switched::new();
+        if self.loaded() {
+            self.load_registers();
+        } else {
+            self.core = 0;
+        }
+        for (index, value) in msr::KEPT_BY_INIT.into_iter().zip(kept) {
+            value.map(|value| self.set_msr(index, value));
         }
     }
 }

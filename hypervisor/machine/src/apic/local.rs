@@ -284,8 +284,72 @@ pub enum ApicEffect {
     Ipi,
     /// [`LocalApic::next_event`] has changed.
     Timer,
-    /// The APIC may take interrupts now that it refused before.
+    /// What it takes, or how it is addressed, has changed.
     Reachable,
+}
+
+/// How a local APIC is addressed, and whether it would take an interrupt: what senders must
+/// know, in one word. The default is that of one which nothing reaches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Address(pub(super) u64);
+
+impl Address {
+    const ENABLED: u64 = 1 << 32;
+    const FLAT: u64 = 1 << 33;
+    const LINT0: u64 = 1 << 34;
+    const XAPIC: u64 = 1 << 35;
+    const X2APIC: u64 = 1 << 36;
+    const ID_SHIFT: u32 = 40;
+
+    /// The operating mode.
+    #[must_use]
+    pub const fn mode(self) -> ApicMode {
+        if self.0 & Self::XAPIC != 0 {
+            ApicMode::XApic
+        } else if self.0 & Self::X2APIC != 0 {
+            ApicMode::X2Apic
+        } else {
+            ApicMode::Disabled
+        }
+    }
+
+    /// Whether fixed interrupts are accepted (software-enabled by SVR).
+    #[must_use]
+    pub const fn is_enabled(self) -> bool {
+        self.0 & Self::ENABLED != 0
+    }
+
+    /// Whether a change of LINT0 would be felt.
+    #[must_use]
+    pub const fn hears_lint0(self) -> bool {
+        self.0 & Self::LINT0 != 0
+    }
+
+    /// Whether `message` is for this APIC (§11.6.2).
+    #[must_use]
+    pub const fn is_destination(self, message: &Message) -> bool {
+        let (dest, own, id) = (
+            message.dest,
+            self.0 as u32,
+            (self.0 >> Self::ID_SHIFT) as u32,
+        );
+        match self.mode() {
+            ApicMode::Disabled => false,
+            _ if dest == Message::ALL => true,
+            ApicMode::X2Apic if message.logical => {
+                dest >> 16 == own >> 16 && dest & own & 0xffff != 0
+            }
+            ApicMode::XApic if message.logical => {
+                if self.0 & Self::FLAT != 0 {
+                    dest & own != 0
+                } else {
+                    dest >> 4 == own >> 4 && dest & own & 0xf != 0
+                }
+            }
+            ApicMode::X2Apic => dest == id,
+            ApicMode::XApic => dest == id & 0xff,
+        }
+    }
 }
 
 /// Events for a vCPU that are no maskable interrupt, in the order in which to take them.
@@ -366,6 +430,13 @@ pub struct LocalApicState {
     clock: TscClock,
 }
 
+impl LocalApicState {
+    #[cfg(test)]
+    pub(super) const fn registers_for_test(&mut self) -> &mut Vec<u32> {
+        &mut self.registers
+    }
+}
+
 /// A saved state cannot be that of a local APIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RestoreError {
@@ -373,13 +444,6 @@ pub enum RestoreError {
     Registers(usize),
     /// IA32_APIC_BASE holds a mode that does not exist.
     Base(u64),
-    /// There must be as many local APICs as vCPUs.
-    Count {
-        /// In the saved state.
-        found: usize,
-        /// In this machine.
-        wanted: usize,
-    },
 }
 
 /// A vCPU's local APIC.
@@ -601,10 +665,28 @@ impl LocalApic {
     }
 
     /// The signals that wait; they are gone then.
-    pub const fn take_signals(&mut self) -> Signals {
+    #[cfg(test)]
+    pub(crate) const fn take_signals(&mut self) -> Signals {
         let signals = self.signals();
         self.signals = 0;
         signals
+    }
+
+    /// Takes a waiting INIT.
+    pub const fn take_init(&mut self) {
+        self.signals &= !SIGNAL_INIT;
+    }
+
+    /// Takes a waiting start-up.
+    pub const fn take_startup(&mut self) -> Option<u8> {
+        let startup = self.signals().startup;
+        self.signals &= !SIGNAL_SIPI;
+        startup
+    }
+
+    /// Takes a waiting NMI.
+    pub const fn take_nmi(&mut self) {
+        self.signals &= !SIGNAL_NMI;
     }
 
     /// The signals that wait.
@@ -697,26 +779,24 @@ impl LocalApic {
         true
     }
 
-    /// Takes a message that the fabric found to be for this APIC: `false` if it is lost.
-    pub fn take(&mut self, message: &Message) -> bool {
-        if self.mode == ApicMode::Disabled {
-            return false;
+    /// Adds signals to those that wait. An INIT takes a start-up that came before it out of the
+    /// way.
+    pub const fn add_signals(&mut self, new: Signals) {
+        if new.init {
+            self.signals = self.signals & !SIGNAL_SIPI | SIGNAL_INIT;
         }
-        match message.mode {
-            DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
-                return self.accept(message.vector, message.level);
-            }
-            DeliveryMode::Nmi => self.raise_nmi(),
-            // An INIT takes a start-up that came before it out of the way.
-            DeliveryMode::Init => self.signals = self.signals & !SIGNAL_SIPI | SIGNAL_INIT,
-            DeliveryMode::StartUp => {
-                self.signals |= SIGNAL_SIPI;
-                self.startup = message.vector.0;
-            }
-            // There is no SMM here; ExtINT is a line to the 8259, not a message.
-            DeliveryMode::Smi | DeliveryMode::ExtInt | DeliveryMode::Reserved => return false,
+        if let Some(page) = new.startup {
+            self.signals |= SIGNAL_SIPI;
+            self.startup = page;
         }
-        true
+        if new.nmi {
+            self.raise_nmi();
+        }
+    }
+
+    /// A message with an illegal vector came.
+    pub fn receive_error(&mut self) {
+        self.error(ERROR_RECEIVE_VECTOR);
     }
 
     /// Raises a non-maskable interrupt.
@@ -724,34 +804,24 @@ impl LocalApic {
         self.signals |= SIGNAL_NMI;
     }
 
-    /// Whether `message` addresses this APIC (§11.6.2).
+    /// How it is addressed.
     #[must_use]
-    pub fn is_destination(&self, message: &Message) -> bool {
-        let dest = message.dest;
-        match self.mode {
-            ApicMode::Disabled => false,
-            _ if dest == Message::ALL => true,
-            ApicMode::X2Apic if message.logical => {
-                let own = self.x2_logical_id();
-                dest >> 16 == own >> 16 && dest & own & 0xffff != 0
-            }
-            ApicMode::XApic if message.logical => {
-                let own = self.page.get(LDR) >> 24;
-                if self.page.get(DFR) >> 28 == 0xf {
-                    dest & own != 0
-                } else {
-                    dest >> 4 == own >> 4 && dest & own & 0xf != 0
-                }
-            }
-            ApicMode::X2Apic => dest == self.id,
-            ApicMode::XApic => dest == self.id & 0xff,
-        }
-    }
-
-    /// Whether fixed interrupts are accepted (software-enabled by SVR).
-    #[must_use]
-    pub const fn is_enabled(&self) -> bool {
-        self.enabled
+    pub fn address(&self) -> Address {
+        let (mode, own) = match self.mode {
+            ApicMode::Disabled => (0, 0),
+            ApicMode::XApic => (Address::XAPIC, self.page.get(LDR) >> 24),
+            ApicMode::X2Apic => (Address::X2APIC, self.x2_logical_id()),
+        };
+        let flag = |on: bool, bit: u64| if on { bit } else { 0 };
+        let flat = self.page.get(DFR) >> 28 == 0xf;
+        let lint0 = self.mode == ApicMode::Disabled || self.page.get(LVT_LINT0) & LVT_MASKED == 0;
+        Address(
+            mode | u64::from(own)
+                | u64::from(self.id) << Address::ID_SHIFT
+                | flag(self.enabled, Address::ENABLED)
+                | flag(flat, Address::FLAT)
+                | flag(lint0, Address::LINT0),
+        )
     }
 
     /// Whether an interrupt of the 8259 reaches this CPU: LINT0 is an unmasked ExtINT, or the
@@ -1005,15 +1075,15 @@ impl LocalApic {
                 if level && self.lints[pin].asserted {
                     self.lint_event(pin);
                 }
+                return ApicEffect::Reachable;
             }
             SVR => {
                 self.page.set(SVR, value_set);
                 self.enabled = value_set & SVR_ENABLE != 0;
-                return if self.enabled {
-                    ApicEffect::Reachable
-                } else {
-                    self.mask_all(now)
-                };
+                if !self.enabled {
+                    self.mask_all(now);
+                }
+                return ApicEffect::Reachable;
             }
             LDR | DFR => {
                 // The low 28 bits of DFR are ones.
@@ -1041,14 +1111,13 @@ impl LocalApic {
         if self.enabled { 0 } else { LVT_MASKED }
     }
 
-    fn mask_all(&mut self, now: Nanos) -> ApicEffect {
+    fn mask_all(&mut self, now: Nanos) {
         self.tick(now);
         for lvt in LVT_TIMER..=LVT_ERROR {
             self.page.set(lvt, self.page.get(lvt) | LVT_MASKED);
         }
         self.timer.lvt |= LVT_MASKED;
         self.update_event();
-        ApicEffect::Timer
     }
 
     fn send_self(&mut self, vector: Vector) -> ApicEffect {

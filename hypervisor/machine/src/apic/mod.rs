@@ -1,17 +1,20 @@
-//! The interrupt controllers of a symmetric PC: a local APIC per vCPU, the I/O APIC, and the
-//! fabric that carries messages between them (Intel SDM Vol. 3A ch. 11, AMD APM Vol. 2 ch. 16,
+//! The interrupt controllers of a symmetric PC: a local APIC per vCPU, which that vCPU alone
+//! touches, the I/O APIC, and the fabric that carries messages between them (Intel SDM Vol. 3A ch. 11, AMD APM Vol. 2 ch. 16,
 //! Intel 82093AA datasheet).
 
 mod fabric;
 mod io;
 mod local;
 #[cfg(test)]
+pub(crate) mod rig;
+#[cfg(test)]
 mod tests;
 
-pub use fabric::{ApicFabric, ApicFabricState, MAX_VCPUS, Then};
+pub use fabric::{ApicFabric, MAX_VCPUS, Router};
 pub use io::IoApic;
 pub use local::{
-    ApicEffect, ApicMode, ApicPage, Gp, LocalApic, LocalApicState, RestoreError, Signals, TIMER_HZ,
+    Address, ApicEffect, ApicMode, ApicPage, Gp, LocalApic, LocalApicState, RestoreError, Signals,
+    TIMER_HZ,
 };
 
 use arch::Vector;

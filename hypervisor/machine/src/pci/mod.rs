@@ -66,10 +66,14 @@ pub trait PciFunction: Send {
     fn config(&self) -> &ConfigSpace;
     /// Its configuration space.
     fn config_mut(&mut self) -> &mut ConfigSpace;
+    /// Ports that it decodes besides what its base address registers say.
+    fn fixed_ports(&self) -> Option<Range<u64>> {
+        None
+    }
     /// A guest wrote these bytes of the configuration space.
     fn config_written(&mut self, _offset: u16, _size: u8) {}
-    /// Reads `size` (1, 2, 4, 8) bytes in what base address register `bar` decodes. The offset need
-    /// not be aligned.
+    /// Reads `size` (1, 2, 4, 8) bytes in what base address register `bar` (or [`FIXED_PORTS`])
+    /// decodes. The offset need not be aligned.
     fn read(&mut self, bar: u8, offset: u64, size: u8, now: Nanos) -> u64;
     /// Writes `size` (1, 2, 4, 8) bytes in what base address register `bar` decodes.
     fn write(&mut self, bar: u8, offset: u64, size: u8, value: u64, now: Nanos);
@@ -87,9 +91,16 @@ pub trait PciFunction: Send {
     fn take_message(&mut self) -> Option<Msi> {
         None
     }
+    /// Whether it is a watchdog that ran out since it was asked last.
+    fn take_expiry(&mut self) -> bool {
+        false
+    }
     /// RST#.
     fn reset(&mut self);
 }
+
+/// In place of a base address register: the ports that a function decodes in any case.
+pub const FIXED_PORTS: u8 = 6;
 
 /// Which base address register of which plugged function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -325,6 +336,12 @@ impl Pci {
             let _ = self.memory.insert(range.clone(), None);
         }
         for (slot, (_, function)) in self.functions.iter().enumerate() {
+            if let Some(range) = function.fixed_ports() {
+                let bar = FIXED_PORTS;
+                let _ = self.ports.insert(range, Some(Owner { slot, bar }));
+            }
+        }
+        for (slot, (_, function)) in self.functions.iter().enumerate() {
             for (bar, ports, range) in function.config().decoded() {
                 let map = if ports {
                     &mut self.ports
@@ -387,6 +404,12 @@ impl Pci {
             .map(|(_, function)| function.next_event())
             .min()
             .unwrap_or(Nanos::NEVER)
+    }
+
+    /// Whether a watchdog ran out since this was asked last.
+    pub fn take_expiry(&mut self) -> bool {
+        let functions = self.functions.iter_mut();
+        functions.fold(false, |any, (_, function)| function.take_expiry() || any)
     }
 
     /// Levels of the four interrupt lines: a device's pins are swizzled by its number

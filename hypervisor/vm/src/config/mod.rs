@@ -15,15 +15,28 @@ use alloc::{
 };
 use core::{fmt, ops::RangeInclusive};
 
+use arch::Nanos;
 use log::LevelFilter;
+mod cores;
 mod document;
 
+pub use cores::{CoreSet, MAX_CORES};
 use document::{Data, Node, Table};
 
 /// Most VMs in a configuration.
 pub const MAX_VMS: usize = 16;
 /// Most virtual CPUs of a VM.
-pub const MAX_VCPUS: u64 = 1;
+pub const MAX_VCPUS: u32 = machine::apic::MAX_VCPUS;
+/// The share of a VM that says nothing: between VMs, time goes by the ratio of their weights.
+pub const DEFAULT_WEIGHT: u32 = 256;
+/// Largest `weight`.
+pub const MAX_WEIGHT: u32 = 10_000;
+/// Most percent of one core that `cap` and `reservation` can name: all vCPUs, all the time.
+pub const MAX_PERCENT: u32 = 100 * MAX_VCPUS;
+/// Range of `period` of a real-time VM, in nanoseconds.
+pub const PERIODS: RangeInclusive<u64> = 1_000_000..=1_000_000_000;
+/// Least `budget` of a real-time VM, in nanoseconds: changing over must stay cheap against it.
+pub const MIN_BUDGET: u64 = 100_000;
 /// Least memory of a VM: the legacy megabyte.
 pub const MIN_MEMORY: u64 = 1 << 20;
 /// Most memory of a VM.
@@ -40,7 +53,7 @@ pub const MAX_IMAGE_NAME: usize = 255;
 pub const MAX_NAME: usize = 32;
 
 const TOP_KEYS: &[&str] = &["host", "vm"];
-const HOST_KEYS: &[&str] = &["focus", "when_done", "log"];
+const HOST_KEYS: &[&str] = &["focus", "when_done", "log", "cores"];
 const VM_KEYS: &[&str] = &[
     "name",
     "kind",
@@ -50,11 +63,23 @@ const VM_KEYS: &[&str] = &[
     "cmdline",
     "memory",
     "vcpus",
+    "class",
+    "weight",
+    "cap",
+    "reservation",
+    "realtime",
+    "affinity",
+    "pin",
     "large_pages",
+    "autostart",
+    "on_poweroff",
     "on_reboot",
+    "on_crash",
+    "console_port",
     "devices",
 ];
-const DEVICE_KEYS: &[&str] = &["debug_exit", "debug_console", "success_code"];
+const REALTIME_KEYS: &[&str] = &["budget", "period"];
+const DEVICE_KEYS: &[&str] = &["debug_exit", "debug_console", "success_code", "watchdog"];
 
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +99,8 @@ pub struct HostConfig {
     pub when_done: WhenDone,
     /// How much the hypervisor's log says.
     pub log: LevelFilter,
+    /// At most this many of the machine's cores are used; otherwise all.
+    pub cores: Option<u32>,
 }
 
 /// What the machine does when the last VM has ended.
@@ -110,13 +137,60 @@ impl Kind {
     }
 }
 
-/// What happens when a guest resets its machine.
+/// What follows when a VM came to an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnReboot {
-    /// The VM starts again from its images.
+pub enum OnEnd {
+    /// It starts again from its images.
     Restart,
-    /// The VM ends.
+    /// It gives back all that it held.
     Stop,
+    /// It keeps its memory and state, to be looked at, until a person stops or starts it.
+    Hold,
+}
+
+/// How the scheduler treats a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// It has its share by weight.
+    Fair,
+    /// Each vCPU runs `budget` in each `period` ahead of the fair ones, and no more.
+    Realtime {
+        /// At least [`MIN_BUDGET`], at most the period.
+        budget: Nanos,
+        /// In [`PERIODS`].
+        period: Nanos,
+    },
+    /// Each vCPU owns its core.
+    Dedicated,
+}
+
+/// How a VM's vCPUs come to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scheduling {
+    /// In which way.
+    pub class: Class,
+    /// The VM's share: 1..=[`MAX_WEIGHT`].
+    pub weight: u32,
+    /// The VM runs no more than this many percent of one core: 1..=[`MAX_PERCENT`].
+    pub cap: Option<u32>,
+    /// The VM can have at least this many percent of one core: up to 100 for each vCPU, and to
+    /// the cap.
+    pub reservation: Option<u32>,
+    /// Where its vCPUs may run.
+    pub placement: Placement,
+    /// Where the placement is written, or else the VM.
+    pub position: Position,
+}
+
+/// The cores of a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// All there are.
+    Anywhere,
+    /// Some.
+    Among(CoreSet),
+    /// One for each vCPU; of a dedicated VM, no two the same.
+    Pinned(Vec<u16>),
 }
 
 /// An image of the bundle, and where the configuration names it.
@@ -149,8 +223,18 @@ pub struct VmConfig {
     pub vcpus: u32,
     /// Back RAM with 2 MiB frames where possible.
     pub large_pages: bool,
-    /// What a reset by the guest does.
-    pub on_reboot: OnReboot,
+    /// How its vCPUs come to run.
+    pub scheduling: Scheduling,
+    /// It starts with the machine, and else when it is told to.
+    pub autostart: bool,
+    /// What follows when the guest powers off.
+    pub on_poweroff: OnEnd,
+    /// What follows when the guest resets its machine.
+    pub on_reboot: OnEnd,
+    /// What follows a crash; a watchdog that ran out is one.
+    pub on_crash: OnEnd,
+    /// The machine's serial port (2 to 4) that is this VM's console and no other's.
+    pub console_port: Option<u8>,
     /// The `[vm.devices]` section.
     pub devices: Devices,
     /// Where the `[[vm]]` stands, for errors that arise later.
@@ -164,6 +248,42 @@ impl VmConfig {
             .chain(&self.initrd)
             .chain(&self.modules)
     }
+
+    /// Checks that a machine with cores 0 to `cores` − 1 has the cores that the VM is bound to;
+    /// `file` is its configuration's name.
+    ///
+    /// # Errors
+    /// The first one that it does not have, or that a dedicated VM has more vCPUs than cores.
+    pub fn check_cores(&self, file: &str, cores: u32) -> Result<(), ConfigError> {
+        let missing = |core: &u16| u32::from(*core) >= cores;
+        let absent = match &self.scheduling.placement {
+            Placement::Anywhere => None,
+            Placement::Among(set) => set.iter().find(missing),
+            Placement::Pinned(list) => list.iter().copied().find(missing),
+        };
+        let available = match &self.scheduling.placement {
+            Placement::Among(set) => set.iter().count(),
+            _ => cores as usize,
+        };
+        let problem = match absent {
+            Some(core) => Problem::NoCore { core, cores },
+            None if self.scheduling.class == Class::Dedicated
+                && available < self.vcpus as usize =>
+            {
+                Problem::TooFewCores {
+                    vcpus: self.vcpus,
+                    available,
+                }
+            }
+            None => return Ok(()),
+        };
+        Err(ConfigError {
+            file: file.into(),
+            position: self.scheduling.position,
+            vm: Some(self.name.as_str().into()),
+            problem,
+        })
+    }
 }
 
 /// Optional devices of a VM.
@@ -175,6 +295,8 @@ pub struct Devices {
     pub debug_console: bool,
     /// The debug-exit code that means that all is well.
     pub success_code: u32,
+    /// A watchdog timer that the guest may start.
+    pub watchdog: bool,
 }
 
 impl Default for Devices {
@@ -183,6 +305,7 @@ impl Default for Devices {
             debug_exit: false,
             debug_console: false,
             success_code: 1,
+            watchdog: false,
         }
     }
 }
@@ -275,6 +398,22 @@ pub enum Problem {
     /// No `[[vm]]` at all.
     #[error("no VM is described: add a [[vm]] section")]
     NoVm,
+    /// A VM is bound to a core that the machine does not have.
+    #[error("it is bound to core {core}, but this machine has {cores}, counted from 0")]
+    NoCore {
+        /// The core.
+        core: u16,
+        /// How many there are.
+        cores: u32,
+    },
+    /// Each vCPU of a dedicated VM needs a core.
+    #[error("it has {vcpus} vCPUs of class \"dedicated\", but only {available} cores to own")]
+    TooFewCores {
+        /// Its vCPUs.
+        vcpus: u32,
+        /// The cores it may run on.
+        available: usize,
+    },
     /// More than [`MAX_VMS`].
     #[error("VM number {number} is one too many: at most {MAX_VMS} can run")]
     TooManyVms {
@@ -303,6 +442,13 @@ impl fmt::Display for Hint<'_> {
 /// # Errors
 /// What fails the whole file. The errors of one `[[vm]]` are in [`Config::vms`].
 pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
+    checked(text, file).map_err(|error| *error)
+}
+
+/// An error in a box is cheap to hand on, which is what most of the checks do.
+type Checked<T> = Result<T, Box<ConfigError>>;
+
+fn checked(text: &str, file: &str) -> Checked<Config> {
     let source = Source { text, file };
     let root = document::parse(text)
         .map_err(|error| source.error(error.at, Problem::Syntax(error.message)))?;
@@ -318,7 +464,7 @@ pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
     if list.is_empty() {
         return Err(vms.error(Problem::NoVm));
     }
-    let mut names: Vec<(&str, Position)> = Vec::new();
+    let mut taken = Taken::default();
     let vms = list
         .iter()
         .enumerate()
@@ -332,9 +478,9 @@ pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
                 Data::Table(table) => table.get("name").and_then(Node::text),
                 _ => None,
             };
-            vm(&value, index, &mut names).map_err(|error| ConfigError {
-                vm: name.map(Into::into),
-                ..error
+            vm(&value, index, &mut taken).map_err(|mut error| {
+                error.vm = name.map(Into::into);
+                *error
             })
         })
         .collect();
@@ -344,7 +490,7 @@ pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
         .get("focus")
         .map(|value| value.vm_name().map(|name| (name, value)));
     let focus = focus.transpose()?.map(|(name, value)| {
-        if names.iter().any(|(known, _)| *known == name) {
+        if taken.names.iter().any(|(known, _)| *known == name) {
             Ok(name.to_owned())
         } else {
             Err(value.wrong("the name of a VM in this file"))
@@ -373,17 +519,21 @@ pub fn parse(text: &str, file: &str) -> Result<Config, ConfigError> {
                     ("trace", LevelFilter::Trace),
                 ],
             )?,
+            cores: host.number("cores", 1..=MAX_CORES.into())?,
         },
         vms,
     })
 }
 
-/// Checks one `[[vm]]`. Its name, if well formed, is added to `names`.
-fn vm<'a>(
-    value: &Value<'a>,
-    index: usize,
-    names: &mut Vec<(&'a str, Position)>,
-) -> Result<VmConfig, ConfigError> {
+/// What a VM has that no other may have.
+#[derive(Default)]
+struct Taken<'a> {
+    names: Vec<(&'a str, Position)>,
+    console_ports: Vec<u8>,
+}
+
+/// Checks one `[[vm]]`. Its name, if well formed, is taken even if something else is wrong.
+fn vm<'a>(value: &Value<'a>, index: usize, taken: &mut Taken<'a>) -> Checked<VmConfig> {
     if index >= MAX_VMS {
         return Err(value.error(Problem::TooManyVms { number: index + 1 }));
     }
@@ -400,13 +550,13 @@ fn vm<'a>(
     };
     let name_value = unchecked.need("name", NAME_RULE)?;
     let name = name_value.vm_name()?;
-    if let Some(&(_, first)) = names.iter().find(|(taken, _)| *taken == name) {
+    if let Some(&(_, first)) = taken.names.iter().find(|(other, _)| *other == name) {
         return Err(name_value.error(Problem::DuplicateName {
             name: name.to_owned(),
             first,
         }));
     }
-    names.push((name, name_value.position()));
+    taken.names.push((name, name_value.position()));
     let vm = Section::check(value.source, table, unchecked.at, "[[vm]]", VM_KEYS)?;
 
     let kinds = [Kind::Linux, Kind::Multiboot, Kind::Pvh].map(|kind| (kind.name(), kind));
@@ -415,10 +565,19 @@ fn vm<'a>(
         .one_of(&kinds)?;
     let modules = vm
         .get("modules")
-        .map_or(Ok(Vec::new()), |value| value.images("modules"))?;
+        .map_or(Ok(Vec::new()), |value| value.images())?;
     if let (Kind::Linux, Some(value), false) = (kind, vm.get("modules"), modules.is_empty()) {
         return Err(value.wrong("left out for kind \"linux\", which takes one `initrd`"));
     }
+    let vcpus = vm.number("vcpus", 1..=MAX_VCPUS)?.unwrap_or(1);
+    let console_port = vm.choice("console_port", &[("com2", 2), ("com3", 3), ("com4", 4)])?;
+    if let (Some(port), Some(value)) = (console_port, vm.get("console_port")) {
+        if taken.console_ports.contains(&port) {
+            return Err(value.wrong("a port that no other VM has"));
+        }
+        taken.console_ports.push(port);
+    }
+    let on_end = |key, default| vm.one_of(key, default, ON_END);
     let devices = vm.sub("devices", "[vm.devices]", DEVICE_KEYS)?;
     Ok(VmConfig {
         name: name.to_owned(),
@@ -432,26 +591,113 @@ fn vm<'a>(
             .get("cmdline")
             .map_or(Ok(String::new()), |value| value.cmdline())?,
         memory: vm.need("memory", MEMORY_RULE)?.memory()?,
-        vcpus: vm.get("vcpus").map_or(Ok(1), |value| value.vcpus())?,
+        vcpus,
         large_pages: vm.boolean("large_pages", true)?,
-        on_reboot: vm.one_of(
-            "on_reboot",
-            OnReboot::Restart,
-            &[("restart", OnReboot::Restart), ("stop", OnReboot::Stop)],
-        )?,
+        scheduling: scheduling(&vm, vcpus, position)?,
+        autostart: vm.boolean("autostart", true)?,
+        on_poweroff: on_end("on_poweroff", OnEnd::Stop)?,
+        on_reboot: on_end("on_reboot", OnEnd::Restart)?,
+        on_crash: on_end("on_crash", OnEnd::Stop)?,
+        console_port,
         devices: Devices {
             debug_exit: devices.boolean("debug_exit", false)?,
             debug_console: devices.boolean("debug_console", false)?,
             success_code: devices
                 .get("success_code")
                 .map_or(Ok(1), |value| value.success_code())?,
+            watchdog: devices.boolean("watchdog", false)?,
         },
         position,
     })
 }
 
+const ON_END: &[(&str, OnEnd)] = &[
+    ("restart", OnEnd::Restart),
+    ("stop", OnEnd::Stop),
+    ("hold", OnEnd::Hold),
+];
+
+/// How and where the vCPUs of a VM run.
+fn scheduling(vm: &Section<'_>, vcpus: u32, position: Position) -> Checked<Scheduling> {
+    // By name first, as the real-time class has values of its own.
+    let class = vm.one_of("class", "fair", CLASSES)?;
+    // Keys that mean nothing beside others: key, why, and whether that holds here.
+    let fair = class == "fair";
+    for (key, wrong, beside) in [
+        ("weight", !fair, "as only class \"fair\" shares by weight"),
+        ("cap", !fair, "as only class \"fair\" can be capped"),
+        ("reservation", !fair, "as only class \"fair\" needs one"),
+        (
+            "realtime",
+            class != "realtime",
+            "or `class` be \"realtime\"",
+        ),
+        ("affinity", vm.get("pin").is_some(), "beside `pin`"),
+    ] {
+        if let (true, Some(value)) = (wrong, vm.get(key)) {
+            return Err(value.wrong(&format!("left out, {beside}")));
+        }
+    }
+    let cap = vm.number("cap", 1..=MAX_PERCENT)?;
+    let most = cap.unwrap_or(MAX_PERCENT).min(100 * vcpus);
+    let reservation = vm.number("reservation", 1..=most)?;
+    let placed = vm.get("pin").or(vm.get("affinity"));
+    let position = placed.as_ref().map_or(position, Value::position);
+    let placement = match placed {
+        Some(value) if value.key == "pin" => {
+            Placement::Pinned(value.pins(vcpus, class == "dedicated")?)
+        }
+        Some(value) => Placement::Among(value.cores()?),
+        None => Placement::Anywhere,
+    };
+    let class = match class {
+        "dedicated" => Class::Dedicated,
+        "realtime" => {
+            vm.need("realtime", "a table with `budget` and `period`")?;
+            let section = vm.sub("realtime", "[vm.realtime]", REALTIME_KEYS)?;
+            let span = |key, range| section.need(key, SPAN_RULE)?.span(range);
+            let period = span("period", PERIODS)?;
+            let budget = span("budget", MIN_BUDGET..=period)?;
+            Class::Realtime {
+                budget: Nanos(budget),
+                period: Nanos(period),
+            }
+        }
+        _ => Class::Fair,
+    };
+    Ok(Scheduling {
+        class,
+        weight: vm
+            .number("weight", 1..=MAX_WEIGHT)?
+            .unwrap_or(DEFAULT_WEIGHT),
+        cap,
+        reservation,
+        placement,
+        position,
+    })
+}
+
+const CLASSES: &[(&str, &str)] = &[
+    ("fair", "fair"),
+    ("realtime", "realtime"),
+    ("dedicated", "dedicated"),
+];
+
 const NAME_RULE: &str = "1 to 32 characters of a-z, 0-9 and -";
 const MEMORY_RULE: &str = "a size such as \"512MiB\" or \"2GiB\"";
+const SIZES: &[(&str, u64)] = &[
+    ("KiB", 1 << 10),
+    ("MiB", 1 << 20),
+    ("GiB", 1 << 30),
+    ("TiB", 1 << 40),
+];
+const SPAN_RULE: &str = "a time such as \"500us\" or \"10ms\"";
+const SPANS: &[(&str, u64)] = &[
+    ("ns", 1),
+    ("us", 1_000),
+    ("ms", 1_000_000),
+    ("s", 1_000_000_000),
+];
 
 /// The text that positions refer to.
 struct Source<'a> {
@@ -480,13 +726,14 @@ impl Source<'_> {
         }
     }
 
-    fn error(&self, at: usize, problem: Problem) -> ConfigError {
-        ConfigError {
+    #[cold]
+    fn error(&self, at: usize, problem: Problem) -> Box<ConfigError> {
+        Box::new(ConfigError {
             file: self.file.into(),
             position: self.position(at),
             vm: None,
             problem,
-        }
+        })
     }
 }
 
@@ -505,7 +752,7 @@ impl<'a> Section<'a> {
         at: usize,
         name: &'static str,
         valid: &'static [&'static str],
-    ) -> Result<Self, ConfigError> {
+    ) -> Checked<Self> {
         let unknown = table
             .keys()
             .filter(|key| !valid.contains(&key.name.as_ref()))
@@ -538,7 +785,7 @@ impl<'a> Section<'a> {
         })
     }
 
-    fn need(&self, key: &'static str, wanted: &str) -> Result<Value<'a>, ConfigError> {
+    fn need(&self, key: &'static str, wanted: &str) -> Checked<Value<'a>> {
         self.get(key).ok_or_else(|| {
             let wanted = wanted.to_owned();
             self.source.error(
@@ -557,7 +804,7 @@ impl<'a> Section<'a> {
         key: &'static str,
         name: &'static str,
         valid: &'static [&'static str],
-    ) -> Result<Self, ConfigError> {
+    ) -> Checked<Self> {
         let Some(value) = self.get(key) else {
             return Ok(Self {
                 source: self.source,
@@ -572,7 +819,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    fn boolean(&self, key: &'static str, default: bool) -> Result<bool, ConfigError> {
+    fn boolean(&self, key: &'static str, default: bool) -> Checked<bool> {
         self.get(key)
             .map_or(Ok(default), |value| match value.value.data {
                 Data::Boolean(flag) => Ok(flag),
@@ -580,14 +827,16 @@ impl<'a> Section<'a> {
             })
     }
 
-    fn one_of<T: Copy>(
-        &self,
-        key: &'static str,
-        default: T,
-        choices: &[(&str, T)],
-    ) -> Result<T, ConfigError> {
-        self.get(key)
-            .map_or(Ok(default), |value| value.one_of(choices))
+    fn number(&self, key: &'static str, range: RangeInclusive<u32>) -> Checked<Option<u32>> {
+        self.get(key).map(|value| value.number(range)).transpose()
+    }
+
+    fn choice<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Checked<Option<T>> {
+        self.get(key).map(|value| value.one_of(choices)).transpose()
+    }
+
+    fn one_of<T: Copy>(&self, key: &'static str, default: T, choices: &[(&str, T)]) -> Checked<T> {
+        Ok(self.choice(key, choices)?.unwrap_or(default))
     }
 }
 
@@ -603,17 +852,18 @@ impl<'a> Value<'a> {
         self.source.position(self.value.at)
     }
 
-    fn error(&self, problem: Problem) -> ConfigError {
+    fn error(&self, problem: Problem) -> Box<ConfigError> {
         self.source.error(self.value.at, problem)
     }
 
     /// This value is not `wanted`.
-    fn wrong(&self, wanted: &str) -> ConfigError {
+    #[cold]
+    fn wrong(&self, wanted: &str) -> Box<ConfigError> {
         let found = match &self.value.data {
             Data::Text(text) => format!("{:?}", clip(text)),
             Data::Integer(digits, _) => clip(digits),
             Data::Boolean(value) => value.to_string(),
-            Data::Array(_) | Data::Tables(_) => "an array".to_owned(),
+            Data::Array(list) | Data::Tables(list) => format!("an array of {}", list.len()),
             Data::Table(_) => "a table".to_owned(),
             Data::Other(kind) => format!("a {kind}"),
         };
@@ -624,19 +874,95 @@ impl<'a> Value<'a> {
         })
     }
 
-    fn text(&self, wanted: &str) -> Result<&'a str, ConfigError> {
+    fn text(&self, wanted: &str) -> Checked<&'a str> {
         self.value.text().ok_or_else(|| self.wrong(wanted))
     }
 
-    fn integer(&self, range: RangeInclusive<u64>) -> Option<u64> {
+    fn integer(&self, range: &RangeInclusive<u32>) -> Option<u32> {
         let Data::Integer(digits, radix) = &self.value.data else {
             return None;
         };
-        let number = u64::from_str_radix(digits, *radix).ok()?;
+        let number = u32::from_str_radix(digits, *radix).ok()?;
         range.contains(&number).then_some(number)
     }
 
-    fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Result<T, ConfigError> {
+    fn number(&self, range: RangeInclusive<u32>) -> Checked<u32> {
+        self.integer(&range).ok_or_else(|| {
+            let (first, last) = range.into_inner();
+            self.wrong(&format!("a number from {first} to {last}"))
+        })
+    }
+
+    /// A whole number and a unit, multiplied; `None` if it is none or too large.
+    fn quantity(&self, units: &[(&str, u64)], rule: &str) -> Checked<u64> {
+        let text = self.text(rule)?;
+        let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let (number, unit) = text.split_at(digits);
+        let unit = units.iter().find(|(name, _)| *name == unit.trim_start());
+        unit.zip(number.parse().ok())
+            .and_then(|((_, unit), number): (_, u64)| number.checked_mul(*unit))
+            .ok_or_else(|| self.wrong(rule))
+    }
+
+    /// A span of time in nanoseconds.
+    fn span(&self, range: RangeInclusive<u64>) -> Checked<u64> {
+        let nanos = self.quantity(SPANS, SPAN_RULE)?;
+        if range.contains(&nanos) {
+            return Ok(nanos);
+        }
+        let (least, most) = range.into_inner();
+        let (least, most) = (least / 1_000, most / 1_000);
+        Err(self.wrong(&format!("between {least}us and {most}us")))
+    }
+
+    fn entry(&self, value: &'a Node<'a>) -> Self {
+        Self { value, ..*self }
+    }
+
+    /// Cores: a number, a text such as `"0-3,6"`, or an array of both.
+    fn cores(&self) -> Checked<CoreSet> {
+        let rule = "cores 0 to 255, as in [0, 2, \"4-7\"] or \"0-3,6\"";
+        let mut set = CoreSet::default();
+        let list = match &self.value.data {
+            Data::Array(list) => list.as_slice(),
+            _ => core::slice::from_ref(self.value),
+        };
+        for value in list {
+            let added = match (&value.data, value.text()) {
+                (Data::Integer(digits, 10), _) => set.add(digits),
+                (_, Some(text)) => set.add(text),
+                _ => None,
+            };
+            added.ok_or_else(|| self.entry(value).wrong(rule))?;
+        }
+        if list.is_empty() {
+            return Err(self.wrong(rule));
+        }
+        Ok(set)
+    }
+
+    /// One core for each vCPU, with `apart` all of them different.
+    fn pins(&self, vcpus: u32, apart: bool) -> Checked<Vec<u16>> {
+        let list = match &self.value.data {
+            Data::Array(list) if list.len() == vcpus as usize => list,
+            _ => {
+                let rule = format!("an array of {vcpus}, the core of each vCPU");
+                return Err(self.wrong(&rule));
+            }
+        };
+        let mut pins = Vec::new();
+        for value in list {
+            let value = self.entry(value);
+            let core = value.number(0..=u32::from(MAX_CORES) - 1)? as u16;
+            if apart && pins.contains(&core) {
+                return Err(value.wrong("another core than those before it: each owns its own"));
+            }
+            pins.push(core);
+        }
+        Ok(pins)
+    }
+
+    fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Checked<T> {
         let text = self.value.text();
         let found = choices.iter().find(|(name, _)| Some(*name) == text);
         found.map(|(_, choice)| *choice).ok_or_else(|| {
@@ -648,7 +974,7 @@ impl<'a> Value<'a> {
         })
     }
 
-    fn vm_name(&self) -> Result<&'a str, ConfigError> {
+    fn vm_name(&self) -> Checked<&'a str> {
         let name = self.text(NAME_RULE)?;
         let valid = |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
         if (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(valid) {
@@ -658,7 +984,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    fn image(&self) -> Result<ImageName, ConfigError> {
+    fn image(&self) -> Checked<ImageName> {
         let rule = "a file name of 1 to 255 bytes without control characters";
         let name = self.text(rule)?;
         if (1..=MAX_IMAGE_NAME).contains(&name.len()) && !name.contains(char::is_control) {
@@ -671,24 +997,16 @@ impl<'a> Value<'a> {
         }
     }
 
-    fn images(&self, key: &'static str) -> Result<Vec<ImageName>, ConfigError> {
+    fn images(&self) -> Checked<Vec<ImageName>> {
         match &self.value.data {
-            Data::Array(list) if list.len() <= MAX_MODULES => list
-                .iter()
-                .map(|value| {
-                    Value {
-                        source: self.source,
-                        key,
-                        value,
-                    }
-                    .image()
-                })
-                .collect(),
+            Data::Array(list) if list.len() <= MAX_MODULES => {
+                list.iter().map(|value| self.entry(value).image()).collect()
+            }
             _ => Err(self.wrong(&format!("an array of at most {MAX_MODULES} file names"))),
         }
     }
 
-    fn cmdline(&self) -> Result<String, ConfigError> {
+    fn cmdline(&self) -> Checked<String> {
         let line = self.text("a string")?;
         if line.len() > MAX_CMDLINE {
             let rule = format!("at most {MAX_CMDLINE} bytes long (it has {})", line.len());
@@ -700,44 +1018,19 @@ impl<'a> Value<'a> {
         Ok(line.to_owned())
     }
 
-    fn memory(&self) -> Result<u64, ConfigError> {
-        let text = self.text(MEMORY_RULE)?;
-        let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-        let (number, unit) = text.split_at(digits);
-        let unit = match unit.trim_start() {
-            "KiB" => 1u64 << 10,
-            "MiB" => 1 << 20,
-            "GiB" => 1 << 30,
-            "TiB" => 1 << 40,
-            _ => return Err(self.wrong(MEMORY_RULE)),
-        };
-        let bytes = number
-            .parse()
-            .ok()
-            .and_then(|number: u64| number.checked_mul(unit));
-        match bytes {
-            Some(bytes) if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) => {
+    fn memory(&self) -> Checked<u64> {
+        match self.quantity(SIZES, MEMORY_RULE)? {
+            bytes if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) => {
                 Err(self.wrong("between 1MiB and 1TiB"))
             }
-            Some(bytes) if bytes % MEMORY_STEP != 0 => Err(self.wrong("a multiple of 4KiB")),
-            Some(bytes) => Ok(bytes),
-            None => Err(self.wrong(MEMORY_RULE)),
+            bytes if bytes % MEMORY_STEP != 0 => Err(self.wrong("a multiple of 4KiB")),
+            bytes => Ok(bytes),
         }
     }
 
-    fn vcpus(&self) -> Result<u32, ConfigError> {
-        match self.integer(0..=u64::from(u32::MAX)) {
-            Some(0) => Err(self.wrong("at least 1: a VM without a CPU cannot run")),
-            Some(count) if count <= MAX_VCPUS => Ok(u32::try_from(count).unwrap_or(1)),
-            _ if MAX_VCPUS == 1 => Err(self.wrong("1: this version gives a VM one virtual CPU")),
-            _ => Err(self.wrong(&format!("a number from 1 to {MAX_VCPUS}"))),
-        }
-    }
-
-    fn success_code(&self) -> Result<u32, ConfigError> {
-        self.integer(0..=u64::from(u32::MAX))
+    fn success_code(&self) -> Checked<u32> {
+        self.integer(&(0..=u32::MAX))
             .filter(|code| code & 1 == 1)
-            .and_then(|code| u32::try_from(code).ok())
             .ok_or_else(|| self.wrong("an odd number: writing v to port 0xf4 gives (v << 1) | 1"))
     }
 }
@@ -823,6 +1116,7 @@ success_code = 0x21
                 focus: Some("linux".into()),
                 when_done: WhenDone::Halt,
                 log: LevelFilter::Debug,
+                cores: None,
             }
         );
         let [Ok(linux), Ok(hello)] = &config.vms[..] else {
@@ -832,10 +1126,7 @@ success_code = 0x21
             (linux.kind, linux.memory, linux.vcpus),
             (Kind::Linux, 256 << 20, 1)
         );
-        assert_eq!(
-            (linux.large_pages, linux.on_reboot),
-            (true, OnReboot::Restart)
-        );
+        assert_eq!((linux.large_pages, linux.on_reboot), (true, OnEnd::Restart));
         assert_eq!(linux.devices, Devices::default());
         assert_eq!(linux.position, Position { line: 7, column: 1 });
         assert_eq!(
@@ -845,10 +1136,7 @@ success_code = 0x21
                 column: 10
             }
         );
-        assert_eq!(
-            (hello.large_pages, hello.on_reboot),
-            (false, OnReboot::Stop)
-        );
+        assert_eq!((hello.large_pages, hello.on_reboot), (false, OnEnd::Stop));
         assert_eq!(
             (hello.devices.debug_exit, hello.devices.success_code),
             (true, 0x21)
@@ -894,7 +1182,7 @@ success_code = 0x21
             (
                 "log =",
                 "x =",
-                "t.toml:5:1: unknown key `x` in [host], valid keys: `focus`, `when_done`, `log`",
+                "t.toml:5:1: unknown key `x` in [host], valid keys: `focus`, `when_done`, `log`, `cores`",
             ),
             (
                 "[host]",
@@ -909,17 +1197,17 @@ success_code = 0x21
             (
                 "vcpus = 1",
                 "vcpus = 0",
-                "t.toml:14:9: VM `linux`: `vcpus` is 0, but must be at least 1: a VM without a CPU cannot run",
+                "t.toml:14:9: VM `linux`: `vcpus` is 0, but must be a number from 1 to 64",
             ),
             (
                 "vcpus = 1",
-                "vcpus = 4",
-                "t.toml:14:9: VM `linux`: `vcpus` is 4, but must be 1: this version gives a VM one virtual CPU",
+                "vcpus = 65",
+                "t.toml:14:9: VM `linux`: `vcpus` is 65, but must be a number from 1 to 64",
             ),
             (
                 "vcpus = 1",
                 "vcpus = -1",
-                "t.toml:14:9: VM `linux`: `vcpus` is -1, but must be 1: this version gives a VM one virtual CPU",
+                "t.toml:14:9: VM `linux`: `vcpus` is -1, but must be a number from 1 to 64",
             ),
             (
                 "\"256MiB\"",
@@ -959,7 +1247,7 @@ success_code = 0x21
             (
                 "kind = \"multiboot\"",
                 "kind = \"linux\"",
-                "t.toml:20:11: VM `hello-2`: `modules` is an array, but must be left out for kind \"linux\", which takes one `initrd`",
+                "t.toml:20:11: VM `hello-2`: `modules` is an array of 2, but must be left out for kind \"linux\", which takes one `initrd`",
             ),
             (
                 "\"hello-2\"",
@@ -1006,6 +1294,166 @@ success_code = 0x21
             long.ends_with("xxx…\", but must be at most 2047 bytes long (it has 3000)"),
             "{long}"
         );
+    }
+
+    /// What a VM of 4 vCPUs with these lines becomes, or its error after the file's name.
+    fn scheduled(lines: &str) -> Result<VmConfig, String> {
+        let text = format!(
+            "[[vm]]\nname = 'a'\nkind = 'pvh'\nkernel = 'k'\nmemory = '1MiB'\nvcpus = 4\n{lines}"
+        );
+        match parse(&text, "t") {
+            Ok(mut config) => config.vms.remove(0).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn a_vm_says_how_it_is_scheduled() {
+        let plain = scheduled("").unwrap();
+        assert_eq!(
+            plain.scheduling,
+            Scheduling {
+                class: Class::Fair,
+                weight: 256,
+                cap: None,
+                reservation: None,
+                placement: Placement::Anywhere,
+                position: Position { line: 1, column: 1 },
+            }
+        );
+        assert_eq!(
+            (plain.on_poweroff, plain.on_reboot, plain.on_crash),
+            (OnEnd::Stop, OnEnd::Restart, OnEnd::Stop)
+        );
+        assert!(plain.autostart && !plain.devices.watchdog && plain.console_port.is_none());
+
+        let fair = "weight = 10_000\ncap = 150\nreservation = 150\naffinity = [0, 2, '4-7', 65]";
+        let fair = scheduled(fair).unwrap().scheduling;
+        assert_eq!(
+            (fair.weight, fair.cap, fair.reservation),
+            (10_000, Some(150), Some(150))
+        );
+        let Placement::Among(cores) = fair.placement else {
+            panic!("{fair:?}")
+        };
+        assert_eq!(cores.0, [0xf5, 2, 0, 0]);
+        assert_eq!(cores.iter().collect::<Vec<_>>(), [0, 2, 4, 5, 6, 7, 65]);
+        for (one, same) in [("'0-3, 6'", "[0, 1, 2, 3, 6]"), ("5", "[5, '5-5']")] {
+            let cores = [one, same].map(|c| scheduled(&format!("affinity = {c}")).unwrap());
+            assert_eq!(cores[0].scheduling, cores[1].scheduling);
+        }
+
+        let realtime = "class = 'realtime'\npin = [3, 3, 0, 255]\n[vm.realtime]\nbudget = '2ms'\nperiod = '10 ms'";
+        let realtime = scheduled(realtime).unwrap().scheduling;
+        let (budget, period) = (Nanos(2_000_000), Nanos(10_000_000));
+        assert_eq!(realtime.class, Class::Realtime { budget, period });
+        assert_eq!(
+            realtime.placement,
+            Placement::Pinned(Vec::from([3, 3, 0, 255]))
+        );
+        assert_eq!(realtime.position, Position { line: 8, column: 7 });
+
+        let rest = "class = 'dedicated'\nautostart = false\non_poweroff = 'restart'\non_reboot = 'hold'\non_crash = 'hold'\nconsole_port = 'com3'\ndevices.watchdog = true";
+        let rest = scheduled(rest).unwrap();
+        assert_eq!(rest.scheduling.class, Class::Dedicated);
+        assert_eq!(
+            (rest.on_poweroff, rest.on_reboot, rest.on_crash),
+            (OnEnd::Restart, OnEnd::Hold, OnEnd::Hold)
+        );
+        assert!(!rest.autostart && rest.devices.watchdog);
+        assert_eq!(rest.console_port, Some(3));
+    }
+
+    #[test]
+    fn mistakes_in_scheduling_have_place_and_remedy() {
+        let fair = "left out, as only class \"fair\"";
+        let cores = "cores 0 to 255, as in [0, 2, \"4-7\"] or \"0-3,6\"";
+        for (lines, error) in [
+            ("weight = 0", "7:10: VM `a`: `weight` is 0, but must be a number from 1 to 10000".into()),
+            ("weight = 10001", "7:10: VM `a`: `weight` is 10001, but must be a number from 1 to 10000".into()),
+            ("weight = 1.5", "7:10: VM `a`: `weight` is a float, but must be a number from 1 to 10000".into()),
+            ("cap = 0", "7:7: VM `a`: `cap` is 0, but must be a number from 1 to 6400".into()),
+            ("cap = 6401", "7:7: VM `a`: `cap` is 6401, but must be a number from 1 to 6400".into()),
+            ("cap = 99999999999999", "7:7: VM `a`: `cap` is 99999999999999, but must be a number from 1 to 6400".into()),
+            ("reservation = 401", "7:15: VM `a`: `reservation` is 401, but must be a number from 1 to 400".into()),
+            ("cap = 50\nreservation = 51", "8:15: VM `a`: `reservation` is 51, but must be a number from 1 to 50".into()),
+            ("class = 'idle'", "7:9: VM `a`: `class` is \"idle\", but must be one of \"fair\", \"realtime\", \"dedicated\"".into()),
+            ("class = 'dedicated'\ncap = 50", format!("8:7: VM `a`: `cap` is 50, but must be {fair} can be capped")),
+            ("class = 'dedicated'\nweight = 50", format!("8:10: VM `a`: `weight` is 50, but must be {fair} shares by weight")),
+            ("class = 'dedicated'\nreservation = 50", format!("8:15: VM `a`: `reservation` is 50, but must be {fair} needs one")),
+            ("class = 'dedicated'\npin = [0, 1, 2, 1]", "8:17: VM `a`: `pin` is 1, but must be another core than those before it: each owns its own".into()),
+            ("class = 'realtime'", "1:1: VM `a`: [[vm]] lacks `realtime`, which must be a table with `budget` and `period`".into()),
+            ("class = 'realtime'\nrealtime = 5", "8:12: VM `a`: `realtime` is 5, but must be a section [vm.realtime]".into()),
+            ("class = 'realtime'\nrealtime = { period = '1ms' }", "8:12: VM `a`: [vm.realtime] lacks `budget`, which must be a time such as \"500us\" or \"10ms\"".into()),
+            ("class = 'realtime'\nrealtime = { budget = '11ms', period = '10ms' }", "8:23: VM `a`: `budget` is \"11ms\", but must be between 100us and 10000us".into()),
+            ("class = 'realtime'\nrealtime = { budget = '99us', period = '10ms' }", "8:23: VM `a`: `budget` is \"99us\", but must be between 100us and 10000us".into()),
+            ("class = 'realtime'\nrealtime = { budget = '1ms', period = '2s' }", "8:39: VM `a`: `period` is \"2s\", but must be between 1000us and 1000000us".into()),
+            ("class = 'realtime'\nrealtime = { budget = '1ms', period = '99999999999999999999s' }", "8:39: VM `a`: `period` is \"99999999999999999999s\", but must be a time such as \"500us\" or \"10ms\"".into()),
+            ("class = 'realtime'\nrealtime = { buget = '1ms', period = '2s' }", "8:14: VM `a`: unknown key `buget` in [vm.realtime], did you mean `budget`?".into()),
+            ("[vm.realtime]\nbudget = '1ms'", "7:1: VM `a`: `realtime` is a table, but must be left out, or `class` be \"realtime\"".into()),
+            ("pin = [0, 1]", "7:7: VM `a`: `pin` is an array of 2, but must be an array of 4, the core of each vCPU".into()),
+            ("pin = 3", "7:7: VM `a`: `pin` is 3, but must be an array of 4, the core of each vCPU".into()),
+            ("pin = [0, 1, 2, 256]", "7:17: VM `a`: `pin` is 256, but must be a number from 0 to 255".into()),
+            ("pin = [0, 1, 2, '3']", "7:17: VM `a`: `pin` is \"3\", but must be a number from 0 to 255".into()),
+            ("pin = [0, 1, 2, 3]\naffinity = '0-3'", "8:12: VM `a`: `affinity` is \"0-3\", but must be left out, beside `pin`".into()),
+            ("affinity = []", format!("7:12: VM `a`: `affinity` is an array of 0, but must be {cores}")),
+            ("affinity = [0, '3-2']", format!("7:16: VM `a`: `affinity` is \"3-2\", but must be {cores}")),
+            ("affinity = '0-256'", format!("7:12: VM `a`: `affinity` is \"0-256\", but must be {cores}")),
+            ("affinity = '0,'", format!("7:12: VM `a`: `affinity` is \"0,\", but must be {cores}")),
+            ("affinity = [-1]", format!("7:13: VM `a`: `affinity` is -1, but must be {cores}")),
+            ("affinity = [true]", format!("7:13: VM `a`: `affinity` is true, but must be {cores}")),
+            ("on_crash = 'reboot'", "7:12: VM `a`: `on_crash` is \"reboot\", but must be one of \"restart\", \"stop\", \"hold\"".into()),
+            ("autostart = 'no'", "7:13: VM `a`: `autostart` is \"no\", but must be true or false".into()),
+            ("console_port = 'com1'", "7:16: VM `a`: `console_port` is \"com1\", but must be one of \"com2\", \"com3\", \"com4\"".into()),
+            ("[host]\ncores = 0", "8:9: `cores` is 0, but must be a number from 1 to 256".into()),
+        ] {
+            assert_eq!(scheduled(lines).unwrap_err(), format!("t:{error}"), "{lines}");
+        }
+        let vm = |name: &str| {
+            format!(
+                "[[vm]]\nname='{name}'\nkind='pvh'\nkernel='k'\nmemory='1MiB'\nconsole_port='com2'\n"
+            )
+        };
+        let both = parse(&(vm("a") + &vm("b")), "t").unwrap();
+        assert_eq!(
+            both.vms[1].as_ref().unwrap_err().to_string(),
+            "t:12:14: VM `b`: `console_port` is \"com2\", but must be a port that no other VM has"
+        );
+    }
+
+    #[test]
+    fn the_machine_must_have_the_cores_a_vm_is_bound_to() {
+        for (lines, cores, error) in [
+            ("", 1, None),
+            ("affinity = '0-3'", 4, None),
+            (
+                "affinity = '0-3'",
+                3,
+                Some("7:12: VM `a`: it is bound to core 3, but this machine has 3, counted from 0"),
+            ),
+            (
+                "pin = [0, 1, 0, 9]",
+                9,
+                Some("7:7: VM `a`: it is bound to core 9, but this machine has 9, counted from 0"),
+            ),
+            ("class = 'dedicated'", 4, None),
+            (
+                "class = 'dedicated'",
+                3,
+                Some("1:1: VM `a`: it has 4 vCPUs of class \"dedicated\", but only 3 cores to own"),
+            ),
+            (
+                "class = 'dedicated'\naffinity = '1-3'",
+                8,
+                Some(
+                    "8:12: VM `a`: it has 4 vCPUs of class \"dedicated\", but only 3 cores to own",
+                ),
+            ),
+        ] {
+            let checked = scheduled(lines).unwrap().check_cores("t", cores);
+            let found = checked.err().map(|error| error.to_string());
+            assert_eq!(found, error.map(|error| format!("t:{error}")), "{lines}");
+        }
     }
 
     #[test]

@@ -799,6 +799,7 @@ mod entry {
             None
         }
         fn set_virtual_tpr(&mut self, _: u8, _: u8) {}
+        fn init(&mut self) {}
         fn reset(&mut self) {
             *self = Self::default();
         }

@@ -29,26 +29,25 @@ fn fault(addr: u64, access: Access) -> Exit {
 
 impl World {
     fn gprs(&mut self) -> &mut arch::Gprs {
-        &mut self.vm.vcpu.gprs
+        &mut self.cpu.vcpu.gprs
     }
 
     /// Code at the entry point, whose length the hardware does not tell.
     fn code(&mut self, bytes: &[u8]) {
-        self.vm
-            .memory
+        self.memory()
             .write(GuestPhysAddr::new(KERNEL), bytes)
             .unwrap();
-        self.vm.vcpu.next_rip = None;
-        self.vm.vcpu.rip = KERNEL;
+        self.cpu.vcpu.next_rip = None;
+        self.cpu.vcpu.rip = KERNEL;
     }
 
     fn open(&mut self, interrupts_open: bool) {
-        self.vm.vcpu.interruptibility = Interruptibility {
+        self.cpu.vcpu.interruptibility = Interruptibility {
             interrupts_open,
             nmi_open: true,
         };
-        let flags = self.vm.vcpu.rflags;
-        self.vm.vcpu.rflags = if interrupts_open {
+        let flags = self.cpu.vcpu.rflags;
+        self.cpu.vcpu.rflags = if interrupts_open {
             flags | RFlags::IF
         } else {
             flags - RFlags::IF
@@ -56,11 +55,11 @@ impl World {
     }
 
     fn interrupt(&mut self, vector: u8) {
-        assert!(self.vm.board.apic.local[0].accept(Vector(vector), false));
+        assert!(self.cpu.apic.accept(Vector(vector), false));
     }
 
     fn end_of_interrupt(&mut self) {
-        let _: ApicEffect = self.vm.board.apic.local[0].eoi();
+        let _: ApicEffect = self.cpu.apic.eoi();
     }
 
     fn out(&mut self, number: u16, value: u8) -> Stop {
@@ -79,7 +78,7 @@ impl World {
     /// Runs one exit; whether it ended in #GP(0).
     fn is_gp(&mut self, exit: Exit) -> bool {
         assert_eq!(self.run(&[exit]), PREEMPTED);
-        match self.vm.vcpu.delivered[..] {
+        match self.cpu.vcpu.delivered[..] {
             [] => false,
             [Event::GP0] => true,
             ref other => panic!("{other:?}"),
@@ -93,24 +92,24 @@ fn cpuid_answers_and_moves_on() {
     world.gprs()[Gpr::Rax] = 0x4000_0000;
     assert_eq!(world.run(&[Exit::Cpuid]), PREEMPTED);
     assert_eq!(world.gprs()[Gpr::Rbx] as u32, u32::from_le_bytes(*b"Tess"));
-    assert_eq!(world.vm.vcpu.rip, KERNEL + 2);
+    assert_eq!(world.cpu.vcpu.rip, KERNEL + 2);
     // The same where the hardware tells no length.
     let mut world = World::new();
     world.code(b"\x0f\xa2");
     world.gprs()[Gpr::Rax] = 0x4000_0000;
     assert_eq!(world.run(&[Exit::Cpuid]), PREEMPTED);
-    assert_eq!(world.vm.vcpu.rip, KERNEL + 2);
+    assert_eq!(world.cpu.vcpu.rip, KERNEL + 2);
 }
 
 #[test]
 fn an_instruction_that_changed_since_its_exit_is_entered_again() {
     let mut world = World::new();
     world.code(b"\x90\x90\x90");
-    let rip = world.vm.vcpu.rip;
+    let rip = world.cpu.vcpu.rip;
     for exit in [Exit::Cpuid, Exit::Rdmsr, Exit::Hypercall, Exit::Xsetbv] {
         assert_eq!(world.run(&[exit]), PREEMPTED);
         assert_eq!(
-            (world.vm.vcpu.rip, &world.vm.vcpu.delivered[..]),
+            (world.cpu.vcpu.rip, &world.cpu.vcpu.delivered[..]),
             (rip, &[][..])
         );
     }
@@ -124,15 +123,15 @@ fn msrs_that_exist_work_and_others_fault() {
     world.gprs()[Gpr::Rcx] = msr::IA32_APIC_BASE.into();
     assert!(!world.is_gp(Exit::Rdmsr));
     assert_eq!(world.gprs()[Gpr::Rax], 0xfee0_0900);
-    assert_eq!(world.vm.vcpu.rip, KERNEL + 2);
-    world.vm.vcpu.rip = KERNEL;
+    assert_eq!(world.cpu.vcpu.rip, KERNEL + 2);
+    world.cpu.vcpu.rip = KERNEL;
     world.gprs()[Gpr::Rcx] = 0xdead_0000;
     for _ in 0..1000 {
         assert!(world.is_gp(Exit::Rdmsr) && world.is_gp(Exit::Wrmsr));
     }
-    assert_eq!(world.vm.vcpu.rip, KERNEL, "a fault leaves RIP where it is");
-    assert_eq!(world.vm.unknown_msrs, 2000);
-    world.vm.unknown_msrs = u32::MAX;
+    assert_eq!(world.cpu.vcpu.rip, KERNEL, "a fault leaves RIP where it is");
+    assert_eq!(world.cpu.vm.unknown_msrs.load(Relaxed), 2000);
+    world.cpu.vm.unknown_msrs.store(u32::MAX, Relaxed);
     assert!(world.is_gp(Exit::Rdmsr), "the count ends, it does not wrap");
 }
 
@@ -143,7 +142,7 @@ fn a_written_tsc_shows_in_the_offset_and_in_the_clock() {
     let gprs = world.gprs();
     (gprs[Gpr::Rcx], gprs[Gpr::Rax], gprs[Gpr::Rdx]) = (msr::IA32_TSC.into(), 7, 1);
     assert!(!world.is_gp(Exit::Wrmsr));
-    let seen = world.core.tsc.wrapping_add(world.vm.vcpu.tsc_offset);
+    let seen = world.core.tsc.wrapping_add(world.cpu.vcpu.tsc_offset);
     assert_eq!(seen, 1 << 32 | 7);
     world.core.tsc += 500;
     assert_eq!(world.run(&[Exit::Rdtsc]), PREEMPTED);
@@ -153,7 +152,7 @@ fn a_written_tsc_shows_in_the_offset_and_in_the_clock() {
 #[test]
 fn a_clock_beyond_the_end_of_time_does_not_overflow() {
     let mut world = World::new();
-    world.vm.epoch = u64::MAX;
+    alloc::sync::Arc::get_mut(&mut world.cpu.vm).unwrap().epoch = u64::MAX;
     let gprs = world.gprs();
     (gprs[Gpr::Rcx], gprs[Gpr::Rax]) = (0x4b56_4d00, 0x10_0000);
     assert!(!world.is_gp(Exit::Wrmsr));
@@ -184,7 +183,7 @@ fn ports_merge_by_their_size() {
 #[test]
 fn a_port_access_without_a_length_crashes_the_vm_alone() {
     let mut world = World::new();
-    world.vm.vcpu.next_rip = None;
+    world.cpu.vcpu.next_rip = None;
     assert!(world.crash(port(0x80, 1, false)).contains("no length"));
 }
 
@@ -193,8 +192,7 @@ fn strings_go_out_as_a_whole() {
     let mut world = World::new();
     world.code(b"\xf3\x6e");
     world
-        .vm
-        .memory
+        .memory()
         .write(GuestPhysAddr::new(0x1000), b"hello\n")
         .unwrap();
     let gprs = world.gprs();
@@ -236,8 +234,10 @@ fn a_vm_ends_in_the_ways_of_a_pc() {
     let sleep = world.run(&[port(0x604, 2, false)]);
     assert_eq!(sleep, Stop::Ended(End::PoweredOff));
     let mut world = World::new();
-    world.vm.stop();
-    assert_eq!(world.run(&[]), Stop::Ended(End::Stopped));
+    world.cpu.vm().set_order(Order::Stop);
+    assert_eq!(world.run(&[]), Stop::Ordered);
+    world.cpu.vm().set_order(Order::Run);
+    assert_eq!(world.run(&[]), Stop::Ordered, "the end is final");
 }
 
 #[test]
@@ -256,29 +256,29 @@ fn a_halt_waits_for_the_interrupt() {
     assert!(matches!(asleep, Stop::Halted { until } if until > ORIGIN + 50_000_000));
     // Woken without an interrupt, it sleeps on: nothing of the guest runs.
     assert_eq!(world.run(&[]), asleep);
-    assert!(world.vm.vcpu.delivered.is_empty());
+    assert!(world.cpu.vcpu.delivered.is_empty());
     world.interrupt(0x41);
     assert_eq!(world.run(&[]), PREEMPTED);
-    assert_eq!(world.vm.vcpu.delivered, [Event::Interrupt(Vector(0x41))]);
+    assert_eq!(world.cpu.vcpu.delivered, [Event::Interrupt(Vector(0x41))]);
 }
 
 #[test]
 fn a_single_step_trap_ends_a_halt_at_once() {
     let mut world = World::new();
     world.open(true);
-    world.vm.vcpu.rflags |= RFlags::TF;
+    world.cpu.vcpu.rflags |= RFlags::TF;
     assert_eq!(world.run(&[Exit::Hlt]), PREEMPTED);
-    let [Event::Exception { exception, .. }] = world.vm.vcpu.delivered[..] else {
-        panic!("{:?}", world.vm.vcpu.delivered)
+    let [Event::Exception { exception, .. }] = world.cpu.vcpu.delivered[..] else {
+        panic!("{:?}", world.cpu.vcpu.delivered)
     };
     assert_eq!(exception, Exception::Debug);
 }
 
 /// The timer in one-shot mode, in nanoseconds.
 fn start_timer(world: &mut World, count: u32, mode: u32) {
-    let now = world.vm.time_at(world.core.tsc);
+    let now = world.cpu.vm.time_at(world.core.tsc);
     for (offset, value) in [(0x3e0, 0b1011), (0x320, mode | 0x42), (0x380, count)] {
-        let _: Then = world.vm.board.apic.write_mmio(0, offset, value, now);
+        let _: ApicEffect = world.cpu.apic.write_mmio(offset, value, now);
     }
 }
 
@@ -293,7 +293,7 @@ fn a_sleeper_wakes_at_its_timer() {
     assert!((ORIGIN + 2000..ORIGIN + 2010).contains(&until));
     world.core.tsc = until;
     assert_eq!(world.run(&[]), PREEMPTED);
-    assert_eq!(world.vm.vcpu.delivered, [Event::Interrupt(Vector(0x42))]);
+    assert_eq!(world.cpu.vcpu.delivered, [Event::Interrupt(Vector(0x42))]);
 }
 
 #[test]
@@ -313,7 +313,7 @@ fn what_a_person_types_wakes_a_sleeper_in_time() {
     }
     let stop = world.run(&[Exit::Hlt]);
     assert!(matches!(stop, Stop::Halted { .. }), "{stop:?}");
-    assert_eq!(world.vm.input(b"x", world.core.tsc), 1);
+    assert_eq!(world.cpu.vm.input(b"x", world.core.tsc), 1);
     let mut turns = 0;
     loop {
         turns += 1;
@@ -324,7 +324,7 @@ fn what_a_person_types_wakes_a_sleeper_in_time() {
             other => panic!("{other:?}"),
         }
     }
-    assert_eq!(world.vm.vcpu.delivered, [Event::Interrupt(Vector(0x24))]);
+    assert_eq!(world.cpu.vcpu.delivered, [Event::Interrupt(Vector(0x24))]);
 }
 
 #[test]
@@ -333,19 +333,19 @@ fn a_closed_guest_is_asked_for_its_window() {
     world.open(false);
     world.interrupt(0x61);
     assert_eq!(world.run(&[Exit::Cpuid]), PREEMPTED);
-    assert!(world.vm.vcpu.interrupt_window && world.vm.vcpu.delivered.is_empty());
+    assert!(world.cpu.vcpu.interrupt_window && world.cpu.vcpu.delivered.is_empty());
     world.open(true);
     assert_eq!(world.run(&[Exit::InterruptWindow]), PREEMPTED);
-    assert_eq!(world.vm.vcpu.delivered, [Event::Interrupt(Vector(0x61))]);
-    assert!(!world.vm.vcpu.interrupt_window);
+    assert_eq!(world.cpu.vcpu.delivered, [Event::Interrupt(Vector(0x61))]);
+    assert!(!world.cpu.vcpu.interrupt_window);
     // Two at once: the lower one waits in service order, behind a window.
     world.end_of_interrupt();
     world.interrupt(0x52);
     world.interrupt(0x71);
     assert_eq!(world.run(&[]), PREEMPTED);
-    assert_eq!(world.vm.vcpu.delivered, [Event::Interrupt(Vector(0x71))]);
+    assert_eq!(world.cpu.vcpu.delivered, [Event::Interrupt(Vector(0x71))]);
     assert!(
-        !world.vm.vcpu.interrupt_window,
+        !world.cpu.vcpu.interrupt_window,
         "held back by the one in service"
     );
 }
@@ -368,29 +368,29 @@ fn the_8259_interrupts_through_lint0() {
     }
     let due = *world.core.armed.last().unwrap();
     assert_eq!(due, u64::MAX, "the vCPU's own timer does it");
-    world.core.tsc = world.vm.vcpu.deadline;
+    world.core.tsc = world.cpu.vcpu.deadline;
     assert_eq!(world.run(&[Exit::PreemptionTimer]), PREEMPTED);
-    assert_eq!(world.vm.vcpu.delivered, [Event::Interrupt(Vector(0x20))]);
+    assert_eq!(world.cpu.vcpu.delivered, [Event::Interrupt(Vector(0x20))]);
 }
 
 #[test]
 fn an_nmi_comes_once_and_waits_for_its_window() {
     let mut world = World::new();
-    world.vm.vcpu.interruptibility.nmi_open = false;
-    world.vm.board.apic.local[0].raise_nmi();
+    world.cpu.vcpu.interruptibility.nmi_open = false;
+    world.cpu.apic.raise_nmi();
     assert_eq!(world.run(&[Exit::Cpuid]), PREEMPTED);
-    assert!(world.vm.vcpu.nmi_window && world.vm.vcpu.delivered.is_empty());
-    world.vm.vcpu.interruptibility.nmi_open = true;
+    assert!(world.cpu.vcpu.nmi_window && world.cpu.vcpu.delivered.is_empty());
+    world.cpu.vcpu.interruptibility.nmi_open = true;
     assert_eq!(world.run(&[Exit::NmiWindow]), PREEMPTED);
-    assert_eq!(world.vm.vcpu.delivered, [Event::Nmi]);
+    assert_eq!(world.cpu.vcpu.delivered, [Event::Nmi]);
     // Or else the window would exit for ever, before any interrupt of the machine.
-    assert!(!world.vm.vcpu.nmi_window);
+    assert!(!world.cpu.vcpu.nmi_window);
     // It wakes a sleeper, whatever IF says.
     world.open(true);
     world.run(&[Exit::Hlt]);
-    world.vm.board.apic.local[0].raise_nmi();
+    world.cpu.apic.raise_nmi();
     assert_eq!(world.run(&[]), PREEMPTED);
-    assert_eq!(world.vm.vcpu.delivered, [Event::Nmi]);
+    assert_eq!(world.cpu.vcpu.delivered, [Event::Nmi]);
 }
 
 #[test]
@@ -408,17 +408,17 @@ fn exits_that_come_before_the_machines_interrupts_look_for_them() {
         debug,
     ] {
         let mut world = World::new();
-        world.vm.vcpu.exits = [exit; 3].into();
+        world.cpu.vcpu.exits = [exit; 3].into();
         world.core.patience = 1;
-        assert_eq!(world.vm.run(&mut world.core), PREEMPTED, "{exit:?}");
-        assert_eq!(world.vm.vcpu.exits.len(), 1, "{exit:?}: preempted in time");
+        assert_eq!(world.cpu.run(&mut world.core), PREEMPTED, "{exit:?}");
+        assert_eq!(world.cpu.vcpu.exits.len(), 1, "{exit:?}: preempted in time");
     }
 }
 
 #[test]
 fn a_core_timer_that_ran_out_early_is_armed_again() {
     let mut world = World::new();
-    world.vm.vcpu.own_timer = false;
+    world.cpu.vcpu.own_timer = false;
     start_timer(&mut world, 1000, 0);
     world.run(&[Exit::ExternalInterrupt(None)]);
     let armed = &world.core.armed;
@@ -429,9 +429,9 @@ fn a_core_timer_that_ran_out_early_is_armed_again() {
 #[test]
 fn never_touched_memory_is_backed() {
     let mut world = World::new();
-    let before = world.vm.backed_bytes();
+    let before = world.cpu.vm.backed_bytes();
     assert_eq!(world.run(&[fault(0x30_1000, Access::WRITE)]), PREEMPTED);
-    assert_eq!(world.vm.backed_bytes(), before + 4096);
+    assert_eq!(world.cpu.vm.backed_bytes(), before + 4096);
 }
 
 #[test]
@@ -441,7 +441,7 @@ fn device_registers_are_emulated() {
     world.code(b"\xa1\x30\x00\xe0\xfe");
     assert_eq!(world.run(&[fault(0xfee0_0030, Access::READ)]), PREEMPTED);
     assert_eq!(world.gprs()[Gpr::Rax], 0x0105_0014);
-    assert_eq!(world.vm.vcpu.rip, KERNEL + 5);
+    assert_eq!(world.cpu.vcpu.rip, KERNEL + 5);
 }
 
 #[test]
@@ -490,9 +490,9 @@ fn what_cannot_be_emulated_crashes_with_a_report() {
     }
     // An interrupt whose delivery hits a hole.
     let mut world = World::new();
-    world.vm.vcpu.exits.clear();
+    world.cpu.vcpu.exits.clear();
     world.open(false);
-    world.vm.vcpu.pending = Some(Event::GP0);
+    world.cpu.vcpu.pending = Some(Event::GP0);
     let cause = world.crash(Exit::TripleFault);
     assert!(cause.contains("triple fault"));
 }
@@ -501,13 +501,13 @@ fn what_cannot_be_emulated_crashes_with_a_report() {
 fn a_fault_while_a_double_fault_waits_is_a_triple_fault() {
     // Each exit's own event comes on top of what its delivery cut short.
     let mut world = World::new();
-    world.vm.vcpu.pending = Some(Event::Exception {
+    world.cpu.vcpu.pending = Some(Event::Exception {
         exception: Exception::DoubleFault,
         error_code: Some(0),
     });
-    assert!(!world.vm.vcpu.inject(Event::GP0));
-    assert!(world.vm.inject(Event::GP0).is_err());
-    assert!(matches!(world.vm.end, Some(End::Crashed(_))));
+    assert!(!world.cpu.vcpu.inject(Event::GP0));
+    assert!(world.cpu.inject(Event::GP0).is_err());
+    assert!(matches!(world.cpu.end, Some(End::Crashed(_))));
 }
 
 #[test]
@@ -536,7 +536,7 @@ fn exceptions_are_reflected() {
             exception,
             error_code,
         },
-    ] = world.vm.vcpu.delivered[..]
+    ] = world.cpu.vcpu.delivered[..]
     else {
         panic!()
     };
@@ -549,13 +549,13 @@ fn exceptions_are_reflected() {
         error_code: None,
         info: 1 << 14 | 1,
     };
-    world.vm.vcpu.dr[7] |= 1 << 13;
+    world.cpu.vcpu.dr[7] |= 1 << 13;
     world.run(&[exit]);
-    assert_eq!(world.vm.vcpu.dr[6] & 0x400f, 0x4001);
-    assert_eq!(world.vm.vcpu.dr[7] & 1 << 13, 0);
+    assert_eq!(world.cpu.vcpu.dr[6] & 0x400f, 0x4001);
+    assert_eq!(world.cpu.vcpu.dr[7] & 1 << 13, 0);
     for exit in [Exit::Monitor, Exit::Mwait, Exit::UndefinedInstruction] {
         world.run(&[exit]);
-        assert_eq!(world.vm.vcpu.delivered, [Event::UD]);
+        assert_eq!(world.cpu.vcpu.delivered, [Event::UD]);
     }
     assert!(world.is_gp(Exit::Rdpmc));
 }
@@ -568,7 +568,7 @@ fn hypercalls_answer_ring_0_only() {
         (0, 999, abi::hypercall::ERROR_UNKNOWN),
         (3, abi::hypercall::VERSION, abi::hypercall::ERROR_PRIVILEGE),
     ] {
-        world.vm.vcpu = world.vm.vcpu.clone().at_cpl(cpl);
+        world.cpu.vcpu = world.cpu.vcpu.clone().at_cpl(cpl);
         world.gprs()[Gpr::Rax] = number;
         assert_eq!(world.run(&[Exit::Hypercall]), PREEMPTED);
         assert_eq!(world.gprs()[Gpr::Rax] as i64, answer);
@@ -599,7 +599,7 @@ fn xcr0_keeps_the_rules() {
             (index, value & 0xffff_ffff, value >> 32);
         assert_eq!(world.is_gp(Exit::Xsetbv), !legal, "{index} {value:#x}");
     }
-    assert_eq!(world.vm.vcpu.xcr0, 1, "the last legal value");
+    assert_eq!(world.cpu.vcpu.xcr0, 1, "the last legal value");
 }
 
 fn write_cr(register: ControlRegister) -> Exit {
@@ -654,15 +654,15 @@ fn control_registers_keep_the_rules() {
         (protected(), Cr8, 16, false),
     ] {
         let mut world = World::new();
-        world.vm.vcpu = vcpu;
-        world.vm.vcpu.next_rip = Some(3);
+        world.cpu.vcpu = vcpu;
+        world.cpu.vcpu.next_rip = Some(3);
         world.gprs()[Gpr::Rax] = value;
         assert_eq!(
             world.is_gp(write_cr(register)),
             !legal,
             "{register:?} := {value:#x}"
         );
-        assert_eq!(world.vm.vcpu.rip == 3, legal);
+        assert_eq!(world.cpu.vcpu.rip == 3, legal);
     }
 }
 
@@ -670,31 +670,31 @@ fn control_registers_keep_the_rules() {
 fn pae_paging_gets_its_pointers() {
     let mut world = World::new();
     let pae = |world: &mut World, entry: u64| {
-        world.vm.vcpu = MockVcpu::protected();
-        world.vm.vcpu.next_rip = Some(3);
-        world.vm.vcpu.cr4 = Cr4::PAE.bits();
-        world.vm.vcpu.cr3 = 0x1_0020;
+        world.cpu.vcpu = MockVcpu::protected();
+        world.cpu.vcpu.next_rip = Some(3);
+        world.cpu.vcpu.cr4 = Cr4::PAE.bits();
+        world.cpu.vcpu.cr3 = 0x1_0020;
         for (index, value) in [entry, 0x3001, 0, 0x5001].into_iter().enumerate() {
             let at = GuestPhysAddr::new(0x1_0020 + 8 * index as u64);
-            world.vm.memory.write(at, &value.to_le_bytes()).unwrap();
+            world.memory().write(at, &value.to_le_bytes()).unwrap();
         }
         world.gprs()[Gpr::Rax] = 0x11 | Cr0::PG.bits();
         world.is_gp(write_cr(ControlRegister::Cr0))
     };
     assert!(!pae(&mut world, 0x2001));
-    assert_eq!(world.vm.vcpu.pdptes, Some([0x2001, 0x3001, 0, 0x5001]));
+    assert_eq!(world.cpu.vcpu.pdptes, Some([0x2001, 0x3001, 0, 0x5001]));
     // A reserved bit, or one beyond the physical addresses.
-    for bad in [0x2003, 0x2021, 1 << 50 | 1] {
+    for bad in [0x2003, 0x2041, 1 << 50 | 1] {
         assert!(pae(&mut world, bad), "{bad:#x}");
-        assert_eq!(world.vm.vcpu.pdptes, None);
-        assert_eq!(world.vm.vcpu.cr0 & Cr0::PG.bits(), 0);
+        assert_eq!(world.cpu.vcpu.pdptes, None);
+        assert_eq!(world.cpu.vcpu.cr0 & Cr0::PG.bits(), 0);
     }
 }
 
 #[test]
 fn clts_and_lmsw_do_what_they_may() {
     let mut world = World::new();
-    world.vm.vcpu.cr0 |= Cr0::TS.bits();
+    world.cpu.vcpu.cr0 |= Cr0::TS.bits();
     let clear = |op| {
         Exit::Cr(CrAccess {
             register: ControlRegister::Cr0,
@@ -702,10 +702,10 @@ fn clts_and_lmsw_do_what_they_may() {
         })
     };
     world.run(&[clear(CrOp::Clts)]);
-    assert_eq!(world.vm.vcpu.cr0, 0x11);
+    assert_eq!(world.cpu.vcpu.cr0, 0x11);
     world.run(&[clear(CrOp::Lmsw(0xfff8))]);
     assert_eq!(
-        world.vm.vcpu.cr0, 0x19,
+        world.cpu.vcpu.cr0, 0x19,
         "PE stays, and only four bits count"
     );
 }
@@ -722,30 +722,30 @@ fn debug_registers_keep_the_rules() {
     world.code(b"\x0f\x23\xf8");
     world.gprs()[Gpr::Rax] = 0x401 | 1 << 40;
     world.run(&[exit]);
-    assert_eq!(world.vm.vcpu.dr[7], 0x401, "32 bits of it in 32-bit code");
+    assert_eq!(world.cpu.vcpu.dr[7], 0x401, "32 bits of it in 32-bit code");
     world.code(b"\x0f\x23\xe8");
     world.gprs()[Gpr::Rax] = 0x402;
     world.run(&[exit]);
-    assert_eq!(world.vm.vcpu.dr[7], 0x402, "DR5 is DR7");
+    assert_eq!(world.cpu.vcpu.dr[7], 0x402, "DR5 is DR7");
     world.code(b"\x0f\x23\xe8");
-    world.vm.vcpu.cr4 |= Cr4::DE.bits();
+    world.cpu.vcpu.cr4 |= Cr4::DE.bits();
     world.run(&[exit]);
-    assert_eq!(world.vm.vcpu.delivered, [Event::UD]);
+    assert_eq!(world.cpu.vcpu.delivered, [Event::UD]);
 }
 
 #[test]
 fn caches_and_translations_are_left_to_the_hardware() {
     let mut world = World::new();
     world.run(&[Exit::Wbinvd]);
-    assert_eq!(world.vm.vcpu.rip, KERNEL + 2);
+    assert_eq!(world.cpu.vcpu.rip, KERNEL + 2);
     for code in [b"\x0f\x08", b"\x0f\x09"] {
         world.code(code);
         world.run(&[Exit::Wbinvd]);
-        assert_eq!(world.vm.vcpu.rip, KERNEL + 2);
+        assert_eq!(world.cpu.vcpu.rip, KERNEL + 2);
     }
     world.code(b"\x0f\x01\x38");
     world.run(&[Exit::Invlpg]);
-    assert_eq!(world.vm.vcpu.rip, KERNEL + 3);
+    assert_eq!(world.cpu.vcpu.rip, KERNEL + 3);
 }
 
 /// Whatever exits come, the guest goes on, crashes or sleeps: the core never fails with it.
@@ -819,7 +819,7 @@ fn any_exit_in_any_state_is_survived() {
             22 => Exit::PreemptionTimer,
             _ => Exit::UndefinedInstruction,
         };
-        let vcpu = &mut world.vm.vcpu;
+        let vcpu = &mut world.cpu.vcpu;
         for number in 0..16 {
             vcpu.set_gpr(Gpr::from_number(number), value() >> (value() % 64));
         }
@@ -843,7 +843,7 @@ fn any_exit_in_any_state_is_survived() {
         vcpu.rflags = RFlags::from_bits_retain(value() & 0x25_7fd5) | RFlags::FIXED;
         let code = value().to_le_bytes();
         let at = GuestPhysAddr::new(KERNEL + b % 4096);
-        world.vm.memory.write(at, &code).unwrap();
+        world.memory().write(at, &code).unwrap();
         world.core.tsc += b % 100_000;
         let ended = matches!(world.run(&[exit]), Stop::Ended(_));
         if ended || flag(13) && flag(14) && flag(15) {
@@ -854,12 +854,13 @@ fn any_exit_in_any_state_is_survived() {
                 2 => MockVcpu::protected().at_cpl(3),
                 _ => MockVcpu::long(0x1000),
             };
-            world.vm = machine.make("", &mut || Ok(MockVcpu::real())).unwrap();
-            world.vm.vcpu = vcpu;
+            let mut cpus = machine.make("", &mut || Ok(MockVcpu::real())).unwrap();
+            world.cpu = cpus.remove(0);
+            world.cpu.vcpu = vcpu;
         }
         world.core.output.clear();
         world.core.armed.clear();
-        let rights = world.vm.vcpu.segments[SegmentRegister::Cs as usize].rights;
+        let rights = world.cpu.vcpu.segments[SegmentRegister::Cs as usize].rights;
         assert_ne!(rights, AccessRights(0));
     }
 }
@@ -896,25 +897,162 @@ fn a_thousand_restarts_leave_nothing_behind() {
     let machine = Machine::new();
     let mut world = World::new();
     for round in 0..1000 {
-        let mut vm = machine.make("", &mut || Ok(MockVcpu::protected())).unwrap();
-        vm.vcpu.next_rip = Some(KERNEL + 2);
-        world.vm = vm;
+        let mut cpus = machine.make("", &mut || Ok(MockVcpu::protected())).unwrap();
+        world.cpu = cpus.remove(0);
+        world.cpu.vcpu.next_rip = Some(KERNEL + 2);
         world.run(&[fault(0x40_0000 + 4096 * round, Access::WRITE)]);
         assert_eq!(world.out(0x64, 0xfe), Stop::Ended(End::Reset));
     }
-    let _vcpu = world.vm.into_vcpu();
+    let _vcpu = world.cpu.into_vcpu();
     assert_eq!(machine.free_bytes(), machine.total);
 }
 
 #[test]
 fn what_is_outstanding_shrinks_as_memory_is_taken() {
     let mut world = World::new();
-    let before = world.vm.outstanding_bytes();
+    let before = world.cpu.vm.outstanding_bytes();
     assert!(before >= 15 << 20);
     let free = world.machine.free_bytes();
     for page in 0..100 {
         world.run(&[fault(0x40_0000 + 4096 * page, Access::WRITE)]);
     }
     let taken = free - world.machine.free_bytes();
-    assert_eq!(world.vm.outstanding_bytes(), before - taken);
+    assert_eq!(world.cpu.vm.outstanding_bytes(), before - taken);
+}
+
+/// Two vCPUs of one VM, each on a core of its own.
+struct Pair {
+    worlds: [World; 2],
+}
+
+impl Pair {
+    fn new() -> Self {
+        let mut first = World::new();
+        let mut cpus = first
+            .machine
+            .make("vcpus = 2", &mut || Ok(MockVcpu::protected()))
+            .unwrap();
+        let mut second = World::new();
+        second.cpu = cpus.remove(1);
+        first.cpu = cpus.remove(0);
+        for world in [&mut first, &mut second] {
+            world.cpu.vcpu.next_rip = Some(KERNEL + 2);
+        }
+        Self {
+            worlds: [first, second],
+        }
+    }
+
+    /// vCPU 0 writes its interrupt command register.
+    fn command(&mut self, dest: u32, low: u32) {
+        let world = &mut self.worlds[0];
+        let now = world.cpu.vm.time_at(world.core.tsc);
+        let _ = world.cpu.apic.write_mmio(0x310, dest << 24, now);
+        let effect = world.cpu.apic.write_mmio(0x300, low, now);
+        world.cpu.apply(effect).unwrap();
+    }
+}
+
+const ASLEEP: Stop = Stop::Halted { until: u64::MAX };
+
+#[test]
+fn a_second_cpu_starts_where_it_is_told_to() {
+    let mut pair = Pair::new();
+    assert_eq!(pair.worlds[1].run(&[]), ASLEEP, "waits for its start-up");
+    pair.command(1, 0xc500);
+    pair.command(1, 0x469a);
+    assert_eq!(pair.worlds[0].run(&[]), PREEMPTED);
+    assert_eq!(pair.worlds[0].core.kicked, 0b10);
+    pair.worlds[1].cpu.vcpu.exits.clear();
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+    let cs = pair.worlds[1].cpu.vcpu.segments[SegmentRegister::Cs as usize];
+    assert_eq!((cs.selector, cs.base), (0x9a00, 0x9_a000));
+    assert_eq!(pair.worlds[1].cpu.vcpu.rip, 0);
+    // The second start-up of the book's sequence is lost on it, an INIT parks it again.
+    pair.command(1, 0x4655);
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+    assert_eq!(pair.worlds[1].cpu.vcpu.rip, 0);
+    pair.command(1, 0xc500);
+    assert_eq!(pair.worlds[1].run(&[]), ASLEEP);
+    pair.command(1, 0x4655);
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+    let cs = pair.worlds[1].cpu.vcpu.segments[SegmentRegister::Cs as usize];
+    assert_eq!(cs.base, 0x5_5000);
+}
+
+#[test]
+fn an_nmi_waits_with_a_cpu_that_waits() {
+    let mut pair = Pair::new();
+    pair.command(1, 0x4400);
+    assert_eq!(pair.worlds[1].run(&[]), ASLEEP);
+    assert!(pair.worlds[1].cpu.vcpu.delivered.is_empty());
+    pair.command(1, 0x4601);
+    pair.worlds[1].open(true);
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+    assert_eq!(pair.worlds[1].cpu.vcpu.delivered, [Event::Nmi]);
+}
+
+#[test]
+fn init_of_the_boot_cpu_resets_the_machine() {
+    let mut pair = Pair::new();
+    pair.command(0, 0xc500);
+    assert_eq!(pair.worlds[0].run(&[]), Stop::Ended(End::Reset));
+}
+
+#[test]
+fn the_vm_ends_when_its_last_cpu_goes_deaf() {
+    let mut pair = Pair::new();
+    assert_eq!(pair.worlds[1].run(&[]), ASLEEP);
+    pair.worlds[0].open(false);
+    assert_eq!(
+        pair.worlds[0].run(&[Exit::Hlt]),
+        Stop::Ended(End::Halted),
+        "the other waits for what nobody can send"
+    );
+    // One that has something coming will hear it, and may send something in its turn.
+    let mut pair = Pair::new();
+    assert_eq!(pair.worlds[1].run(&[]), ASLEEP);
+    pair.command(1, 0x4601);
+    pair.worlds[0].open(false);
+    let stop = pair.worlds[0].run(&[Exit::Hlt]);
+    assert!(matches!(stop, Stop::Halted { .. }), "{stop:?}");
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+    pair.worlds[1].open(false);
+    assert_eq!(pair.worlds[1].run(&[Exit::Hlt]), Stop::Ended(End::Halted));
+}
+
+#[test]
+fn the_board_keeps_time_on_the_first_cpu_whoever_programs_it() {
+    let mut pair = Pair::new();
+    pair.command(1, 0x4601);
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+    pair.worlds[0].run(&[]);
+    // The 8254 at 1 kHz.
+    for (register, value) in [(0x43, 0x34), (0x40, 0xa9), (0x40, 0x04)] {
+        assert_eq!(pair.worlds[1].out(register, value), PREEMPTED);
+    }
+    assert_ne!(pair.worlds[1].core.kicked & 1, 0, "it is told");
+    pair.worlds[0].run(&[]);
+    let due = pair.worlds[0].cpu.vcpu.deadline - ORIGIN;
+    assert!((900_000..1_100_000).contains(&due), "{due}");
+}
+
+#[test]
+fn one_end_is_the_end_of_all() {
+    let mut pair = Pair::new();
+    pair.command(1, 0x4601);
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+    assert_eq!(
+        pair.worlds[1].out(0xf4, 0),
+        Stop::Ended(End::DebugExit(1)),
+        "by whichever vCPU"
+    );
+    pair.worlds[1].cpu.vm().set_order(Order::Stop);
+    assert_eq!(pair.worlds[0].run(&[Exit::Cpuid]), Stop::Ordered);
+    // Paused ones go on where they were.
+    let mut pair = Pair::new();
+    pair.worlds[0].cpu.vm().set_order(Order::Pause);
+    assert_eq!(pair.worlds[0].run(&[Exit::Cpuid]), Stop::Ordered);
+    pair.worlds[0].cpu.vm().set_order(Order::Run);
+    assert_eq!(pair.worlds[0].run(&[Exit::Cpuid]), PREEMPTED);
 }

@@ -1,0 +1,137 @@
+//! Sets of cores: where a vCPU may run, which cores idle, which are to be interrupted.
+
+use crate::CoreId;
+use core::fmt;
+
+/// How many cores a machine may have.
+pub const MAX_CORES: u16 = 1024;
+
+const WORDS: usize = MAX_CORES as usize / 64;
+
+/// A set of cores, one bit each.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct CoreSet([u64; WORDS]);
+
+impl CoreSet {
+    /// No core.
+    pub const EMPTY: Self = Self([0; WORDS]);
+    /// Every core that there is or will be.
+    pub const ALL: Self = Self([u64::MAX; WORDS]);
+
+    /// One core.
+    #[must_use]
+    pub fn only(core: CoreId) -> Self {
+        let mut set = Self::EMPTY;
+        set.insert(core);
+        set
+    }
+
+    /// Adds a core. Numbers from [`MAX_CORES`] on are left out.
+    pub fn insert(&mut self, core: CoreId) {
+        if let Some(word) = self.0.get_mut(usize::from(core.0 / 64)) {
+            *word |= 1 << (core.0 % 64);
+        }
+    }
+
+    /// Takes a core out; true if it was in.
+    pub fn remove(&mut self, core: CoreId) -> bool {
+        let was = self.contains(core);
+        if let Some(word) = self.0.get_mut(usize::from(core.0 / 64)) {
+            *word &= !(1 << (core.0 % 64));
+        }
+        was
+    }
+
+    /// Whether a core is in.
+    #[must_use]
+    pub fn contains(&self, core: CoreId) -> bool {
+        self.0
+            .get(usize::from(core.0 / 64))
+            .is_some_and(|word| word >> (core.0 % 64) & 1 != 0)
+    }
+
+    /// Whether no core is in.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+
+    /// How many cores are in.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.0.iter().map(|word| word.count_ones()).sum()
+    }
+
+    /// The cores that are in both.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        self.with(other, |a, b| a & b)
+    }
+
+    /// The cores that are in this set and not in the other.
+    #[must_use]
+    pub fn minus(&self, other: &Self) -> Self {
+        self.with(other, |a, b| a & !b)
+    }
+
+    fn with(&self, other: &Self, join: fn(u64, u64) -> u64) -> Self {
+        let mut set = *self;
+        for (word, other) in set.0.iter_mut().zip(other.0) {
+            *word = join(*word, other);
+        }
+        set
+    }
+
+    /// The cores in order.
+    pub fn iter(&self) -> impl Iterator<Item = CoreId> + use<> {
+        let words = (0u16..).zip(self.0);
+        words.flat_map(|(number, mut word)| {
+            core::iter::from_fn(move || {
+                let bit = word.trailing_zeros() as u16;
+                word &= word.wrapping_sub(1);
+                (bit < 64).then_some(CoreId(number * 64 + bit))
+            })
+        })
+    }
+}
+
+impl FromIterator<CoreId> for CoreSet {
+    fn from_iter<T: IntoIterator<Item = CoreId>>(cores: T) -> Self {
+        let mut set = Self::EMPTY;
+        for core in cores {
+            set.insert(core);
+        }
+        set
+    }
+}
+
+impl fmt::Debug for CoreSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if *self == Self::ALL {
+            return f.write_str("all");
+        }
+        f.debug_set()
+            .entries(self.iter().map(|core| core.0))
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_holds_what_was_put_in() {
+        let cores = [0, 1, 63, 64, 500, 1023].map(CoreId);
+        let mut set: CoreSet = cores.into_iter().collect();
+        assert!(set.iter().eq(cores));
+        assert_eq!(set.len(), 6);
+        assert!(set.remove(CoreId(64)) && !set.remove(CoreId(64)));
+        assert!(!set.contains(CoreId(64)) && set.contains(CoreId(63)));
+        set.insert(CoreId(1024));
+        assert_eq!(set.len(), 5);
+        assert_eq!(set.and(&CoreSet::ALL), set);
+        assert!(set.minus(&CoreSet::ALL).is_empty());
+        assert_eq!(format!("{set:?}"), "{0, 1, 63, 500, 1023}");
+    }
+}

@@ -1,0 +1,187 @@
+//! The console: who has the keyboard, what the past was, what the monitor answers, and how far a
+//! guest's output gets.
+
+use crate::dialogue::{BOCHS_BIOS, Case, Ending, Load, QEMU_BIOS, Source, Step};
+
+use Step::{Expect, Refuse, Send};
+
+/// Two guests that do on their consoles what is typed there.
+const TWO: Case = Case {
+    group: "console",
+    on: &[QEMU_BIOS, BOCHS_BIOS],
+    load: Load::Bundle {
+        config: &[r#"
+[[vm]]
+name = "one"
+kind = "pvh"
+kernel = "guest-hostile"
+cmdline = "console"
+memory = "16MiB"
+[vm.devices]
+debug_exit = true
+
+[[vm]]
+name = "two"
+kind = "pvh"
+kernel = "guest-hostile"
+cmdline = "console"
+memory = "16MiB"
+[vm.devices]
+debug_exit = true
+"#],
+        files: &[("guest-hostile", Source::Made("guest-hostile"))],
+        spoil: None,
+    },
+    deadline: 60,
+    ..Case::BASE
+};
+
+/// Both are there, in any order: what is typed before a guest sets its port up is lost to it. The
+/// sign is one character, which no other guest's line can cut in two.
+const STARTED: Step =
+    Expect(r"(?s)^tessera\| keyboard: one \(Ctrl-T \? for help\)$.*^(two\| )?#$.*^(two\| )?#$");
+const MONITOR: Step = Expect(r"^tessera\| keyboard: monitor");
+/// Nothing that a guest wrote looks like the end.
+const HONEST: Step = Refuse(&[r"tessera\| end:"]);
+
+pub(super) const CASES: &[Case] = &[
+    Case {
+        name: "prefix-keys",
+        steps: &[
+            STARTED,
+            Send("k"),
+            Expect("^key 107$"),
+            Send("\x142"),
+            Expect(r"^tessera\| keyboard: two"),
+            Send("k"),
+            Expect("^key 107$"),
+            Send("\x14n"),
+            MONITOR,
+            Send("\x14n"),
+            Expect(r"^tessera\| keyboard: one"),
+            // What it had said is there again.
+            Expect(r"^one\| key 107$"),
+            Send("\x14p"),
+            MONITOR,
+            Send("\x14p"),
+            Expect(r"^tessera\| keyboard: two"),
+            Send("\x14?"),
+            Expect(r"^tessera\| Ctrl-T then: 0 monitor, 1-9 that VM"),
+            Send("\x14\x14"),
+            Expect("^key 20$"),
+            Send("\x149"),
+            Expect(r"^tessera\| Ctrl-T then"),
+            Send("q"),
+            Expect(r"^tessera\| vm two: ended: debug exit, code 1$"),
+            Send("\x141"),
+            Expect(r"^tessera\| keyboard: one"),
+            Send("q"),
+        ],
+        ..TWO
+    },
+    Case {
+        name: "scroll-back",
+        steps: &[
+            STARTED,
+            Send("l"),
+            Expect("^line 39$"),
+            Send("\x14["),
+            Expect(r"^one\| line 18$"),
+            Expect(r"^one\| line 39$"),
+            Expect(r"^tessera\| lines \d+-\d+ of \d+; Page Up"),
+            Send("\x1b[5~"),
+            Expect(r"^one\| line 0$"),
+            Expect(r"^one\| line 17$"),
+            Send(" "),
+            Expect(r"^one\| line 39$"),
+            // Keys are the guest's again, and none of those above was.
+            Send("."),
+            Expect(r"^one\| line 39$"),
+            Send("k"),
+            Expect("^key 107$"),
+            Refuse(&["^key (27|32|46)"]),
+            Send("\x14x"),
+        ],
+        ..TWO
+    },
+    Case {
+        name: "monitor",
+        steps: &[
+            STARTED,
+            Send("\x140"),
+            MONITOR,
+            Send("he\t\r"),
+            Expect("> help "),
+            Expect(r"^tessera\| list +the VMs and their states$"),
+            Expect(r"^tessera\| stop VM +end it now"),
+            Send("help sh\r"),
+            Expect(r"^tessera\| shutdown VM +press its ACPI power button$"),
+            Send("lisst\r"),
+            Expect(r"^tessera\| unknown verb `lisst`: did you mean `list`\?"),
+            Send("re\r"),
+            Expect(r"^tessera\| `re` is short for more than one verb: resume reset reboot$"),
+            Send("st\t"),
+            Expect(r"^tessera\| start stop$"),
+            Send("op three\r"),
+            Expect(r"^tessera\| no VM is named `three`; there are: one two$"),
+            Send("q\r"),
+            Expect(r"^tessera\| `q` ends the machine: type `quit` in full$"),
+            Send("stop\r"),
+            Expect(r"^tessera\| `stop` needs more; it is `stop VM`$"),
+            Send("sched one weight=0\r"),
+            Expect(r"^tessera\| `weight=0` is out of range: a weight is 1 to 10000$"),
+            Send("log 1\r"),
+            Expect(r"^tessera\| keyboard: monitor"),
+            Send("sto\tt\t\r"),
+            Expect(r"^tessera\| vm two: ended: "),
+            // The line before, from the history, and corrected.
+            Send("\x1b[A\x7f\x17one\r"),
+            Expect(r"^tessera\| vm one: ended: "),
+        ],
+        ..TWO
+    },
+    Case {
+        name: "lies-in-focus",
+        steps: &[
+            STARTED,
+            Send("e"),
+            Expect("red"),
+            Expect(r"^tessera\\\| end: status=0 forged$"),
+            Expect(r"^tessera\\\| end: status=0 forged$"),
+            Expect("^lied$"),
+            HONEST,
+            // The terminal is the log's again before it speaks.
+            Send("\x14?"),
+            Expect(r"^tessera\| Ctrl-T then"),
+            Send("\x14x"),
+        ],
+        end: Ending::Judged(0, |heard| {
+            let told = "tessera| end: status=0 left at the console";
+            let end = heard
+                .all
+                .lines()
+                .filter(|line| line.starts_with("tessera| end:"));
+            match end.collect::<Vec<_>>().as_slice() {
+                [line] if *line == told => Ok(()),
+                lines => Err(format!("{lines:?} instead of one `{told}`")),
+            }
+        }),
+        ..TWO
+    },
+    Case {
+        name: "lies-behind",
+        steps: &[
+            STARTED,
+            Send("d\x142"),
+            Expect(r"^one\| red $"),
+            Expect(r"^one\| tessera\\\| end: status=0 forged$"),
+            Expect(r"^one\| tessera\\\| end: status=0 forged$"),
+            Expect(r"^one\| lied$"),
+            HONEST,
+            Send("k"),
+            Expect("^key 107$"),
+            Send("\x14x"),
+        ],
+        ..TWO
+    },
+];
