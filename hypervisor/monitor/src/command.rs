@@ -66,7 +66,7 @@ pub const WEIGHTS: core::ops::RangeInclusive<u32> = 1..=10_000;
 /// Caps that `sched` takes, in per cent of one core.
 pub const CAPS: core::ops::RangeInclusive<u32> = 0..=6400;
 /// Cores that `pin=` can name.
-pub const CORES: u32 = 1024;
+pub const CORES: u32 = 256;
 
 /// A set of cores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -407,7 +407,7 @@ fn set<'a>(share: &mut Share, word: &'a str, verb: &'static Verb) -> Result<(), 
         }
         "pin" => {
             share.pin = Cores::parse(value);
-            let right = "cores are like `0-3,8`, each below 1024, or `all`";
+            let right = "cores are like `0-3,8`, each below 256, or `all`";
             share.pin.is_none().then_some(right)
         }
         _ => return Err(CommandError::Wrong(word, verb)),
@@ -595,8 +595,8 @@ mod tests {
                 "`weight=0` is out of range: a weight is 1 to 10000",
             ),
             (
-                "sched linux pin=1024",
-                "`pin=1024` is out of range: cores are like `0-3,8`, each below 1024, or `all`",
+                "sched linux pin=256",
+                "`pin=256` is out of range: cores are like `0-3,8`, each below 256, or `all`",
             ),
         ] {
             assert_eq!(read(line), Err(error.to_string()), "{line}");

@@ -4,7 +4,7 @@ use crate::CoreId;
 use core::fmt;
 
 /// How many cores a machine may have.
-pub const MAX_CORES: u16 = 1024;
+pub const MAX_CORES: u16 = 256;
 
 const WORDS: usize = MAX_CORES as usize / 64;
 
@@ -82,15 +82,38 @@ impl CoreSet {
         set
     }
 
+    /// The first core from this one on.
+    #[must_use]
+    pub fn first_from(&self, core: u16) -> Option<CoreId> {
+        let mut at = usize::from(core / 64);
+        let mut mask = u64::MAX << (core % 64);
+        while let Some(word) = self.0.get(at) {
+            let rest = word & mask;
+            if rest != 0 {
+                return Some(CoreId(at as u16 * 64 + rest.trailing_zeros() as u16));
+            }
+            (at, mask) = (at + 1, u64::MAX);
+        }
+        None
+    }
+
+    /// The first core that is in both.
+    #[must_use]
+    pub fn first_common(&self, other: &Self) -> Option<CoreId> {
+        (0..WORDS).find_map(|at| {
+            let both = self.0[at] & other.0[at];
+            (both != 0).then(|| CoreId(at as u16 * 64 + both.trailing_zeros() as u16))
+        })
+    }
+
     /// The cores in order.
     pub fn iter(&self) -> impl Iterator<Item = CoreId> + use<> {
-        let words = (0u16..).zip(self.0);
-        words.flat_map(|(number, mut word)| {
-            core::iter::from_fn(move || {
-                let bit = word.trailing_zeros() as u16;
-                word &= word.wrapping_sub(1);
-                (bit < 64).then_some(CoreId(number * 64 + bit))
-            })
+        let set = *self;
+        let mut next = set.first_from(0);
+        core::iter::from_fn(move || {
+            let core = next?;
+            next = set.first_from(core.0 + 1);
+            Some(core)
         })
     }
 }
@@ -122,16 +145,22 @@ mod tests {
 
     #[test]
     fn a_set_holds_what_was_put_in() {
-        let cores = [0, 1, 63, 64, 500, 1023].map(CoreId);
+        let cores = [0, 1, 63, 64, 200, 255].map(CoreId);
         let mut set: CoreSet = cores.into_iter().collect();
         assert!(set.iter().eq(cores));
         assert_eq!(set.len(), 6);
         assert!(set.remove(CoreId(64)) && !set.remove(CoreId(64)));
         assert!(!set.contains(CoreId(64)) && set.contains(CoreId(63)));
-        set.insert(CoreId(1024));
+        set.insert(CoreId(256));
         assert_eq!(set.len(), 5);
         assert_eq!(set.and(&CoreSet::ALL), set);
         assert!(set.minus(&CoreSet::ALL).is_empty());
-        assert_eq!(format!("{set:?}"), "{0, 1, 63, 500, 1023}");
+        assert_eq!(set.first_from(64), Some(CoreId(200)));
+        assert_eq!(
+            set.first_common(&CoreSet::only(CoreId(255))),
+            Some(CoreId(255))
+        );
+        assert_eq!(CoreSet::EMPTY.first_common(&set), None);
+        assert_eq!(format!("{set:?}"), "{0, 1, 63, 200, 255}");
     }
 }

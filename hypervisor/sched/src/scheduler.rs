@@ -922,7 +922,7 @@ impl Scheduler {
     fn pass_on(&mut self, core: u16, now: Nanos) {
         for at in 0..self.core(core).pools.len() {
             let pool = self.core(core).pools[at] as usize;
-            let Some(idle) = self.idle.and(&self.pools[pool].cores).iter().next() else {
+            let Some(idle) = self.idle.first_common(&self.pools[pool].cores) else {
                 continue;
             };
             while let Some(slot) = self.pools[pool].queue.first().map(slot_of) {
@@ -1128,24 +1128,24 @@ impl Scheduler {
         if self.idle.contains(CoreId(home)) {
             return self.kick(home);
         }
-        if let Some(core) = self.idle.and(&cores).iter().next() {
+        if let Some(core) = self.idle.first_common(&cores) {
             return self.kick(core.0);
         }
-        let from = |above| {
-            cores
-                .iter()
-                .map(|core| core.0)
-                .filter(move |core| (*core > home) == above)
-        };
-        let others = from(true).chain(from(false)).filter(|core| *core != home);
-        let mut probes = core::iter::once(home).chain(others).take(PROBES);
-        if let Some(core) = probes.find(|core| self.would_win(slot, *core, now)) {
-            return self.kick(core);
+        // Its home, then those behind it, in a circle.
+        let mut probe = home;
+        for _ in 0..PROBES {
+            if self.would_win(slot, probe, now) {
+                return self.kick(probe);
+            }
+            let next = cores.first_from(probe + 1).or(cores.first_from(0));
+            match next {
+                Some(CoreId(next)) if next != home => probe = next,
+                _ => break,
+            }
         }
-        let open = self.open.and(&cores);
-        if open.contains(CoreId(home)) {
+        if self.open.contains(CoreId(home)) && cores.contains(CoreId(home)) {
             self.kick(home);
-        } else if let Some(core) = open.iter().next() {
+        } else if let Some(core) = self.open.first_common(&cores) {
             self.kick(core.0);
         }
     }
