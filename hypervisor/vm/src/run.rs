@@ -486,7 +486,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         }
         self.vcpu.init();
         self.apic.init();
-        self.vm.fabric.publish(&mut self.apic);
+        self.vm.fabric.publish_init(&mut self.apic);
         self.shown_tpr = (0, 0);
         self.vcpu.set_virtual_tpr(0, 0);
         self.want_window(false);
