@@ -163,6 +163,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                     Ok(Next::Prepare) => continue 'prepare,
                     Ok(Next::Serve) => {
                         if host.interrupted() {
+                            // The exit may have left something for others.
+                            self.kick_others(host);
                             return Stop::Preempted;
                         }
                         if self.tick(host).is_err() {
@@ -259,6 +261,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         if let Some(stop) = self.deliver() {
             self.kick_others(host);
             return Some(stop);
+        }
+        // The 8259's acknowledge cycle may have left something for others.
+        if self.attention.contains(Attention::KICKS) && self.kick_others(host) {
+            return Some(Stop::Preempted);
         }
         let shown = (self.apic.tpr(), self.apic.tpr_threshold());
         if shown != self.shown_tpr {
