@@ -928,6 +928,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
 
     /// Writes how much time was taken from the vCPU where the guest wants it.
     pub(crate) fn show_stolen(&mut self, preempted: bool) -> Result<(), Over> {
+        // The memory of a VM that is given up may be half changed.
+        if self.vm.order() == Order::Abandon {
+            return Err(Over);
+        }
         if self.stolen_shown != Some((self.stolen, preempted))
             && let Some(at) = pvclock::record_address(self.msrs.steal_time())
         {

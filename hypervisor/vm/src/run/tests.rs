@@ -1068,6 +1068,22 @@ fn one_that_loses_its_core_has_told_the_others_before() {
 }
 
 #[test]
+fn the_memory_of_a_vm_that_is_given_up_is_left_alone() {
+    for (order, preempted) in [(Order::Run, 1), (Order::Abandon, 0)] {
+        let mut world = World::new();
+        let gprs = world.gprs();
+        (gprs[Gpr::Rcx], gprs[Gpr::Rax], gprs[Gpr::Rdx]) = (0x4b56_4d03, 0x1001, 0);
+        assert_eq!(world.run(&[Exit::Wrmsr]), PREEMPTED);
+        world.cpu.vm.set_order(order);
+        world.cpu.unload(true);
+        let mut byte = [0];
+        let at = GuestPhysAddr::new(0x1010);
+        world.memory().read(at, &mut byte).unwrap();
+        assert_eq!(byte, [preempted], "{order:?}");
+    }
+}
+
+#[test]
 fn one_end_is_the_end_of_all() {
     let mut pair = Pair::new();
     pair.command(1, 0x4601);
