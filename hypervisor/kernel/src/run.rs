@@ -464,10 +464,12 @@ impl Worker {
     fn run(&mut self, vcpu: VcpuId, until: Nanos, stolen: u64) {
         let same = |loaded: &Loaded| loaded.live.vcpu_id(loaded.index) == vcpu;
         if !self.loaded.as_ref().is_some_and(same) {
-            self.put_back();
-            if self.core.reschedule.load(Ordering::SeqCst) {
-                // That woke one which should have the core.
-                return;
+            if self.loaded.is_some() {
+                self.put_back();
+                if self.core.reschedule.load(Ordering::SeqCst) {
+                    // That woke one which should perhaps have the core.
+                    return;
+                }
             }
             if self.take(vcpu, stolen).is_none() {
                 self.machine
