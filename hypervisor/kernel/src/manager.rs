@@ -335,10 +335,10 @@ impl Manager {
         let numbers = core::mem::take(&mut vm.numbers);
         let name = vm.config.name.clone();
         if sound {
-            let vcpus: Vec<_> = live.take_vcpus().collect();
+            let (shared, vcpus) = live.take_apart();
             let released = cpu::guard::run(|| {
                 vcpus.into_iter().for_each(Guest::destroy);
-                drop(live);
+                drop(shared);
             });
             if released.is_err() {
                 error!("vm {name}: its memory is lost until the machine starts again");
@@ -365,7 +365,10 @@ impl Manager {
         };
         let live = self.machine.live(number);
         match (action, live) {
-            (Do::Start | Do::Release, Some(_)) => self.release(number, true),
+            (Do::Start | Do::Release, Some(live)) => {
+                drop(live);
+                self.release(number, true);
+            }
             (Do::Park, Some(live)) => self.machine.order(&live, Order::Pause),
             (Do::Resume, Some(live)) => self.machine.order(&live, Order::Run),
             (Do::PressButton, Some(live)) => {
@@ -421,7 +424,7 @@ impl Manager {
             let mut used = 0;
             let sound = cpu::guard::run(|| used = live.vm.input(typed, hw::rdtsc()));
             if sound.is_err() {
-                self.machine.order(&live, Order::Abandon);
+                self.machine.give_up(&live);
                 return;
             }
             console::consume_input(number, used);

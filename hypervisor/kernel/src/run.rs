@@ -17,17 +17,15 @@ use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use arch::Nanos;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use cpu::percpu::{Core, this};
 use hw::CoreTimer;
 use sched::{CoreId, CoreSet, Decision, Scheduler, VcpuId, VmId};
 use vm::config::MAX_VMS;
-use vm::{End, Order, Stop};
+use vm::{End, Order, Seats, Stop};
 
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.
 const POLL: u64 = 10_000_000;
-/// No core.
-const NOWHERE: u32 = u32::MAX;
 
 static SERIAL_FIRED: AtomicBool = AtomicBool::new(false);
 static POLL_SERIAL: AtomicBool = AtomicBool::new(false);
@@ -68,38 +66,20 @@ pub struct Live {
     /// What its vCPUs share.
     pub vm: Arc<AnyVm>,
     id: VmId,
-    seats: Box<[Seat]>,
-    /// vCPUs, by bit number, that left the cores by order.
-    out: AtomicU64,
+    seats: Seats<Box<dyn Guest>>,
     /// How it ended, and whether its structures are whole.
     end: Lock<Option<(End, bool)>>,
-}
-
-/// A vCPU's place.
-struct Seat {
-    /// The core that has taken it, or [`NOWHERE`].
-    core: AtomicU32,
-    vcpu: Lock<Option<Box<dyn Guest>>>,
 }
 
 impl Live {
     /// A VM whose vCPUs sit in their places.
     pub fn new(number: usize, vm: Arc<AnyVm>, vcpus: Vec<Box<dyn Guest>>) -> Self {
-        let seat = |vcpu| Seat {
-            core: AtomicU32::new(NOWHERE),
-            vcpu: Lock::new(Some(vcpu)),
-        };
         Self {
             vm,
             id: VmId(number as u16),
-            seats: vcpus.into_iter().map(seat).collect(),
-            out: AtomicU64::new(0),
+            seats: Seats::new(vcpus),
             end: Lock::new(None),
         }
-    }
-
-    fn all(&self) -> u64 {
-        u64::MAX >> (64 - self.seats.len().clamp(1, 64))
     }
 
     /// How it ended, if by itself, and whether its structures are whole.
@@ -109,12 +89,19 @@ impl Live {
 
     /// Whether all vCPUs have left the cores by order.
     pub fn is_out(&self) -> bool {
-        self.out.load(Ordering::SeqCst) == self.all()
+        self.seats.are_out()
     }
 
-    /// The vCPUs, out of their seats; all of them once [`Live::is_out`].
-    pub fn take_vcpus(&self) -> impl Iterator<Item = Box<dyn Guest>> {
-        self.seats.iter().filter_map(|seat| seat.vcpu.lock().take())
+    /// Takes a VM that [`Live::is_out`] apart: what its vCPUs share, and those. The cores that ran it
+    /// last may have yet to let go of it, and are waited for: what it holds is free when this is.
+    pub fn take_apart(mut self: Arc<Self>) -> (Arc<AnyVm>, Vec<Box<dyn Guest>>) {
+        loop {
+            match Arc::try_unwrap(self) {
+                Ok(Self { vm, seats, .. }) => return (vm, seats.empty().collect()),
+                Err(shared) => self = shared,
+            }
+            core::hint::spin_loop();
+        }
     }
 
     fn vcpu_id(&self, index: usize) -> VcpuId {
@@ -227,15 +214,21 @@ impl Machine {
         while vcpus != 0 {
             let index = vcpus.trailing_zeros() as usize;
             vcpus &= vcpus - 1;
-            let Some(seat) = live.seats.get(index) else {
-                return;
-            };
-            match seat.core.load(Ordering::SeqCst) {
-                NOWHERE => self.schedule(|s, now| s.wake(live.vcpu_id(index), now)),
-                core if core as usize == this().number() => {}
-                core => self.host.kick(core as usize),
+            match live.seats.core(index) {
+                None => self.wake(live, index),
+                Some(core) if core == this().number() => {}
+                Some(core) => self.host.kick(core),
             }
         }
+    }
+
+    /// Wakes a vCPU, unless it left the cores by order.
+    fn wake(&self, live: &Live, index: usize) {
+        self.schedule(|scheduler, now| {
+            if live.seats.may_wake(index) {
+                scheduler.wake(live.vcpu_id(index), now);
+            }
+        });
     }
 
     /// Kicks whom an action on the VM from outside was for.
@@ -248,10 +241,39 @@ impl Machine {
     pub fn order(&self, live: &Live, order: Order) {
         live.vm.set_order(order);
         if order == Order::Run {
-            live.out.store(0, Ordering::SeqCst);
+            self.schedule(|_, _| live.seats.let_in());
         }
         let _ = live.vm.take_kicks();
-        self.kick(live, live.all());
+        self.kick(live, live.seats.all());
+    }
+
+    /// Ends a VM; unless `sound`, its structures may be half done.
+    fn end(&self, live: &Live, end: End, sound: bool) {
+        // The first end counts, but an unsound one is the end of all.
+        let mut first = live.end.lock();
+        match &mut *first {
+            Some((_, whole)) => *whole &= sound,
+            None => *first = Some((end, sound)),
+        }
+        drop(first);
+        let order = if sound { Order::Stop } else { Order::Abandon };
+        self.order(live, order);
+    }
+
+    /// Work for a VM was given up: it ends, and its structures are not to be trusted.
+    pub fn give_up(&self, live: &Live) {
+        let cause = "the hypervisor failed while it worked for this VM".to_string();
+        self.end(live, End::Crashed(cause), false);
+        // Those that were paused are off the cores already.
+        if live.is_out() {
+            self.announce(live.id);
+        }
+    }
+
+    /// All vCPUs of a VM are off the cores: a case for the manager.
+    fn announce(&self, vm: VmId) {
+        self.gone.fetch_or(1 << (vm.0 & 31), Ordering::SeqCst);
+        self.call_manager();
     }
 }
 
@@ -325,6 +347,7 @@ impl Worker {
     /// The life of a core beside the boot core.
     pub fn work(mut self) -> ! {
         loop {
+            self.answer();
             self.turn(Nanos::NEVER);
         }
     }
@@ -333,7 +356,11 @@ impl Worker {
     /// a person leaves (`true`).
     pub fn manage(mut self, manager: &mut Manager) -> bool {
         loop {
+            self.answer();
             SERIAL_FIRED.store(false, Ordering::Relaxed);
+            if manager.due() <= self.machine.clock.now() {
+                self.hand_over();
+            }
             if let Some(left) = manager.step() {
                 self.put_back();
                 return left;
@@ -346,12 +373,17 @@ impl Worker {
         }
     }
 
+    /// Looks at all that was left for the core from here on; what comes later calls it again. So
+    /// this comes before the manager's look as well.
+    fn answer(&self) {
+        self.core.beat();
+        self.core.take_kick();
+        self.core.reschedule.store(false, Ordering::SeqCst);
+    }
+
     /// Does what the scheduler says, until then at the latest.
     fn turn(&mut self, due: Nanos) {
         self.core.beat();
-        // What is left for the core from here on calls it again.
-        self.core.take_kick();
-        self.core.reschedule.store(false, Ordering::SeqCst);
         let number = CoreId(self.core.number() as u16);
         let (decision, stolen) = self.machine.schedule(|scheduler, now| {
             let decision = scheduler.next(number, now);
@@ -394,15 +426,22 @@ impl Worker {
         let Loaded {
             live, index, vcpu, ..
         } = loaded;
-        let Some(seat) = live.seats.get(index) else {
-            return;
-        };
-        *seat.vcpu.lock() = Some(vcpu);
-        seat.core.store(NOWHERE, Ordering::SeqCst);
+        live.seats.put_back(index, vcpu);
         // Whoever left something for it before this found it on a core, and did not wake it.
-        if live.vm.is_signalled(index) && live.vm.order() == Order::Run {
-            self.machine
-                .schedule(|s, now| s.wake(live.vcpu_id(index), now));
+        if live.vm.is_signalled(index) {
+            self.machine.wake(&live, index);
+        }
+    }
+
+    /// Leaves the vCPU to the other cores, before work that may last.
+    fn hand_over(&mut self) {
+        if let Some(loaded) = &self.loaded {
+            let vcpu = loaded.live.vcpu_id(loaded.index);
+            self.put_back();
+            self.machine.schedule(|scheduler, now| {
+                scheduler.sleep(vcpu, Nanos::NEVER, now);
+                scheduler.wake(vcpu, now);
+            });
         }
     }
 
@@ -410,18 +449,7 @@ impl Worker {
     fn take(&mut self, vcpu: VcpuId, stolen: u64) -> Option<()> {
         let live = self.machine.live(usize::from(vcpu.vm.0))?;
         let index = usize::from(vcpu.index);
-        let seat = live.seats.get(index)?;
-        // The core that had it last may be about to put it back.
-        let mut taken = loop {
-            if let Some(vcpu) = seat.vcpu.lock().take() {
-                break vcpu;
-            }
-            if live.vm.order() == Order::Abandon {
-                return None;
-            }
-            core::hint::spin_loop();
-        };
-        seat.core.store(self.core.number() as u32, Ordering::SeqCst);
+        let mut taken = live.seats.take(index, self.core.number())?;
         taken.load(stolen);
         self.loaded = Some(Loaded {
             live,
@@ -436,7 +464,13 @@ impl Worker {
     fn run(&mut self, vcpu: VcpuId, until: Nanos, stolen: u64) {
         let same = |loaded: &Loaded| loaded.live.vcpu_id(loaded.index) == vcpu;
         if !self.loaded.as_ref().is_some_and(same) {
-            self.put_back();
+            if self.loaded.is_some() {
+                self.put_back();
+                if self.core.reschedule.load(Ordering::SeqCst) {
+                    // That woke one which should perhaps have the core.
+                    return;
+                }
+            }
             if self.take(vcpu, stolen).is_none() {
                 self.machine
                     .schedule(|s, now| s.sleep(vcpu, Nanos::NEVER, now));
@@ -472,48 +506,46 @@ impl Worker {
             Some(Stop::Halted { until }) => {
                 let until = self.machine.clock.at(until);
                 self.machine.schedule(|s, now| s.sleep(vcpu, until, now));
+                // Whoever wakes it may have it run on another core at once.
+                self.put_back();
             }
             Some(Stop::Ordered) => self.leave(None),
             Some(Stop::Ended(end)) => self.leave(Some((end, sound))),
             None => {
-                let cause = "the hypervisor failed while it worked for this VM".to_string();
-                self.leave(Some((End::Crashed(cause), false)));
+                self.machine.give_up(&loaded.live);
+                self.leave(None);
             }
         }
     }
 
     /// The vCPU leaves the core by order, or with the end of its VM.
     fn leave(&mut self, end: Option<(End, bool)>) {
-        let Some(loaded) = &self.loaded else {
+        let Some(loaded) = &mut self.loaded else {
             return;
         };
         let (live, index) = (loaded.live.clone(), loaded.index);
         if let Some((end, sound)) = end {
-            // The first end counts, but an unsound one is the end of all.
-            let mut first = live.end.lock();
-            match &mut *first {
-                Some((_, whole)) => *whole &= sound,
-                None => *first = Some((end, sound)),
-            }
-            drop(first);
-            let order = if sound { Order::Stop } else { Order::Abandon };
-            self.machine.order(&live, order);
+            self.machine.end(&live, end, sound);
         }
-        let vcpu = live.vcpu_id(index);
-        self.machine
-            .schedule(|s, now| s.sleep(vcpu, Nanos::NEVER, now));
+        let leaves = self.machine.schedule(|scheduler, now| {
+            // Let go again in the meantime?
+            let leaves = live.vm.order() != Order::Run;
+            if leaves {
+                scheduler.sleep(live.vcpu_id(index), Nanos::NEVER, now);
+                live.seats.leave(index);
+            }
+            leaves
+        });
+        if !leaves {
+            loaded.runnable = true;
+            return;
+        }
         self.put_back();
-        let bit = 1 << (index & 63);
-        let out = live.out.fetch_or(bit, Ordering::SeqCst) | bit;
-        if live.vm.order() == Order::Run {
-            // Let go again in the meantime.
-            live.out.fetch_and(!bit, Ordering::SeqCst);
-            self.machine.schedule(|s, now| s.wake(vcpu, now));
-        } else if out == live.all() {
-            self.machine
-                .gone
-                .fetch_or(1 << (live.id.0 & 31), Ordering::SeqCst);
-            self.machine.call_manager();
+        if live.is_out() {
+            let vm = live.id;
+            // The manager waits until nobody has it any more.
+            drop(live);
+            self.machine.announce(vm);
         }
     }
 }

@@ -11,8 +11,10 @@ pub mod layout;
 pub mod life;
 pub mod load;
 mod run;
+mod seats;
 #[cfg(test)]
 mod testing;
 mod vm;
 
+pub use seats::Seats;
 pub use vm::{End, Host, MakeVcpu, Order, Processor, Stop, VcpuParts, Vm, VmError, VmSetup};

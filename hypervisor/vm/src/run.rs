@@ -163,6 +163,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                     Ok(Next::Prepare) => continue 'prepare,
                     Ok(Next::Serve) => {
                         if host.interrupted() {
+                            // The exit may have left something for others.
+                            self.kick_others(host);
                             return Stop::Preempted;
                         }
                         if self.tick(host).is_err() {
@@ -259,6 +261,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         if let Some(stop) = self.deliver() {
             self.kick_others(host);
             return Some(stop);
+        }
+        // The 8259's acknowledge cycle may have left something for others.
+        if self.attention.contains(Attention::KICKS) && self.kick_others(host) {
+            return Some(Stop::Preempted);
         }
         let shown = (self.apic.tpr(), self.apic.tpr_threshold());
         if shown != self.shown_tpr {
@@ -487,7 +493,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         }
         self.vcpu.init();
         self.apic.init();
-        self.vm.fabric.publish(&mut self.apic);
+        self.vm.fabric.publish_init(&mut self.apic);
         self.shown_tpr = (0, 0);
         self.vcpu.set_virtual_tpr(0, 0);
         self.want_window(false);
@@ -922,6 +928,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
 
     /// Writes how much time was taken from the vCPU where the guest wants it.
     pub(crate) fn show_stolen(&mut self, preempted: bool) -> Result<(), Over> {
+        // The memory of a VM that is given up may be half changed.
+        if self.vm.order() == Order::Abandon {
+            return Err(Over);
+        }
         if self.stolen_shown != Some((self.stolen, preempted))
             && let Some(at) = pvclock::record_address(self.msrs.steal_time())
         {

@@ -92,6 +92,17 @@ impl ApicFabric {
         apic.set_lint(0, self.extint.load(Acquire));
     }
 
+    /// Tells the others that `apic` had an INIT, which also takes away what came for it before.
+    pub fn publish_init(&self, apic: &mut LocalApic) {
+        self.publish(apic);
+        if let Some(mailbox) = self.mailboxes.get(apic.id() as usize) {
+            mailbox
+                .requested
+                .iter()
+                .for_each(|word| word.store(0, SeqCst));
+        }
+    }
+
     /// Whether there is something to [`ApicFabric::collect`].
     #[inline(always)]
     #[must_use]
@@ -127,7 +138,7 @@ impl ApicFabric {
             let level = level.load(Relaxed);
             while bits != 0 {
                 let bit = bits.trailing_zeros();
-                apic.accept(Vector((word * 64 + bit) as u8), level >> bit & 1 != 0);
+                apic.request(Vector((word * 64 + bit) as u8), level >> bit & 1 != 0);
                 bits &= bits - 1;
             }
         }

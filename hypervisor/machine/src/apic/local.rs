@@ -774,9 +774,16 @@ impl LocalApic {
             self.error(ERROR_RECEIVE_VECTOR);
             return false;
         }
+        self.request(vector, level);
+        true
+    }
+
+    /// Adds a request that was accepted before, when it was sent: it stays, even if the APIC is
+    /// disabled since (SDM Vol. 3A §11.4.7.2). Else the end of a level-triggered one would never come,
+    /// and its pin would wait for that for ever.
+    pub(super) fn request(&mut self, vector: Vector, level: bool) {
         self.requested.insert(&self.page, IRR, vector.0);
         self.page.set_bit(TMR, vector.0, level);
-        true
     }
 
     /// Adds signals to those that wait. An INIT takes a start-up that came before it out of the

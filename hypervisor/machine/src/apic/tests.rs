@@ -625,6 +625,37 @@ fn a_level_pin_waits_for_its_eoi_and_for_an_enabled_apic() {
 }
 
 #[test]
+fn what_was_sent_before_an_apic_was_disabled_stays_until_an_init() {
+    let mut fabric = Apics::new(1, TscClock::new(1_000_000));
+    fabric.local[0].reset();
+    fabric.publish();
+    fabric.write_mmio(0, 0xf0, 0x1ff, NOW);
+    fabric.write_io(0, 0x10 + 2 * 9);
+    fabric.write_io(0x10, 0x8059);
+    // The pin rises while the vCPU is on its way to disable its APIC.
+    fabric.router.set_gsi(9, true);
+    fabric.write_mmio(0, 0xf0, 0xff, NOW);
+    fabric.write_mmio(0, 0xf0, 0x1ff, NOW);
+    assert_eq!(fabric.local[0].acknowledge(), Vector(0x59));
+    fabric.router.set_gsi(9, false);
+    fabric.write_mmio(0, 0xb0, 0, NOW);
+    fabric.set_gsi(9, true);
+    assert_eq!(
+        fabric.local[0].acknowledge(),
+        Vector(0x59),
+        "the pin is free"
+    );
+    fabric.set_gsi(9, false);
+    fabric.write_mmio(0, 0xb0, 0, NOW);
+    fabric.router.set_gsi(9, true);
+    fabric.local[0].init();
+    let carrier = fabric.router.fabric().clone();
+    carrier.publish_init(&mut fabric.local[0]);
+    fabric.collect();
+    assert_eq!(fabric.local[0].pending(), None);
+}
+
+#[test]
 fn a_write_that_hardware_made_has_the_same_effects() {
     // The hardware has stored the value; then the exit comes.
     let trap = |apic: &mut LocalApic, offset: u16, value: u32| {

@@ -1038,6 +1038,52 @@ fn the_board_keeps_time_on_the_first_cpu_whoever_programs_it() {
 }
 
 #[test]
+fn one_that_loses_its_core_has_told_the_others_before() {
+    let mut pair = Pair::new();
+    pair.command(1, 0x4601);
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+    assert_eq!(pair.worlds[1].out(0x43, 0x34), PREEMPTED);
+    pair.worlds[0].run(&[]);
+    let world = &mut pair.worlds[1];
+    world.core.kicked = 0;
+    // The count in one string, while something else wants the core.
+    world.code(b"");
+    world.cpu.vcpu.rip = 0;
+    for (at, bytes) in [(0x1000, b"\xf3\x6e"), (0x2000, b"\xa9\x04")] {
+        world.memory().write(GuestPhysAddr::new(at), bytes).unwrap();
+    }
+    let gprs = world.gprs();
+    (gprs[Gpr::Rsi], gprs[Gpr::Rcx], gprs[Gpr::Rdx]) = (0x2000, 2, 0x40);
+    let exit = Exit::Io(IoExit {
+        port: 0x40,
+        size: 1,
+        input: false,
+        string: true,
+        rep: true,
+    });
+    world.cpu.vcpu.exits = [exit].into();
+    world.core.patience = 0;
+    assert_eq!(world.cpu.run(&mut world.core), PREEMPTED);
+    assert_eq!(world.core.kicked & 1, 1);
+}
+
+#[test]
+fn the_memory_of_a_vm_that_is_given_up_is_left_alone() {
+    for (order, preempted) in [(Order::Run, 1), (Order::Abandon, 0)] {
+        let mut world = World::new();
+        let gprs = world.gprs();
+        (gprs[Gpr::Rcx], gprs[Gpr::Rax], gprs[Gpr::Rdx]) = (0x4b56_4d03, 0x1001, 0);
+        assert_eq!(world.run(&[Exit::Wrmsr]), PREEMPTED);
+        world.cpu.vm.set_order(order);
+        world.cpu.unload(true);
+        let mut byte = [0];
+        let at = GuestPhysAddr::new(0x1010);
+        world.memory().read(at, &mut byte).unwrap();
+        assert_eq!(byte, [preempted], "{order:?}");
+    }
+}
+
+#[test]
 fn one_end_is_the_end_of_all() {
     let mut pair = Pair::new();
     pair.command(1, 0x4601);
