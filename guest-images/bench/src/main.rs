@@ -8,8 +8,15 @@
 //!
 //! Ports: `port-in` and `port-out` use 21H, the first 8259's mask, which every hypervisor answers
 //! itself; `device-port` is the mean of a read and a write of the UART's scratch register.
+//!
+//! Command line: `smp` measures what two vCPUs on one core cost each other, `apart` the same with a
+//! core for each; `share=<from>,<to>` counts what the guest gets of its core between two times of
+//! its own, in milliseconds; `nothing` measures nothing.
 #![no_std]
 #![no_main]
+
+mod share;
+mod smp;
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +25,7 @@ use guest_runtime::pc::{
     self, IOAPIC, LAPIC, MASKED, TSC_DEADLINE, eoi, has_tsc_deadline, has_x2apic, in_x2apic,
     is_intel, quiet, reg, set_lapic, set_x2apic, x2apic,
 };
-use guest_runtime::{Frame, entry, on_interrupt, println, start_info};
+use guest_runtime::{Frame, cmdline, entry, on_interrupt, println, start_info};
 
 entry!(main);
 
@@ -332,8 +339,25 @@ fn nested_fault() {
     row("nested-fault", touch(from, 4096, pages));
 }
 
+/// What the command line asks for; all kinds of exits if nothing else.
 fn main() {
     quiet();
+    let word = cmdline().split_whitespace().next().unwrap_or_default();
+    let times = word
+        .strip_prefix("share=")
+        .and_then(|times| times.split_once(','));
+    match (word, times) {
+        ("nothing", _) => {}
+        ("smp" | "apart", _) => smp::measure(word == "apart"),
+        (_, Some((from, to))) => match (from.parse(), to.parse()) {
+            (Ok(from), Ok(to)) => share::count(from, to),
+            _ => println!("# share: `{from}` and `{to}` must be milliseconds"),
+        },
+        _ => exits(),
+    }
+}
+
+fn exits() {
     let vendor = if is_intel() { "Intel" } else { "AMD" };
     println!(
         "# bench on {vendor}: {LOOPS} loops, {WAKES} wakes, {PAGES} pages; \
