@@ -115,8 +115,14 @@ impl Bench<'_> {
                 .collect();
             let name = weights.map(|w| w.to_string()).join(":");
             let found = self.run(&format!("share {name}"), Kernel::Tessera, &config, 1)?;
+            // The first one's lines bear no name, since it has the console.
             let turns = |i: usize| {
-                let own = |f: &&Figure| f.case == "turns" && f.by == format!("vm{i}");
+                let by = if i == 0 {
+                    String::new()
+                } else {
+                    format!("vm{i}")
+                };
+                let own = |f: &&Figure| f.case == "turns" && f.by == by;
                 found.iter().find(own).map(|f| f.value)
             };
             let Some(counts) = (0..weights.len()).map(turns).collect::<Option<Vec<u64>>>() else {
