@@ -8,51 +8,42 @@
 //! The guest prints `bench <case> <value> <unit>`, the hypervisor `tessera| bench <name> <value>
 //! <unit>`.
 
+mod guests;
 mod sched;
 
 use std::fmt::Write;
-use std::fs;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use harness::emulator::Pace;
-use harness::{Console, Emulator, Firmware, Machine, Received};
+use harness::Emulator;
 
-use crate::config::memory_for;
-use crate::factory::{Factory, Kernel, bundle_of};
+use crate::factory::Factory;
 use crate::progress::{note, step};
-use crate::select::{On, need_emulator};
+use crate::select::On;
+use guests::Bench;
 
 /// The benches, with what they measure.
-pub const NAMES: [(&str, &str); 2] = [
+pub const NAMES: [(&str, &str); 5] = [
     (
         "exits",
         "instructions per exit, by kind; bytes and instructions of the hypervisor itself",
+    ),
+    (
+        "smp",
+        "what two vCPUs cost each other: interrupts, wake-ups, switches",
+    ),
+    (
+        "share",
+        "how four guests share a core, against their weights",
+    ),
+    (
+        "boot",
+        "the hypervisor's start by cores, the memory of VMs by vCPUs",
     ),
     (
         "sched",
         "what a scheduler's decision costs, how well it shares, how soon who is woken runs",
     ),
 ];
-
-/// What a run may take; Bochs needs most of it under load.
-const LIMIT: Duration = Duration::from_secs(300);
-
-/// One guest that measures, alone on the machine.
-const CONFIG: &str = r#"
-[host]
-log = "info"
-
-[[vm]]
-name = "bench"
-kind = "pvh"
-kernel = "guest-bench"
-memory = "64MiB"
-large_pages = false
-[vm.devices]
-debug_exit = true
-debug_console = true
-"#;
 
 /// What an operation costs elsewhere, and the goal where it is not a sixth of that.
 struct Mark {
@@ -98,15 +89,26 @@ struct Figure {
     case: String,
     value: u64,
     unit: String,
+    /// The guest whose line bore its name; else empty.
+    by: String,
+}
+
+impl Figure {
+    fn new(case: &str, value: u64, unit: &str) -> Self {
+        Self {
+            case: case.to_owned(),
+            value,
+            unit: unit.to_owned(),
+            by: String::new(),
+        }
+    }
 }
 
 /// The figures among the lines of a console: the guest's and the hypervisor's.
 fn figures(console: &str) -> Vec<Figure> {
     let mut found = Vec::new();
     for line in console.lines() {
-        let line = line
-            .trim_start_matches("tessera| ")
-            .trim_start_matches("bench| ");
+        let (by, line) = line.split_once("| ").unwrap_or(("", line));
         let Some(rest) = line.strip_prefix("bench ") else {
             continue;
         };
@@ -115,11 +117,9 @@ fn figures(console: &str) -> Vec<Figure> {
             continue;
         };
         let Ok(value) = value.parse() else { continue };
-        let unit = unit.unwrap_or("instructions").to_owned();
         found.push(Figure {
-            case: case.to_owned(),
-            value,
-            unit,
+            by: by.to_owned(),
+            ..Figure::new(case, value, unit.unwrap_or("instructions"))
         });
     }
     found
@@ -166,105 +166,40 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
     let guest = factory
         .file("guest-bench")?
         .context("nothing makes guest-bench")?;
-    let bundle = bundle_of(CONFIG, &[("guest-bench".to_owned(), guest)]);
-    let dir = factory.workspace().dir("bench")?;
-    let disk = dir.join("disk.img");
-    factory.image_of(Kernel::Tessera, &bundle, &disk)?;
-    let kernel = u64::try_from(factory.tessera()?.len())?;
-
-    for emulator in emulators {
-        need_emulator(emulator, Firmware::Bios)?;
-        let console = step(&format!("bench exits on {emulator}"), |_| {
-            measure(emulator, &disk, &dir)
-        })?;
-        let mut all = figures(&console);
-        if all.is_empty() {
-            bail!(
-                "no figures on {emulator}; the console's last lines:\n{}",
-                tail(&console)
-            );
-        }
-        if emulator == Emulator::Bochs {
-            // Another kernel, since to count costs instructions of its own.
-            let counting = dir.join("counting.img");
-            factory.image_of(Kernel::Counting, &bundle, &counting)?;
-            let console = step(
-                "bench exits on bochs, counting VMREADs and VMWRITEs",
-                |_| measure(emulator, &counting, &dir),
-            )?;
-            all.extend(
-                figures(&console)
-                    .into_iter()
-                    .filter(|f| f.unit.starts_with("vm")),
-            );
-        }
-        all.push(Figure {
-            case: "image-size".to_owned(),
-            value: kernel,
-            unit: "bytes".to_owned(),
-        });
-        good &= all.iter().all(|f| within(emulator, f) != Some(false));
-        let text = if request.json {
-            json("exits", emulator.name(), &all)
-        } else {
-            table(emulator, &all)
+    for on in emulators {
+        let bench = Bench {
+            factory,
+            on,
+            guest: &guest,
         };
-        print!("{text}");
-        for missing in MARKS
-            .iter()
-            .filter(|m| !all.iter().any(|f| f.case == m.case))
-        {
-            note(&format!(
-                "the guest measured no {} on {emulator}",
-                missing.case
-            ));
-            good = false;
+        for (name, _) in NAMES {
+            if request.name.is_some_and(|asked| asked != name) {
+                continue;
+            }
+            let all = match name {
+                "exits" => bench.exits()?,
+                "smp" => bench.smp()?,
+                "share" => bench.share()?,
+                "boot" => bench.boot()?,
+                _ => continue,
+            };
+            good &= all.iter().all(|f| within(on, f) != Some(false));
+            let text = if request.json {
+                json(name, on.name(), &all)
+            } else {
+                table(name, on, &all)
+            };
+            print!("{text}");
+            let missing = MARKS
+                .iter()
+                .filter(|m| !all.iter().any(|f| f.case == m.case));
+            for missing in missing.filter(|_| name == "exits") {
+                note(&format!("the guest measured no {} on {on}", missing.case));
+                good = false;
+            }
         }
     }
     Ok(good)
-}
-
-fn tail(console: &str) -> String {
-    let lines: Vec<&str> = console.lines().collect();
-    lines
-        .get(lines.len().saturating_sub(20)..)
-        .unwrap_or_default()
-        .join("\n")
-}
-
-/// Runs the measuring guest to its end.
-fn measure(emulator: Emulator, disk: &std::path::Path, dir: &std::path::Path) -> Result<String> {
-    let mut machine = Machine::new(emulator, Firmware::Bios, disk, memory_for(CONFIG));
-    machine.pace = Pace::Counted;
-    let dir = dir.join(emulator.name());
-    let mut session = machine.start(&dir, LIMIT + Duration::from_secs(30))?;
-    let deadline = Instant::now() + LIMIT;
-    let mut console = Console::default();
-    let end = loop {
-        match session.receive(deadline) {
-            Received::Bytes(bytes) => console.feed(&bytes),
-            Received::Input(_) => {}
-            Received::Closed | Received::Nothing => break None,
-        }
-        if let Some(end) = console.end() {
-            break Some(end);
-        }
-    };
-    let _ = fs::write(dir.join("console"), console.text());
-    match end {
-        Some(end) if end.status == 0 => Ok(console.text().to_owned()),
-        Some(end) => bail!(
-            "ended with status {}: {}\n{}",
-            end.status,
-            end.reason,
-            console.tail(20)
-        ),
-        None => bail!(
-            "did not end within {} s:\n{}",
-            LIMIT.as_secs(),
-            console.tail(20)
-        ),
-    }
 }
 
 /// The mark of a figure on an emulator, and the goal.
@@ -300,14 +235,14 @@ fn within(emulator: Emulator, figure: &Figure) -> Option<bool> {
 
 fn settings(emulator: Emulator) -> &'static str {
     match emulator {
-        Emulator::Bochs => "Bochs, corei7_skylake_x, one processor, sync=none",
+        Emulator::Bochs => "Bochs, corei7_skylake_x, sync=none",
         _ => "QEMU TCG, max, one processor, -icount shift=0,sleep=off",
     }
 }
 
-fn table(emulator: Emulator, figures: &[Figure]) -> String {
+fn table(name: &str, emulator: Emulator, figures: &[Figure]) -> String {
     let mut out = format!(
-        "\nexits on {emulator} with {}: {}\n",
+        "\n{name} on {emulator} with {}: {}\n",
         emulator.extension(),
         settings(emulator)
     );
@@ -346,7 +281,10 @@ fn sched_text(figures: &[Figure], as_json: bool) -> String {
         return json("sched", "host", figures);
     }
     let mut out = "\nsched on this host: a machine of virtual time\n".to_owned();
-    for Figure { case, value, unit } in figures {
+    for Figure {
+        case, value, unit, ..
+    } in figures
+    {
         let _ = writeln!(out, "{case:24} {value:>10} {unit}");
     }
     out
@@ -354,7 +292,10 @@ fn sched_text(figures: &[Figure], as_json: bool) -> String {
 
 fn json(bench: &str, on: &str, figures: &[Figure]) -> String {
     let mut out = String::new();
-    for Figure { case, value, unit } in figures {
+    for Figure {
+        case, value, unit, ..
+    } in figures
+    {
         // Names come from programs of ours, but a quote must not break the line.
         let plain = |s: &str| s.replace(['"', '\\'], "_");
         let _ = writeln!(

@@ -177,7 +177,7 @@ struct TestArgs {
 
 #[derive(Args)]
 struct BenchArgs {
-    /// The bench [default: all; known: exits, sched]
+    /// The bench [default: all; known: exits, smp, share, boot, sched]
     name: Option<String>,
     /// Measure on this one only [default: Bochs and QEMU's own emulation]
     #[arg(long, value_enum)]

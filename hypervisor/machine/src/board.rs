@@ -263,7 +263,10 @@ impl Board {
     /// Reads a byte of the 8259A pair, which needs to know no time; `None` for other ports.
     #[inline(always)]
     pub fn pic_read(&mut self, port: u16) -> Option<u8> {
-        let value = map::is_pic(port).then(|| self.devices.pic.read(port))?;
+        if !map::is_pic(port) {
+            return None;
+        }
+        let value = self.devices.pic.read(port);
         self.carry_pic();
         Some(value)
     }

@@ -202,7 +202,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         if self.apic.id() == 0 && now.0 >= self.vm.board_next.load(Relaxed) {
             let mut board = self.vm.board()?;
             board.tick(now);
-            Self::left(&mut self.attention, &self.vm, &board);
+            let _ = Self::left(&mut self.attention, &self.vm, &board);
         }
         self.apic.tick(now);
         // A timer may go off a little early, and rings once.
@@ -210,13 +210,16 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         Ok(())
     }
 
-    /// What an access to the board leaves to do.
+    /// What an access to the board leaves to do before the next entry: nothing, if it told nobody
+    /// anything and the board is due when it was before.
     #[inline(always)]
-    fn left(attention: &mut Attention, vm: &crate::vm::Vm<P, F>, board: &Board) {
-        vm.board_done(board);
+    fn left(attention: &mut Attention, vm: &crate::vm::Vm<P, F>, board: &Board) -> Next {
+        let moved = vm.board_done(board);
         if vm.fabric.has_kicks() | board.has_actions() {
             attention.insert(Attention::KICKS | Attention::ACTIONS);
+            return Next::Prepare;
         }
+        if moved { Next::Prepare } else { Next::Enter }
     }
 
     /// Takes over TPR where the guest changes it in the hardware's own copy, which has the
@@ -462,7 +465,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     fn take_extint(&mut self) -> Result<Option<arch::Vector>, Over> {
         let mut board = self.vm.board()?;
         let vector = board.pic_interrupt().then(|| board.pic_acknowledge());
-        Self::left(&mut self.attention, &self.vm, &board);
+        let _ = Self::left(&mut self.attention, &self.vm, &board);
         self.attention.set(Attention::EXTINT, board.pic_interrupt());
         Ok(vector)
     }
@@ -567,10 +570,19 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         }
     }
 
-    /// [`Vm::retire`] after an instruction that changed something outside of the vCPU.
+    /// [`Self::retire`] after an instruction that changed something outside of the vCPU.
     #[inline(always)]
     fn retire_and_prepare(&mut self, next: u64) -> Handled {
         self.retire(next).map(|_| Next::Prepare)
+    }
+
+    /// [`Self::retire`] after an instruction that leaves this to do.
+    #[inline(always)]
+    fn retire_and(&mut self, next: u64, then: Next) -> Handled {
+        match self.retire(next)? {
+            Next::Enter => Ok(then),
+            more => Ok(more),
+        }
     }
 
     /// What follows an emulated instruction.
@@ -705,9 +717,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 board.port_write(io.port, io.size, value, now);
             }
         }
-        Self::left(&mut self.attention, &self.vm, &board);
+        let then = Self::left(&mut self.attention, &self.vm, &board);
         drop(board);
-        self.retire_and_prepare(next)
+        self.retire_and(next, then)
     }
 
     fn string_port(&mut self, io: IoExit, host: &mut impl Host) -> Handled {
@@ -721,7 +733,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         let mut memory = self.vm.memory()?;
         let done = emulate::string_io(&mut self.vcpu, &mut *memory, &mut bus, &io);
         drop(memory);
-        Self::left(&mut self.attention, &self.vm, &board);
+        let _ = Self::left(&mut self.attention, &self.vm, &board);
         drop(board);
         match done {
             Ok(done) => self.done(done),
@@ -786,6 +798,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             if let Some(done) = done {
                 self.apply(effect)?;
                 return match done {
+                    // A register that was read is as it was.
+                    Done::Next if !access.write => Ok(Next::Enter),
                     Done::Next => Ok(Next::Prepare),
                     done => self.done(done),
                 };
@@ -805,16 +819,19 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             board: Some(&mut board),
         };
         let (vcpu, mut memory) = (&mut self.vcpu, self.vm.memory()?);
-        let done = match emulate::fast_mov(vcpu, &mut *memory, &mut bus, addr, access) {
-            Some(done) => Ok(done),
-            None => emulate::emulate(vcpu, &mut *memory, &mut bus),
+        let fast = emulate::fast_mov(vcpu, &mut *memory, &mut bus, addr, access);
+        let (load, done) = match fast {
+            Some(done) => (!access.write, Ok(done)),
+            None => (false, emulate::emulate(vcpu, &mut *memory, &mut bus)),
         };
         drop(memory);
         let effect = bus.effect;
-        Self::left(&mut self.attention, &self.vm, &board);
+        let then = Self::left(&mut self.attention, &self.vm, &board);
         drop(board);
         self.apply(effect)?;
         match done {
+            // Of one register, which may even be the local APIC's at an unusual place.
+            Ok(Done::Next) if load => Ok(then),
             Ok(Done::Next | Done::Again) => Ok(Next::Prepare),
             Ok(done) => self.done(done),
             Err(error) => Err(self.crash(&format!("access to {addr}: {error}"))),
@@ -1007,10 +1024,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         };
         let result = if self.vcpu.cpl() != 0 {
             abi::hypercall::ERROR_PRIVILEGE
-        } else if self.vcpu.gprs()[Gpr::Rax] == abi::hypercall::VERSION {
-            abi::VERSION.into()
         } else {
-            return self.other_hypercall(next);
+            match self.vcpu.gprs()[Gpr::Rax] {
+                abi::hypercall::VERSION => abi::VERSION.into(),
+                abi::hypercall::YIELD
+                | abi::hypercall::KICK_CPU
+                | abi::hypercall::VMCS_ACCESSES => return self.other_hypercall(next),
+                _ => abi::hypercall::ERROR_UNKNOWN,
+            }
         };
         self.vcpu.gprs_mut()[Gpr::Rax] = result as u64;
         self.retire(next)

@@ -385,13 +385,16 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
         Some(result)
     }
 
-    /// Tells when the board is next due, after each access to it; vCPU 0 keeps its time.
+    /// Tells when the board is next due, after each access to it; vCPU 0 keeps its time. `true`:
+    /// that has changed.
     #[inline(always)]
-    pub(crate) fn board_done(&self, board: &Board) {
+    pub(crate) fn board_done(&self, board: &Board) -> bool {
         let next = board.next_event().0;
-        if next != self.board_next.load(Relaxed) {
+        let moved = next != self.board_next.load(Relaxed);
+        if moved {
             self.board_due(next);
         }
+        moved
     }
 
     #[inline(never)]

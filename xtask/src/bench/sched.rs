@@ -31,11 +31,7 @@ fn weight(weight: u32) -> Policy {
 pub fn measure() -> (Vec<Figure>, bool) {
     let mut figures = Vec::new();
     let mut say = |case: &str, value: u64, unit: &str| {
-        figures.push(Figure {
-            case: case.to_owned(),
-            value,
-            unit: unit.to_owned(),
-        });
+        figures.push(Figure::new(case, value, unit));
     };
     for vcpus in [10, 100, 1_000, 10_000] {
         let (steps, nanos) = decisions(vcpus);
