@@ -74,6 +74,10 @@ pub enum Request {
     Reset,
     /// End it now.
     Stop,
+    /// Raise a non-maskable interrupt.
+    Nmi,
+    /// Show what its vCPUs stand at.
+    Dump,
 }
 
 impl Request {
@@ -85,6 +89,8 @@ impl Request {
             Self::Shutdown => "shut down",
             Self::Reset => "reset",
             Self::Stop => "stopped",
+            Self::Nmi => "given an NMI",
+            Self::Dump => "dumped",
         }
     }
 }
@@ -116,6 +122,12 @@ pub enum Do {
     End,
     /// Give back what it holds.
     Release,
+    /// Raise a non-maskable interrupt.
+    InjectNmi,
+    /// Take its vCPUs off the cores for the dump, and then as [`Life::state`] says.
+    ParkAndDump,
+    /// Dump it: its vCPUs are off the cores.
+    Dump,
 }
 
 /// What of a configuration decides over what follows an end.
@@ -221,6 +233,11 @@ impl Life {
             (Request::Stop, Starting(_)) => (Stopped { held: false }, Do::Nothing),
             (Request::Stop, Stopped { held: true }) => (Stopped { held: false }, Do::Release),
             (Request::Stop, Crashed { held: true }) => (Crashed { held: false }, Do::Release),
+            (Request::Nmi, Running | Pausing | Paused) => (self.state, Do::InjectNmi),
+            (Request::Dump, Running | Pausing) => (self.state, Do::ParkAndDump),
+            (Request::Dump, Paused | Stopped { held: true } | Crashed { held: true }) => {
+                (self.state, Do::Dump)
+            }
             (request, state) => return Err(Refused { request, state }),
         };
         self.state = state;
@@ -304,19 +321,19 @@ mod tests {
 
     #[test]
     fn requests_apply_to_the_states_they_are_for_and_change_nothing_else() {
-        use Request::{Pause, Reset, Resume, Shutdown, Start, Stop};
-        let all = [Start, Pause, Resume, Shutdown, Reset, Stop];
+        use Request::{Dump, Nmi, Pause, Reset, Resume, Shutdown, Start, Stop};
+        let all = [Start, Pause, Resume, Shutdown, Reset, Stop, Nmi, Dump];
         let states = [
             (State::Defined, &[Start][..]),
             (State::Starting(Nanos(9)), &[Start, Reset, Stop]),
-            (State::Running, &[Pause, Shutdown, Reset, Stop]),
-            (State::Pausing, &[Resume, Reset, Stop]),
-            (State::Paused, &[Resume, Reset, Stop]),
+            (State::Running, &[Pause, Shutdown, Reset, Stop, Nmi, Dump]),
+            (State::Pausing, &[Resume, Reset, Stop, Nmi, Dump]),
+            (State::Paused, &[Resume, Reset, Stop, Nmi, Dump]),
             (State::Stopping, &[]),
             (State::Stopped { held: false }, &[Start]),
-            (State::Stopped { held: true }, &[Start, Stop]),
+            (State::Stopped { held: true }, &[Start, Stop, Dump]),
             (State::Crashed { held: false }, &[Start]),
-            (State::Crashed { held: true }, &[Start, Stop]),
+            (State::Crashed { held: true }, &[Start, Stop, Dump]),
         ];
         for (state, fine) in states {
             for request in all {
