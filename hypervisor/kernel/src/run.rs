@@ -11,7 +11,7 @@ use crate::bring_up::Host;
 use crate::console;
 use crate::cores::watch;
 use crate::lock::Lock;
-use crate::manager::Manager;
+use crate::manager::{Manager, Over};
 use alloc::boxed::Box;
 use alloc::string::ToString;
 use alloc::sync::Arc;
@@ -22,6 +22,8 @@ use cpu::percpu::{Core, this};
 use hw::CoreTimer;
 use sched::{CoreId, CoreSet, Decision, Scheduler, VcpuId, VmId};
 use vm::config::MAX_VMS;
+use vm::dump::Dump;
+use vm::exits::Exits;
 use vm::{End, Order, Stop};
 
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.
@@ -80,13 +82,27 @@ struct Seat {
     /// The core that has taken it, or [`NOWHERE`].
     core: AtomicU32,
     vcpu: Lock<Option<Box<dyn Guest>>>,
+    exits: Arc<Exits>,
+}
+
+impl Seat {
+    /// Takes the vCPU out, once the core that had it last has put it back.
+    fn take(&self) -> Box<dyn Guest> {
+        loop {
+            if let Some(vcpu) = self.vcpu.lock().take() {
+                return vcpu;
+            }
+            core::hint::spin_loop();
+        }
+    }
 }
 
 impl Live {
     /// A VM whose vCPUs sit in their places.
     pub fn new(number: usize, vm: Arc<AnyVm>, vcpus: Vec<Box<dyn Guest>>) -> Self {
-        let seat = |vcpu| Seat {
+        let seat = |vcpu: Box<dyn Guest>| Seat {
             core: AtomicU32::new(NOWHERE),
+            exits: vcpu.exits(),
             vcpu: Lock::new(Some(vcpu)),
         };
         Self {
@@ -112,12 +128,37 @@ impl Live {
         self.out.load(Ordering::SeqCst) == self.all()
     }
 
-    /// The vCPUs, out of their seats; all of them once [`Live::is_out`].
-    pub fn take_vcpus(&self) -> impl Iterator<Item = Box<dyn Guest>> {
-        self.seats.iter().filter_map(|seat| seat.vcpu.lock().take())
+    /// Gives up a VM whose vCPUs are off the cores, after work on it was abandoned.
+    pub fn give_up(&self) {
+        let cause = "the hypervisor failed while it worked for this VM".to_string();
+        *self.end.lock() = Some((End::Crashed(cause), false));
+        self.vm.set_order(Order::Abandon);
     }
 
-    fn vcpu_id(&self, index: usize) -> VcpuId {
+    /// The vCPUs, out of their seats. To be called once [`Live::is_out`], of a VM that no core can
+    /// take vCPUs of any more: one that still has one in its hands puts it back.
+    pub fn take_vcpus(&self) -> impl Iterator<Item = Box<dyn Guest>> {
+        self.seats.iter().map(Seat::take)
+    }
+
+    /// What the vCPUs stand at, of a VM that [`Live::is_out`]. None may be loaded on this core.
+    pub fn dump(&self) -> Vec<Dump> {
+        let dump = |seat: &Seat| {
+            let mut vcpu = seat.take();
+            let dump = vcpu.dump();
+            *seat.vcpu.lock() = Some(vcpu);
+            dump
+        };
+        self.seats.iter().map(dump).collect()
+    }
+
+    /// The exits of each vCPU.
+    pub fn exits(&self) -> impl Iterator<Item = &Exits> {
+        self.seats.iter().map(|seat| &*seat.exits)
+    }
+
+    /// A vCPU's name for the scheduler.
+    pub fn vcpu_id(&self, index: usize) -> VcpuId {
         VcpuId {
             vm: self.id,
             index: index as u16,
@@ -326,14 +367,18 @@ impl Worker {
         }
     }
 
-    /// The life of the boot core, which also keeps the VMs; until none is left to run (`false`) or
-    /// a person leaves (`true`).
-    pub fn manage(mut self, manager: &mut Manager) -> bool {
+    /// The life of the boot core, which also keeps the VMs, until it is over.
+    pub fn manage(mut self, manager: &mut Manager) -> Over {
         loop {
             SERIAL_FIRED.store(false, Ordering::Relaxed);
-            if let Some(left) = manager.step() {
+            if let Some(over) = manager.step() {
                 self.put_back();
-                return left;
+                return over;
+            }
+            if manager.has_dumps() {
+                // To look at another vCPU, the core must have none.
+                self.put_back();
+                manager.dump();
             }
             let mut due = manager.due();
             if POLL_SERIAL.load(Ordering::Relaxed) {
