@@ -299,8 +299,13 @@ impl Life {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{Core, KERNEL, Machine, ORIGIN};
+    use crate::{Order, Stop};
     use alloc::string::ToString;
     use alloc::vec::Vec;
+    use arch::{Exit, Gpr, IoExit};
+    use machine::mock::MockVcpu;
+    use sched::{CoreId, Decision, Scheduler, VcpuId, VmId};
 
     const POLICY: Policy = Policy {
         poweroff: OnEnd::Stop,
@@ -419,5 +424,87 @@ mod tests {
         assert_eq!(life.ended(&End::Stopped, true, now), Do::Start);
         assert_eq!(life.due(), now);
         assert_eq!(life.starts(), 12);
+    }
+
+    /// The guest's end by its own doing: value 0 to the debug-exit port.
+    const LEAVE: Exit = Exit::Io(IoExit {
+        port: 0xf4,
+        size: 1,
+        input: false,
+        string: false,
+        rep: false,
+    });
+
+    /// One life on one core, from its start to the release; gives how it ended.
+    fn live(machine: &Machine, scheduler: &mut Scheduler, vcpus: u16, by_itself: bool) -> End {
+        let (id, now) = (VmId(3), Nanos(0));
+        let mut life = Life::new(POLICY);
+        assert_eq!(life.request(Request::Start, now), Ok(Do::Start));
+        let keys = alloc::format!("vcpus = {vcpus}\nmemory = \"4MiB\"");
+        let mut cpus = machine
+            .make(&keys, &mut || Ok(MockVcpu::protected()))
+            .unwrap();
+        scheduler.add_vm(id, vcpus, sched::Policy::default()).unwrap();
+        life.started(now);
+        scheduler.wake(VcpuId { vm: id, index: 0 }, now);
+        if by_itself {
+            cpus[0].vcpu.exits.push_back(LEAVE);
+            cpus[0].vcpu.next_rip = Some(KERNEL + 2);
+            cpus[0].vcpu.gprs[Gpr::Rax] = 0;
+        } else {
+            assert_eq!(life.request(Request::Stop, now), Ok(Do::End));
+            cpus[0].vm().set_order(Order::Stop);
+            for index in 1..vcpus {
+                scheduler.wake(VcpuId { vm: id, index }, now);
+            }
+        }
+        let mut core = Core {
+            tsc: ORIGIN,
+            patience: 2,
+            armed: Vec::new(),
+            output: Vec::new(),
+            kicked: 0,
+        };
+        let (mut end, mut out) = (End::Stopped, 0);
+        while out < vcpus {
+            let Decision::Run { vcpu, .. } = scheduler.next(CoreId(0), now) else {
+                panic!("nobody runs, and {out} of {vcpus} have left");
+            };
+            let cpu = &mut cpus[usize::from(vcpu.index)];
+            cpu.load(0);
+            let stop = cpu.run(&mut core);
+            cpu.unload(false);
+            if let Stop::Ended(how) = stop {
+                life.ending();
+                end = how;
+                cpu.vm().set_order(Order::Stop);
+                for index in 1..vcpus {
+                    scheduler.wake(VcpuId { vm: id, index }, now);
+                }
+            } else {
+                assert_eq!(stop, Stop::Ordered);
+            }
+            scheduler.sleep(vcpu, Nanos::NEVER, now);
+            out += 1;
+        }
+        assert_eq!(life.ended(&end, true, now), Do::Release);
+        scheduler.remove_vm(id);
+        end
+    }
+
+    #[test]
+    fn ten_thousand_lives_leave_every_frame_and_no_vcpu_behind() {
+        let machine = Machine::of(16 << 20);
+        let mut scheduler = Scheduler::new();
+        scheduler.add_core(CoreId(0), Nanos(0));
+        for round in 0..10_000 {
+            let vcpus = if round % 2 == 0 { 1 } else { 3 };
+            let by_itself = round % 3 == 0;
+            let end = live(&machine, &mut scheduler, vcpus, by_itself);
+            assert_eq!(end == End::DebugExit(1), by_itself, "{end:?}");
+            assert_eq!(machine.free_bytes(), machine.total, "round {round}");
+            let idle = scheduler.next(CoreId(0), Nanos(0));
+            assert_eq!(idle, Decision::Idle { until: Nanos::NEVER });
+        }
     }
 }
