@@ -60,7 +60,10 @@ pub fn free_bytes() -> u64 {
 
 /// Bytes of RAM that were there to be handed out.
 pub fn total_bytes() -> u64 {
-    FRAMES.lock().as_ref().map_or(0, FrameAllocator::total_bytes)
+    FRAMES
+        .lock()
+        .as_ref()
+        .map_or(0, FrameAllocator::total_bytes)
 }
 
 /// Bytes that the heap has handed out.

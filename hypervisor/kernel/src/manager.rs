@@ -654,7 +654,9 @@ impl Manager {
             live.vm.backed_bytes(),
             live.vm.table_bytes()
         ));
-        let heading = [">vcpu", "state", ">core", ">ms", ">stolen", ">moves", ">exits"];
+        let heading = [
+            ">vcpu", "state", ">core", ">ms", ">stolen", ">moves", ">exits",
+        ];
         let mut table = Table::new(&heading);
         let views = self.views(&live);
         for ((index, view), exits) in views.iter().enumerate().zip(live.exits()) {
@@ -671,7 +673,9 @@ impl Manager {
         let now = self.machine.clock.now();
         let passed = now.since(self.topped).max(1);
         self.topped = now;
-        let heading = ["vm", ">vcpu", "state", ">core", ">ms", ">share", ">stolen", ">exits"];
+        let heading = [
+            "vm", ">vcpu", "state", ">core", ">ms", ">share", ">stolen", ">exits",
+        ];
         let mut table = Table::new(&heading);
         let names = Reason::ALL.map(|(_, name)| format!(">{name}"));
         let names = names.each_ref().map(String::as_str);

@@ -122,7 +122,11 @@ impl Dump {
             let guards = Cr4::SMAP.union(Cr4::SMEP).union(Cr4::PKE).bits();
             let mut state = PagingState::of(vcpu).implicit_supervisor();
             state.cr4 &= !guards;
-            this.follow(state, &mut Peek(memory), vcpu.segment(SegmentRegister::Ss).base);
+            this.follow(
+                state,
+                &mut Peek(memory),
+                vcpu.segment(SegmentRegister::Ss).base,
+            );
         }
         this
     }
@@ -284,7 +288,14 @@ mod tests {
     #[test]
     fn a_chain_that_lies_is_not_followed_far() {
         // In a circle, down, out of the mapped page, unaligned, not canonical.
-        for next in [HIGH + 0x120, HIGH + 0x80, HIGH + 0x2000, HIGH + 0x301, 1 << 60, u64::MAX] {
+        for next in [
+            HIGH + 0x120,
+            HIGH + 0x80,
+            HIGH + 0x2000,
+            HIGH + 0x301,
+            1 << 60,
+            u64::MAX,
+        ] {
             let (vcpu, mut memory) = world();
             frame(&mut memory, 0x120, next, 0xaaaa);
             assert_eq!(Dump::of(&vcpu, Some(&mut memory)).callers, [0xaaaa]);
@@ -302,7 +313,11 @@ mod tests {
     #[test]
     fn real_mode_and_unreadable_memory_leave_the_registers() {
         let (vcpu, mut memory) = world();
-        assert!(Dump::of(&MockVcpu::real(), Some(&mut memory)).callers.is_empty());
+        assert!(
+            Dump::of(&MockVcpu::real(), Some(&mut memory))
+                .callers
+                .is_empty()
+        );
         let dump = Dump::of(&vcpu, None);
         assert!(dump.callers.is_empty() && dump.stack.is_empty());
         assert_eq!(text(&dump).last().unwrap(), "at   0000000000001234");

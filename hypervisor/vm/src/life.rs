@@ -444,7 +444,9 @@ mod tests {
         let mut cpus = machine
             .make(&keys, &mut || Ok(MockVcpu::protected()))
             .unwrap();
-        scheduler.add_vm(id, vcpus, sched::Policy::default()).unwrap();
+        scheduler
+            .add_vm(id, vcpus, sched::Policy::default())
+            .unwrap();
         life.started(now);
         scheduler.wake(VcpuId { vm: id, index: 0 }, now);
         if by_itself {
@@ -504,7 +506,12 @@ mod tests {
             assert_eq!(end == End::DebugExit(1), by_itself, "{end:?}");
             assert_eq!(machine.free_bytes(), machine.total, "round {round}");
             let idle = scheduler.next(CoreId(0), Nanos(0));
-            assert_eq!(idle, Decision::Idle { until: Nanos::NEVER });
+            assert_eq!(
+                idle,
+                Decision::Idle {
+                    until: Nanos::NEVER
+                }
+            );
         }
     }
 }

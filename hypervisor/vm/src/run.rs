@@ -146,9 +146,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                     Exit::Rdmsr => self.count(Reason::Rdmsr).rdmsr(host),
                     Exit::Wrmsr => self.count(Reason::Wrmsr).wrmsr(host),
                     Exit::Io(io) => self.count(Reason::Port).port(io, host),
-                    Exit::ApicWrite { offset } => {
-                        self.count(Reason::Apic).apic_write(offset, host)
-                    }
+                    Exit::ApicWrite { offset } => self.count(Reason::Apic).apic_write(offset, host),
                     Exit::NestedFault { addr, access, walk } => {
                         self.count(Reason::Memory).fault(addr, access, walk, host)
                     }

@@ -87,7 +87,10 @@ fn stood_still(heard: &Heard) -> Result<(), String> {
     if pause.contains("pulse| ") {
         return Err("it wrote while it was paused".into());
     }
-    match (top(heard, "pulse", 4).as_slice(), top(heard, "clock", 4).as_slice()) {
+    match (
+        top(heard, "pulse", 4).as_slice(),
+        top(heard, "clock", 4).as_slice(),
+    ) {
         ([a, b, ..], [c, d, ..]) if a == b && c < d => Ok(()),
         times => Err(format!("CPU times in ms: {times:?}")),
     }
@@ -157,8 +160,8 @@ const MEM: &[Step] = &[
 /// The history of lines and the guests' past are full before the first look.
 const WARM: usize = 5;
 const ROUNDS: usize = 32;
-const WARM_UP: [Step; 2 + WARM * ROUND.len() + MEM.len()] =
-    repeat(&[TO_MONITOR, MONITOR], ROUND, MEM);
+const WARM_UP: [Step; 3 + WARM * ROUND.len() + MEM.len()] =
+    repeat(&[Expect("^#$"), TO_MONITOR, MONITOR], ROUND, MEM);
 const LOOK: [Step; MEM.len() + 2] = repeat(MEM, &[QUIT], &[Check(nothing_is_left), QUIT]);
 const START_STOP: [Step; WARM_UP.len() + ROUNDS * ROUND.len() + LOOK.len()] =
     repeat(&WARM_UP, ROUND, &LOOK);
@@ -219,7 +222,9 @@ pub(super) const CASES: &[Case] = &[
             Send("info pulse\r"),
             Expect(r"^tessera\| pulse: running, "),
             Expect(r"^tessera\| started 3 times"),
-            Expect(r"^tessera\| then: after power-off stop, after a reset restart, after a crash stop$"),
+            Expect(
+                r"^tessera\| then: after power-off stop, after a reset restart, after a crash stop$",
+            ),
             Expect(r"^tessera\| scheduled: fair, weight 256, on all cores$"),
             Send("sched pulse weight=100 cap=50 pin=0\r"),
             Expect(r"^tessera\| scheduled: fair, weight 100, cap 50 %, on cores 0$"),
@@ -460,7 +465,9 @@ vcpus = 2
             MONITOR,
             Send("dump linux\r"),
             Expect(r"^tessera\| vm linux: vCPU 0$"),
-            Expect(r"^tessera\| rip ffffffff[0-9a-f]{8}  rflags [0-9a-f]{8}  64-bit mode, level 0$"),
+            Expect(
+                r"^tessera\| rip ffffffff[0-9a-f]{8}  rflags [0-9a-f]{8}  64-bit mode, level 0$",
+            ),
             Expect(r"^tessera\| stack [0-9a-f]{16} "),
             Expect(r"^tessera\| vm linux: vCPU 1$"),
             Expect(r"^tessera\| at   ffffffff[0-9a-f]{8}$"),
