@@ -40,7 +40,7 @@ memory = "16MiB"
 debug_exit = true
 "#;
 
-const END: Step = Step::Expect(r"^tessera\| end: status=");
+const END: Step = Expect(r"^tessera\| end: status=");
 
 fn rest_went_on(heard: &Heard) -> Result<(), String> {
     let line = "tessera| vm rest: ended: debug exit, code 1";
