@@ -18,7 +18,7 @@ use guest_runtime::pc::{
     self, IOAPIC, LAPIC, MASKED, TSC_DEADLINE, eoi, has_tsc_deadline, has_x2apic, in_x2apic,
     is_intel, quiet, reg, set_lapic, set_x2apic, x2apic,
 };
-use guest_runtime::{Frame, entry, on_interrupt, println, start_info};
+use guest_runtime::{Frame, entry, on_interrupt, println, smp, start_info};
 
 entry!(main);
 
@@ -332,6 +332,79 @@ fn nested_fault() {
     row("nested-fault", touch(from, 4096, pages));
 }
 
+const THERE: u8 = 0x51;
+const BACK: u8 = 0x52;
+static CAME: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+/// When the interrupt of `smp-wake` was taken.
+static TAKEN: AtomicU64 = AtomicU64::new(0);
+
+/// Two vCPUs: an IPI to one that runs and another back; the wake of one that halts, to its handler;
+/// and a word handed to and fro by PAUSE, which costs two switches a turn where both share a core.
+fn smp_cases() {
+    if smp::count() < 2 {
+        println!("# smp-ipi, smp-wake, smp-switch: one vCPU");
+        return;
+    }
+    fn there(_: &mut Frame) {
+        TAKEN.store(rdtsc(), Ordering::Relaxed);
+        CAME[0].fetch_add(1, Ordering::SeqCst);
+        eoi();
+    }
+    fn back(_: &mut Frame) {
+        CAME[1].fetch_add(1, Ordering::SeqCst);
+        eoi();
+    }
+    on_interrupt(THERE, there);
+    on_interrupt(BACK, back);
+    let came = |way: usize| CAME[way].load(Ordering::SeqCst);
+    // Each side answers what came, until so many turns are over; `wait` lets time go by.
+    let rounds = |wait: &(dyn Fn() + Sync)| {
+        let (first, second) = (came(0), came(1));
+        let mut total = 0;
+        let mut wakes = 0;
+        smp::beside(
+            [1],
+            &|| {
+                for turn in 1..=WAKES {
+                    while came(0) < first + turn {
+                        wait();
+                    }
+                    smp::send(smp::apic_id(0), BACK.into());
+                }
+            },
+            || {
+                let start = rdtsc();
+                for turn in 1..=WAKES {
+                    let sent = rdtsc();
+                    smp::send(smp::apic_id(1), THERE.into());
+                    while came(1) < second + turn {
+                        wait();
+                    }
+                    wakes += TAKEN.load(Ordering::Relaxed).saturating_sub(sent);
+                }
+                total = rdtsc() - start;
+            },
+        );
+        (total / WAKES, wakes / WAKES)
+    };
+    let running = || guest_runtime::with_interrupts(core::hint::spin_loop);
+    row("smp-ipi", rounds(&running).0);
+    row("smp-wake", rounds(&cpu::wait_for_interrupt).1);
+    let word = AtomicU64::new(0);
+    let hand = |own: u64| {
+        for turn in 0..WAKES {
+            while word.load(Ordering::SeqCst) != 2 * turn + own {
+                core::hint::spin_loop();
+            }
+            word.fetch_add(1, Ordering::SeqCst);
+        }
+    };
+    let start = rdtsc();
+    smp::beside([1], &|| hand(1), || hand(0));
+    row("smp-switch", (rdtsc() - start) / (2 * WAKES));
+    smp::park_others();
+}
+
 fn main() {
     quiet();
     let vendor = if is_intel() { "Intel" } else { "AMD" };
@@ -344,4 +417,5 @@ fn main() {
     io_cases();
     hlt_wake();
     nested_fault();
+    smp_cases();
 }

@@ -185,6 +185,8 @@ pub fn code_to_device() {
     set_window_unflushed(SLOT, HOLE | 3);
     // SAFETY: the end of this guest is what is wanted.
     unsafe { asm!("call {}", in(reg) at, in("rdi") LAPIC + 0x30, out("rax") _) };
+    // It may have gone well, by what the TLB knew; now that is forgotten.
+    set_window(SLOT, HOLE | 3);
     jump(at);
 }
 

@@ -11,6 +11,7 @@ use guest_runtime::{Page, load_idt, segments};
 
 core::arch::global_asm!(
     ".macro try bytes:vararg",
+    "mov eax, [hostile_pd]",
     ".byte 0xbd", // mov ebp, imm32
     ".long 9f",
     ".byte \\bytes",
@@ -177,8 +178,8 @@ core::arch::global_asm!(
     "mov [hostile_sp], esp",
     "mov [hostile_tss + 4], esp",
     "xor ebp, ebp",
-    "hostile_v86_on:",
-    "mov esp, [hostile_sp]",
+    "hostile_v86_on:", // DS is null when this comes from virtual-8086 mode
+    "mov esp, cs:[hostile_sp]",
     "cmp bp, -1",
     "je 2f",
     "movzx ebp, bp",

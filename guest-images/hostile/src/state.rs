@@ -77,7 +77,8 @@ fn known_cr4() -> u64 {
     0x7df | more
 }
 
-/// Bits of CR4 that CPUID does not offer, and the upper halves of DR6 and DR7: #GP on a CPU that
+/// Bits of CR4 that CPUID does not offer, of CR3 above the physical addresses, and the upper halves
+/// of DR6 and DR7: #GP on a CPU that
 /// checks. QEMU's does not, and makes an exit of it that stands for an entry that failed.
 pub fn reserved_bits() {
     let cr4 = cpu::cr4();
@@ -86,6 +87,11 @@ pub fn reserved_bits() {
         let _ = attempt!({ set_dr7(bit | 0x400) });
         let _ = attempt!({ set_dr7(0x400) });
         let _ = attempt!({ set_dr6(0) });
+    }
+    let (cr3, width) = (cpu::cr3(), cpuid(0x8000_0008, 0)[0] & 0xff);
+    for bit in (width..64).map(|bit| 1u64 << bit) {
+        let _ = attempt!({ set_cr3(cr3 | bit) });
+        let _ = attempt!({ set_cr3(cr3) });
     }
     for bit in (0..64)
         .map(|bit| 1u64 << bit)
@@ -98,7 +104,6 @@ pub fn reserved_bits() {
 
 /// Every bit of CR0, CR3, CR4, CR8 and XCR0 turned over, one by one, and all at once.
 pub fn cr_bits() {
-    let width = cpuid(0x8000_0008, 0)[0] & 0xff;
     let (mut taken, mut refused) = (0u32, 0u32);
     let mut note = |faulted: bool| {
         if faulted {
@@ -121,7 +126,7 @@ pub fn cr_bits() {
             let _ = attempt!({ set_cr4(cr4) });
         }
         // Bits that choose other tables are not this attack.
-        if bit < 0x1000 || bit.trailing_zeros() >= width || bit == u64::MAX {
+        if bit < 0x1000 {
             note(attempt!({ set_cr3(cr3 ^ bit) }).is_some());
             let _ = attempt!({ set_cr3(cr3) });
         }
@@ -381,7 +386,7 @@ pub fn debug_shadow() {
     // A halt in the shadow, with a timer that ends it.
     set_lapic(reg::DIVIDE, 0xb);
     set_lapic(reg::LVT_TIMER, 1 << 17 | 0x50);
-    set_lapic(reg::INITIAL, 20_000);
+    set_lapic(reg::INITIAL, 1_000_000);
     both!("sti", "hlt");
     stepped!("sti", "hlt");
     stepped!("mov ss, word ptr [rsi]", "sti", "hlt");

@@ -314,8 +314,11 @@ impl vm::Host for CoreHost<'_> {
         self.machine.kick(self.live, vcpus);
         self.core.reschedule.load(Ordering::Relaxed)
     }
+    fn turn_end(&self) -> u64 {
+        self.slice_end
+    }
     fn arm(&mut self, deadline: u64) {
-        self.timer.arm(deadline.min(self.slice_end));
+        self.timer.arm(deadline);
     }
     fn interrupted(&mut self) -> bool {
         cpu::host::serve_interrupts();

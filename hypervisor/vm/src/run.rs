@@ -389,8 +389,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     #[inline(always)]
     fn arm(&mut self, next: Nanos, host: &mut impl Host) {
         self.armed = Some(next);
-        let deadline = self.vm.tsc_at(next);
-        // Where the vCPU has a timer of its own, the core's timer only ends the slice.
+        // Where the vCPU has a timer of its own, it ends the turn as well: it leaves the guest
+        // whatever state that is in.
+        let deadline = self.vm.tsc_at(next).min(host.turn_end());
         let own = self.vcpu.set_deadline(deadline);
         host.arm(if own { u64::MAX } else { deadline });
     }

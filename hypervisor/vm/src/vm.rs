@@ -33,6 +33,8 @@ pub trait Host {
     /// Has these vCPUs of the VM look at what came for them: wakes them, or has them leave guest
     /// mode. `true`: the core is wanted for one of them.
     fn kick(&mut self, vcpus: u64) -> bool;
+    /// When the core is wanted for something else, in its TSC; `u64::MAX` for never.
+    fn turn_end(&self) -> u64;
     /// Takes the core back when its TSC reaches this value (`u64::MAX`: no need to).
     fn arm(&mut self, deadline: u64);
     /// Serves the machine's interrupts that wait. `true`: the core is wanted for something else.
