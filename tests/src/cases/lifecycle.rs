@@ -297,12 +297,12 @@ on_poweroff = "restart"
 "#,
         ]),
         steps: &[
-            Expect("^tessera.. bench boot-to-guest"),
+            Expect(r"^tessera\| bench boot-to-guest"),
             TO_MONITOR,
-            Expect("(?s)(tessera.. vm again: crashed: triple fault.*?){6}"),
+            Expect(r"(?s)(tessera\| vm again: crashed: triple fault.*?){6}"),
             Check(backed_off),
             Send("info off\r"),
-            Expect("^tessera.. started [2-9] times; last end: powered off$"),
+            Expect(r"^tessera\| started [2-9] times; last end: powered off$"),
             Send("stop off\r"),
             Send("stop again\rlist\r"),
             Expect(r"^tessera\| 2 again: stopped: triple fault"),
@@ -415,6 +415,7 @@ debug_exit = true
         load: bundle(&["[host]\ncores = 2\n", CLOCK]),
         steps: &[
             Expect(r"^tessera\| cores: 2 of 3 started"),
+            TICK_IN_FOCUS,
             TO_MONITOR,
             MONITOR,
             Send("sched clock pin=1\r"),
