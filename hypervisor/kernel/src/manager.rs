@@ -700,7 +700,8 @@ impl Manager {
                 })
                 .collect();
             let share = |since: u64| {
-                let tenths = u128::from(since) * 1000 / u128::from(passed);
+                // In microseconds, so that no product is too large for centuries.
+                let tenths = (since / 1000).saturating_mul(1000) / (passed / 1000).max(1);
                 format!("{}.{} %", tenths / 10, tenths % 10)
             };
             let sum = |of: fn(&View) -> u64| views.iter().map(of).sum::<u64>();

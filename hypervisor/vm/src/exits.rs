@@ -1,7 +1,7 @@
 //! How often a vCPU left guest mode, by reason.
 //!
-//! The core that runs the vCPU is the one writer, so that counting is a plain increment; others
-//! read while it runs, and may miss the last few.
+//! Counting is one increment of the vCPU's own memory. At the end of each turn the counts are put
+//! where others can read them.
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -49,17 +49,28 @@ impl Reason {
     ];
 }
 
-/// The exits of a vCPU, counted.
+/// The exits of a vCPU, as it counts them.
+#[derive(Debug, Default)]
+pub(crate) struct Counts([u64; Reason::ALL.len()]);
+
+impl Counts {
+    /// Counts one.
+    #[inline(always)]
+    pub(crate) const fn count(&mut self, reason: Reason) {
+        let counter = &mut self.0[reason as usize];
+        *counter = counter.wrapping_add(1);
+    }
+}
+
+/// The exits of a vCPU up to the end of its last turn.
 #[derive(Debug, Default)]
 pub struct Exits([AtomicU64; Reason::ALL.len()]);
 
 impl Exits {
-    /// Counts one. Only the core that runs the vCPU does.
-    #[inline(always)]
-    pub(crate) fn count(&self, reason: Reason) {
-        // One increment in memory: nobody else writes, so it need not be locked.
-        let counter = &self.0[reason as usize];
-        counter.store(counter.load(Relaxed).wrapping_add(1), Relaxed);
+    pub(crate) fn publish(&self, counts: &Counts) {
+        for (shown, count) in self.0.iter().zip(counts.0) {
+            shown.store(count, Relaxed);
+        }
     }
 
     /// How many there were for a reason.

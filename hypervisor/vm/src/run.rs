@@ -118,6 +118,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     /// Runs the guest until something else wants the core or the guest wants nothing of it. The
     /// vCPU must be loaded.
     pub fn run(&mut self, host: &mut impl Host) -> Stop {
+        let stop = self.turn(host);
+        self.exits.publish(&self.counts);
+        stop
+    }
+
+    #[inline(always)]
+    fn turn(&mut self, host: &mut impl Host) -> Stop {
         if self.vm.order() != Order::Run {
             return Stop::Ordered;
         }
@@ -191,7 +198,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     /// Counts an exit.
     #[inline(always)]
     fn count(&mut self, reason: Reason) -> &mut Self {
-        self.exits.count(reason);
+        self.counts.count(reason);
         self
     }
 

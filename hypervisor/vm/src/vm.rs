@@ -3,7 +3,7 @@
 use crate::bundle::{Bundle, BundleError};
 use crate::config::{Class, ImageName, VmConfig};
 use crate::dump::Dump;
-use crate::exits::Exits;
+use crate::exits::{Counts, Exits};
 use crate::layout::MemoryLayout;
 use crate::load::{self, Boot, EntryState, Image, LoadError};
 use alloc::string::String;
@@ -538,6 +538,8 @@ pub struct Processor<V: Vcpu, P: PhysMemory, F: FrameSource> {
     pub(crate) end: Option<End>,
     /// Where the guest's code was found last.
     pub(crate) code_page: CodePage,
+    pub(crate) counts: Counts,
+    /// What others know of them.
     pub(crate) exits: Arc<Exits>,
     pub(crate) apic: LocalApic,
     pub(crate) vcpu: V,
@@ -601,6 +603,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             stolen_shown: None,
             end: None,
             code_page: CodePage::NONE,
+            counts: Counts::default(),
             exits: Arc::default(),
             apic,
             vcpu,
@@ -649,7 +652,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         self.apic.id() as usize
     }
 
-    /// Its exits, counted.
+    /// Its exits up to its last turn.
     #[must_use]
     pub const fn exits(&self) -> &Arc<Exits> {
         &self.exits
