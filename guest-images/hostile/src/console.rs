@@ -1,10 +1,10 @@
 //! A guest that is driven by its console, and lies there.
 
-use guest_runtime::cpu::inb;
+use guest_runtime::cpu::{inb, inw, outw};
 use guest_runtime::println;
 
 /// Does on its console what is typed there: `l` lines, `e` escapes and lies, `d` the same later,
-/// `q` the end. Any other key is told by its number. Says `#` when it listens.
+/// `q` the end, `b` what an operating system does that waits for its power button. Any other key is told by its number. Says `#` when it listens.
 pub fn talk() {
     const DATA: u16 = 0x3f8;
     const STATUS: u16 = 0x3fd;
@@ -31,7 +31,25 @@ pub fn talk() {
                 println!("{LIES}\nlied");
             }
             b'q' => return,
+            b'b' => wait_for_button(),
             key => println!("key {key}"),
         }
     }
+}
+
+/// Turns the power button on (ACPI 6.5 §4.8.3.1), waits for it, and powers off.
+fn wait_for_button() {
+    const STATUS: u16 = 0x600;
+    const ENABLE: u16 = 0x602;
+    const POWER_BUTTON: u16 = 1 << 8;
+    // SAFETY: fixed ACPI registers, which nobody else in this guest uses.
+    unsafe {
+        outw(STATUS, POWER_BUTTON);
+        outw(ENABLE, POWER_BUTTON);
+    }
+    println!("waiting for the button");
+    // SAFETY: as above.
+    while unsafe { inw(STATUS) } & POWER_BUTTON == 0 {}
+    println!("button");
+    crate::power_off();
 }

@@ -17,6 +17,8 @@ use cpu::xstate::XStateCaps;
 use hw::DirectMap;
 use machine::cpuid::Enabled;
 use memory::Format;
+use vm::dump::Dump;
+use vm::exits::Exits;
 use vm::{MakeVcpu, Processor, Stop, VcpuParts, Vm, VmError, VmSetup};
 
 /// One vendor's way to make VMs.
@@ -53,6 +55,10 @@ pub trait Guest: Send {
     fn unload(&mut self, preempted: bool);
     /// See [`Processor::run`].
     fn run(&mut self, host: &mut CoreHost<'_>) -> Stop;
+    /// See [`Processor::exits`].
+    fn exits(&self) -> Arc<Exits>;
+    /// See [`Processor::dump`].
+    fn dump(&mut self) -> Dump;
     /// Gives everything it holds back.
     fn destroy(self: Box<Self>);
 }
@@ -66,6 +72,12 @@ impl<V: OwnsPages + Send + 'static> Guest for Processor<V, DirectMap, Frames> {
     }
     fn run(&mut self, host: &mut CoreHost<'_>) -> Stop {
         self.run(host)
+    }
+    fn exits(&self) -> Arc<Exits> {
+        self.exits().clone()
+    }
+    fn dump(&mut self) -> Dump {
+        self.dump()
     }
     fn destroy(self: Box<Self>) {
         self.into_vcpu().give_back();

@@ -2,7 +2,7 @@
 
 use crate::backend::{self, Backend};
 use crate::frames::{self, Frames};
-use crate::manager::Manager;
+use crate::manager::{Manager, Over};
 use crate::run::{Machine, Worker};
 use crate::{console, cores, panic, run};
 use alloc::boxed::Box;
@@ -18,6 +18,7 @@ use hw::acpi::AcpiInfo;
 use hw::{CoreTimer, DirectMap, Framebuffer, LocalApic, Screen, Serial};
 use log::{error, info, warn};
 use spin::Once;
+use vm::bundle::Bundle;
 use vm::config::{Config, WhenDone};
 
 /// Exit status for a machine or a configuration that cannot run guests.
@@ -128,10 +129,12 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
             // SAFETY: this core's timer is ours.
             let timer = unsafe { CoreTimer::new(host.apic, host.tsc_hz) };
             info!("timer: {}", timer.mode());
+            let (bundle, config) = configuration(bundle);
             let low = frames::low_pages(&boot.memory_regions, cpu::start::PAGES);
             let acpi = ACPI.get().copied().unwrap_or_default();
-            cores::start(&mut host, &acpi, backend, &timer, low);
-            start(Box::leak(Box::new(host)), backend, timer, bundle)
+            let most = config.host.cores.unwrap_or(u32::MAX);
+            cores::start(&mut host, &acpi, backend, &timer, low, most);
+            start(Box::leak(Box::new(host)), backend, timer, bundle, &config)
         }
         Err(error) => {
             error!("{error}");
@@ -153,6 +156,15 @@ fn fail(reason: &str) -> ! {
 
 /// Stops the other cores, prints the last line and leaves the machine as the configuration says.
 pub fn end(status: u32, reason: &str) -> ! {
+    leave(
+        status,
+        reason,
+        WHEN_DONE.get().copied().unwrap_or(WhenDone::PowerOff),
+    )
+}
+
+/// Stops the other cores, prints the last line and leaves the machine.
+fn leave(status: u32, reason: &str, when_done: WhenDone) -> ! {
     cores::stop_others();
     // What guests have said goes before the last line.
     console::drain();
@@ -163,7 +175,6 @@ pub fn end(status: u32, reason: &str) -> ! {
     while !passed(now, 20_000) {
         core::hint::spin_loop();
     }
-    let when_done = WHEN_DONE.get().copied().unwrap_or(WhenDone::PowerOff);
     if let Some(acpi) = ACPI.get() {
         // SAFETY: the tables are the machine's own and all work is over.
         unsafe {
@@ -405,13 +416,9 @@ pub fn host_pages(map: DirectMap, count: u64) -> Option<Vec<HostPage>> {
         .collect()
 }
 
-fn start(
-    host: &'static Host,
-    backend: &'static dyn Backend,
-    timer: CoreTimer,
-    bundle: &'static [u8],
-) -> ! {
-    let bundle = match vm::bundle::Bundle::open(bundle) {
+/// The bundle and the configuration in it.
+fn configuration(bundle: &'static [u8]) -> (&'static Bundle<'static>, Config) {
+    let bundle = match Bundle::open(bundle) {
         Ok(bundle) => bundle,
         Err(error) => {
             error!("bundle: {error}");
@@ -427,25 +434,37 @@ fn start(
     };
     log::set_max_level(config.host.log);
     WHEN_DONE.call_once(|| config.host.when_done);
+    (Box::leak(Box::new(bundle)), config)
+}
+
+fn start(
+    host: &'static Host,
+    backend: &'static dyn Backend,
+    timer: CoreTimer,
+    bundle: &'static Bundle<'static>,
+    config: &Config,
+) -> ! {
     machine::emulate::prepare();
     let base = frames::heap_used();
     console::say(format_args!("bench hypervisor-heap {base} bytes"));
-    let bundle = Box::leak(Box::new(bundle));
     let machine = Box::leak(Box::new(Machine::new(host, backend)));
-    let mut manager = Manager::new(machine, bundle, &config);
+    let mut manager = Manager::new(machine, bundle, config);
     console::say(format_args!(
         "bench boot-to-guest {} tsc",
         hw::rdtsc() - START.load(Ordering::Relaxed)
     ));
     cores::release(machine);
-    if Worker::new(machine, timer).manage(&mut manager) {
-        end(0, "left at the console");
+    match Worker::new(machine, timer).manage(&mut manager) {
+        Over::Done => {
+            let (status, reason) = manager.verdict();
+            end(status, &reason)
+        }
+        Over::Left(None) => end(0, "left at the console"),
+        Over::Left(Some(when_done)) => leave(0, "left at the console", when_done),
     }
-    let (status, reason) = manager.verdict();
-    end(status, &reason)
 }
 
-fn read_config(bundle: &vm::bundle::Bundle<'_>) -> Result<Config, alloc::string::String> {
+fn read_config(bundle: &Bundle<'_>) -> Result<Config, alloc::string::String> {
     use alloc::string::ToString;
     let text = bundle
         .get("tessera.toml")

@@ -132,9 +132,10 @@ fn source(guest: usize) -> Option<&'static Source> {
     GUESTS.get(guest)?.get()
 }
 
-/// Gives a guest the keyboard.
-pub fn focus(guest: usize) {
-    on_line(|mux, out| mux.set_focus(Focus::Guest(guest), out));
+/// Gives a guest the keyboard, or else the monitor.
+pub fn focus(guest: Option<usize>) {
+    let focus = guest.map_or(Focus::Monitor, Focus::Guest);
+    on_line(|mux, out| mux.set_focus(focus, out));
 }
 
 /// Passes on what a guest wrote.

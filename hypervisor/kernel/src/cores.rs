@@ -117,13 +117,14 @@ impl Seat {
 }
 
 /// Starts all cores that the firmware lists, as many at once as there are, and sets `host.cores`.
-/// They wait for [`release`].
+/// They wait for [`release`]. No more than `most` are used.
 pub fn start(
     host: &mut Host,
     acpi: &AcpiInfo,
     backend: &'static dyn Backend,
     timer: &CoreTimer,
     low: Option<HostPhysAddr>,
+    most: u32,
 ) {
     let boot_id = host.apic.id();
     BOOT_CORE.set_apic_id(boot_id);
@@ -141,9 +142,11 @@ pub fn start(
             found.spare
         );
     }
+    let others = (most as usize).saturating_sub(1).min(found.ids.len());
+    let ids = found.ids.get(..others).unwrap_or_default();
     let from = hw::rdtsc();
     let seats = match low {
-        Some(low) => invite(host, &found.ids, backend, timer, low),
+        Some(low) => invite(host, ids, backend, timer, low),
         None => {
             if listed > 1 {
                 warn!("cores: no free memory below 1 MiB, so only the boot core is used");

@@ -58,9 +58,22 @@ pub fn free_bytes() -> u64 {
     FRAMES.lock().as_ref().map_or(0, FrameAllocator::free_bytes)
 }
 
+/// Bytes of RAM that were there to be handed out.
+pub fn total_bytes() -> u64 {
+    FRAMES
+        .lock()
+        .as_ref()
+        .map_or(0, FrameAllocator::total_bytes)
+}
+
 /// Bytes that the heap has handed out.
 pub fn heap_used() -> usize {
     HEAP.0.lock().used()
+}
+
+/// Bytes of the heap.
+pub fn heap_size() -> usize {
+    HEAP.0.lock().size()
 }
 
 /// The lowest free pages that follow one another below 1 MiB, where a core starts in real mode.

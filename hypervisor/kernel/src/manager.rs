@@ -13,10 +13,12 @@ use alloc::vec::Vec;
 use arch::Nanos;
 use core::sync::atomic::Ordering;
 use log::{error, info, warn};
-use monitor::command::Command;
-use sched::{CoreId, CoreSet, Policy, VcpuId, VmId};
+use monitor::command::{Command, Cores, Share};
+use monitor::table::Table;
+use sched::{CoreId, CoreSet, Policy, VcpuId, View, VmId};
 use vm::bundle::Bundle;
-use vm::config::{Class, Config, MAX_VMS, Placement, Scheduling, VmConfig};
+use vm::config::{Class, Config, MAX_VMS, OnEnd, Placement, Scheduling, VmConfig, WhenDone};
+use vm::exits::{Exits, Reason};
 use vm::life::{Do, Life, Request as Ask, State};
 use vm::{End, Order, VmError};
 
@@ -31,6 +33,29 @@ struct Kept {
     end: Option<End>,
     /// The numbers of its vCPUs in the machine.
     numbers: Vec<u16>,
+    /// How it is scheduled, from its next start on at the latest.
+    policy: Policy,
+    dump: Wanted,
+    /// The CPU time of its vCPUs at the last `top`, in nanoseconds.
+    seen: Vec<u64>,
+}
+
+/// Whether a person wants to see what a VM's vCPUs stand at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    No,
+    /// Once they are off the cores.
+    Soon,
+    Now,
+}
+
+/// Why nothing is left to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Over {
+    /// All VMs that ran have ended.
+    Done,
+    /// A person leaves, and says what becomes of the machine, or leaves it to the configuration.
+    Left(Option<WhenDone>),
 }
 
 /// The VMs of a machine.
@@ -42,6 +67,8 @@ pub struct Manager {
     numbers: [u64; MAX_NUMBERS / 64],
     /// The first bad end: exit status and reason.
     failure: Option<(u32, String)>,
+    /// When `top` was last asked for.
+    topped: Nanos,
 }
 
 impl Manager {
@@ -57,6 +84,7 @@ impl Manager {
             vms: Vec::new(),
             numbers: [0; MAX_NUMBERS / 64],
             failure: None,
+            topped: Nanos::ZERO,
         };
         for entry in &config.vms {
             match entry {
@@ -67,13 +95,27 @@ impl Manager {
                 }
             }
         }
-        let focus = config.host.focus.as_deref();
-        let focus = this
-            .vms
-            .iter()
-            .position(|vm| Some(vm.config.name.as_str()) == focus);
-        console::focus(focus.unwrap_or(0));
+        console::focus(this.focus(config));
         this
+    }
+
+    /// Who has the keyboard at first: the VM that the configuration names, else the first on the
+    /// shared line, else the monitor. The monitor too where somebody must start a VM.
+    fn focus(&self, config: &Config) -> Option<usize> {
+        if self.waits() {
+            return None;
+        }
+        let mut vms = self.vms.iter();
+        match config.host.focus.as_deref() {
+            Some(name) => vms.position(|vm| vm.config.name == name),
+            None => vms.position(|vm| vm.config.console_port.is_none()),
+        }
+    }
+
+    /// No VM was ever to run, and all that are there wait for somebody to start them.
+    fn waits(&self) -> bool {
+        let defined = |vm: &Kept| vm.life.state() == State::Defined;
+        self.failure.is_none() && self.vms.iter().all(defined)
     }
 
     /// How it went: exit status and reason.
@@ -103,6 +145,9 @@ impl Manager {
             life,
             end: None,
             numbers: Vec::new(),
+            policy: policy(&config.scheduling),
+            dump: Wanted::No,
+            seen: alloc::vec![0; config.vcpus as usize],
         });
         self.start_due(number);
     }
@@ -113,9 +158,9 @@ impl Manager {
         due.min().unwrap_or(Nanos::NEVER)
     }
 
-    /// Does what is to be done. `Some`: it is over, because a person leaves (`true`) or no VM is
-    /// left to run.
-    pub fn step(&mut self) -> Option<bool> {
+    /// Does what is to be done, and says when it is all over: once a VM ran, the machine goes on
+    /// for as long as one does. Where no VM is to start by itself it waits for a person.
+    pub fn step(&mut self) -> Option<Over> {
         for core in self.machine.host.cores {
             match core.nmis.swap(0, Ordering::Relaxed) {
                 0 => {}
@@ -127,14 +172,14 @@ impl Manager {
             self.left(gone.trailing_zeros() as usize);
             gone &= gone - 1;
         }
-        if self.console() {
-            return Some(true);
+        if let Some(over) = self.console() {
+            return Some(over);
         }
         for number in 0..self.vms.len() {
             self.start_due(number);
         }
         let active = self.vms.iter().any(|vm| vm.life.is_active());
-        (!active).then_some(false)
+        (!active && !self.waits()).then_some(Over::Done)
     }
 
     fn start_due(&mut self, number: usize) {
@@ -163,7 +208,6 @@ impl Manager {
         match result {
             Ok(live) => {
                 vm.life.started(now);
-                vm.end = None;
                 self.machine.set_live(number, Some(Arc::new(live)));
                 let first = VcpuId {
                     vm: VmId(number as u16),
@@ -173,6 +217,7 @@ impl Manager {
             }
             Err(error) => {
                 vm.life.failed();
+                vm.end = None;
                 error!("vm {}: {error}", config.name);
                 self.fail(STATUS_BOOT, format!("vm {}: {error}", config.name));
             }
@@ -182,9 +227,11 @@ impl Manager {
     fn make(&mut self, number: usize, config: &VmConfig) -> Result<Live, String> {
         let id = VmId(number as u16);
         let numbers = self.take_numbers(config.vcpus);
+        let policy = self.vms.get(number).map(|vm| vm.policy.clone());
+        let policy = policy.unwrap_or_default();
         let admitted = self
             .machine
-            .schedule(|s, _| s.add_vm(id, config.vcpus as u16, policy(&config.scheduling)));
+            .schedule(|s, _| s.add_vm(id, config.vcpus as u16, policy));
         let result = match admitted {
             Ok(()) => {
                 let mut made = None;
@@ -290,9 +337,15 @@ impl Manager {
             return;
         }
         if live.vm.order() == Order::Pause {
-            vm.life.parked();
+            if vm.dump == Wanted::Soon {
+                vm.dump = Wanted::Now;
+            } else {
+                vm.life.parked();
+                info!("vm {}: {}", vm.config.name, vm.life.state());
+            }
             return;
         }
+        vm.dump = Wanted::No;
         vm.life.ending();
         let (end, sound) = live.take_end().unwrap_or((End::Stopped, true));
         console::flush(number);
@@ -356,53 +409,114 @@ impl Manager {
             return;
         };
         let now = self.machine.clock.now();
+        let name = &vm.config.name;
         let action = match vm.life.request(request, now) {
             Ok(action) => action,
             Err(refused) => {
-                warn!("vm {}: {refused}", vm.config.name);
+                console::reply(format_args!("vm {name}: {refused}"));
                 return;
             }
         };
         let live = self.machine.live(number);
         match (action, live) {
             (Do::Start | Do::Release, Some(live)) => {
+                // Its memory goes with the last who knows it.
                 drop(live);
+                info!("vm {name}: what was held of it is given back");
                 self.release(number, true);
             }
-            (Do::Park, Some(live)) => self.machine.order(&live, Order::Pause),
-            (Do::Resume, Some(live)) => self.machine.order(&live, Order::Run),
+            (Do::Park, Some(live)) if vm.dump == Wanted::No => {
+                self.machine.order(&live, Order::Pause);
+            }
+            (Do::Resume, Some(live)) => {
+                info!("vm {name}: resumed");
+                if vm.dump == Wanted::No {
+                    self.machine.order(&live, Order::Run);
+                }
+            }
             (Do::PressButton, Some(live)) => {
+                info!("vm {name}: power button pressed");
                 live.vm.power_button();
                 self.machine.kick_touched(&live);
             }
+            (Do::InjectNmi, Some(live)) => {
+                info!("vm {name}: NMI raised");
+                live.vm.inject_nmi();
+                self.machine.kick_touched(&live);
+            }
+            (Do::Dump, Some(_)) => vm.dump = Wanted::Now,
+            (Do::ParkAndDump, Some(live)) if vm.dump == Wanted::No => {
+                vm.dump = Wanted::Soon;
+                if vm.life.state() == State::Running {
+                    self.machine.order(&live, Order::Pause);
+                }
+            }
             (Do::End, Some(live)) => {
-                self.machine.order(&live, Order::Stop);
-                // Those that were paused are off the cores already.
-                if live.is_out() {
+                // Those of a paused VM have left already, and are not to be woken.
+                if live.is_out() && live.vm.order() == Order::Pause {
+                    live.vm.set_order(Order::Stop);
                     drop(live);
                     self.left(number);
+                } else {
+                    self.machine.order(&live, Order::Stop);
                 }
             }
             _ => {}
         }
     }
 
-    /// Takes what was typed; `true` means leave.
-    fn console(&mut self) -> bool {
+    /// Whether VMs are to be dumped now.
+    pub fn has_dumps(&self) -> bool {
+        self.vms.iter().any(|vm| vm.dump == Wanted::Now)
+    }
+
+    /// Shows what vCPUs stand at. None may be loaded on this core.
+    pub fn dump(&mut self) {
+        cpu::percpu::this().rest();
+        for number in 0..self.vms.len() {
+            let Some(vm) = self.vms.get_mut(number) else {
+                return;
+            };
+            if core::mem::replace(&mut vm.dump, Wanted::No) != Wanted::Now {
+                continue;
+            }
+            let Some(live) = self.machine.live(number) else {
+                continue;
+            };
+            let mut dumps = Vec::new();
+            let sound = cpu::guard::run(|| dumps = live.dump());
+            vm.life.parked();
+            if sound.is_err() {
+                live.give_up();
+                drop(live);
+                self.left(number);
+                continue;
+            }
+            if vm.life.state() == State::Running {
+                self.machine.order(&live, Order::Run);
+            }
+            for (index, dump) in dumps.iter().enumerate() {
+                console::reply(format_args!("vm {}: vCPU {index}", vm.config.name));
+                dump.lines(&mut |line| console::reply(line));
+            }
+        }
+    }
+
+    /// Takes what was typed; `Some` means leave.
+    fn console(&mut self) -> Option<Over> {
         while let Some(request) = console::poll() {
-            match request {
-                Request::Leave => return true,
-                Request::Command(command) => {
-                    if self.monitor(command) {
-                        return true;
-                    }
-                }
+            let over = match request {
+                Request::Leave => Some(Over::Left(None)),
+                Request::Command(command) => self.monitor(command),
+            };
+            if over.is_some() {
+                return over;
             }
         }
         for number in 0..self.vms.len() {
             self.pass_input(number);
         }
-        false
+        None
     }
 
     /// Types on a guest's console what waits for it.
@@ -435,47 +549,298 @@ impl Manager {
         self.machine.kick_touched(&live);
     }
 
-    /// Carries out what was typed at the monitor; `true` means leave.
-    fn monitor(&mut self, command: Command) -> bool {
-        let (number, request) = match command {
-            Command::Quit | Command::PowerOff => return true,
-            Command::List => {
-                self.list();
-                return false;
-            }
-            Command::Start(number) => (number, Ask::Start),
-            Command::Pause(number) => (number, Ask::Pause),
-            Command::Resume(number) => (number, Ask::Resume),
-            Command::Shutdown(number) => (number, Ask::Shutdown),
-            Command::Reset(number) => (number, Ask::Reset),
-            Command::Stop(number) => (number, Ask::Stop),
-            _ => {
-                console::reply(format_args!("this command has no effect yet"));
-                return false;
-            }
-        };
-        self.ask(number, request);
-        false
+    /// Carries out what was typed at the monitor; `Some` means leave.
+    fn monitor(&mut self, command: Command) -> Option<Over> {
+        // A long answer takes its time on the line: no case for the watchdog.
+        cpu::percpu::this().rest();
+        match command {
+            Command::Quit => return Some(Over::Left(None)),
+            Command::PowerOff => return Some(Over::Left(Some(WhenDone::PowerOff))),
+            Command::Reboot => return Some(Over::Left(Some(WhenDone::Reboot))),
+            Command::List => self.list(),
+            Command::Top => self.top(),
+            Command::Mem => self.mem(),
+            Command::Info(number) => self.info(number),
+            Command::Sched(number, share) => self.share(number, &share),
+            Command::Start(number) => self.ask(number, Ask::Start),
+            Command::Pause(number) => self.ask(number, Ask::Pause),
+            Command::Resume(number) => self.ask(number, Ask::Resume),
+            Command::Shutdown(number) => self.ask(number, Ask::Shutdown),
+            Command::Reset(number) => self.ask(number, Ask::Reset),
+            Command::Stop(number) => self.ask(number, Ask::Stop),
+            Command::InjectNmi(number) => self.ask(number, Ask::Nmi),
+            Command::Dump(number) => self.ask(number, Ask::Dump),
+            // The console's own.
+            Command::Help(_) | Command::Console(_) | Command::Log(_) => {}
+        }
+        None
+    }
+
+    /// Where a VM stands, in words.
+    fn about(&self, number: usize, vm: &Kept) -> String {
+        let state = vm.life.state();
+        let over = matches!(state, State::Stopped { .. } | State::Crashed { .. });
+        match (self.machine.live(number), &vm.end) {
+            (_, Some(End::Crashed(cause))) if over => format!("{state}: {cause}"),
+            (_, Some(end)) if over => format!("{state}: {end}"),
+            (Some(live), _) => format!(
+                "{state}, {} KiB of {} in use",
+                live.vm.backed_bytes() >> 10,
+                live.vm.promised_bytes() >> 10
+            ),
+            (None, _) => state.to_string(),
+        }
     }
 
     fn list(&self) {
         for (number, vm) in self.vms.iter().enumerate() {
-            let state = vm.life.state();
-            let about = match (self.machine.live(number), &vm.end) {
-                (Some(live), _) => format!(
-                    "{state}, {} KiB of {} in use",
-                    live.vm.backed_bytes() >> 10,
-                    live.vm.promised_bytes() >> 10
-                ),
-                (None, Some(end)) => format!("{state}: {end}"),
-                (None, None) => state.to_string(),
-            };
-            console::say(format_args!("{} {}: {about}", number + 1, vm.config.name));
+            let about = self.about(number, vm);
+            console::reply(format_args!("{} {}: {about}", number + 1, vm.config.name));
         }
-        console::say(format_args!(
+        console::reply(format_args!(
             "{} KiB of memory free",
             frames::free_bytes() >> 10
         ));
+    }
+
+    /// What the scheduler knows of a VM's vCPUs.
+    fn views(&self, live: &Live) -> Vec<View> {
+        let count = live.vm.vcpus();
+        self.machine.schedule(|s, now| {
+            let views = (0..count).filter_map(|index| s.view(live.vcpu_id(index), now));
+            views.collect()
+        })
+    }
+
+    fn info(&self, number: usize) {
+        let Some(vm) = self.vms.get(number) else {
+            return;
+        };
+        let name = &vm.config.name;
+        let about = self.about(number, vm);
+        console::reply(format_args!("{name}: {about}"));
+        console::reply(format_args!(
+            "started {} times; last end: {}",
+            vm.life.starts(),
+            vm.end.as_ref().map_or("none".to_string(), End::to_string)
+        ));
+        console::reply(format_args!(
+            "then: after power-off {}, after a reset {}, after a crash {}",
+            then(vm.config.on_poweroff),
+            then(vm.config.on_reboot),
+            then(vm.config.on_crash)
+        ));
+        vm.show_policy();
+        let Some(live) = self.machine.live(number) else {
+            return;
+        };
+        console::reply(format_args!(
+            "memory: {} bytes promised, {} in use, {} of tables",
+            live.vm.promised_bytes(),
+            live.vm.backed_bytes(),
+            live.vm.table_bytes()
+        ));
+        let heading = [
+            ">vcpu", "state", ">core", ">ms", ">stolen", ">moves", ">exits",
+        ];
+        let mut table = Table::new(&heading);
+        let views = self.views(&live);
+        for ((index, view), exits) in views.iter().enumerate().zip(live.exits()) {
+            table.number(index as u64).cell(doing(view.state));
+            table.number(view.core.0.into()).number(view.used / MS);
+            table.number(view.stolen / MS).number(view.migrations);
+            table.number(exits.total());
+        }
+        show(&table);
+    }
+
+    /// CPU time in all and, as a share of a core, since the last time; exits by reason.
+    fn top(&mut self) {
+        let now = self.machine.clock.now();
+        let passed = now.since(self.topped).max(1);
+        self.topped = now;
+        let heading = [
+            "vm", ">vcpu", "state", ">core", ">ms", ">share", ">stolen", ">exits",
+        ];
+        let mut table = Table::new(&heading);
+        let names = Reason::ALL.map(|(_, name)| format!(">{name}"));
+        let names = names.each_ref().map(String::as_str);
+        let mut heading = alloc::vec!["vm"];
+        heading.extend(names);
+        let mut reasons = Table::new(&heading);
+        for number in 0..self.vms.len() {
+            let Some(live) = self.machine.live(number) else {
+                continue;
+            };
+            let views = self.views(&live);
+            let Some(vm) = self.vms.get_mut(number) else {
+                return;
+            };
+            let since: Vec<u64> = views
+                .iter()
+                .zip(&mut vm.seen)
+                .map(|(view, seen)| {
+                    // One that was started afresh counts from 0.
+                    let before = core::mem::replace(seen, view.used);
+                    view.used.checked_sub(before).unwrap_or(view.used)
+                })
+                .collect();
+            let share = |since: u64| {
+                // In microseconds, so that no product is too large for centuries.
+                let tenths = (since / 1000).saturating_mul(1000) / (passed / 1000).max(1);
+                format!("{}.{} %", tenths / 10, tenths % 10)
+            };
+            let sum = |of: fn(&View) -> u64| views.iter().map(of).sum::<u64>();
+            table.cell(vm.config.name.as_str()).cell("all");
+            table.cell(vm.life.state().to_string()).cell("");
+            table.number(sum(|view| view.used) / MS);
+            table.cell(share(since.iter().sum()));
+            table.number(sum(|view| view.stolen) / MS);
+            table.number(live.exits().map(Exits::total).sum());
+            for (index, (view, exits)) in views.iter().zip(live.exits()).enumerate() {
+                table.cell("").number(index as u64);
+                table.cell(doing(view.state)).number(view.core.0.into());
+                table.number(view.used / MS);
+                table.cell(share(since.get(index).copied().unwrap_or(0)));
+                table.number(view.stolen / MS).number(exits.total());
+            }
+            reasons.cell(vm.config.name.as_str());
+            for (reason, _) in Reason::ALL {
+                reasons.number(live.exits().map(|exits| exits.of(reason)).sum());
+            }
+        }
+        show(&table);
+        show(&reasons);
+    }
+
+    /// The machine's memory to the byte, and who has it.
+    fn mem(&self) {
+        // Before the answer itself takes some.
+        let (heap, free) = (frames::heap_used(), frames::free_bytes());
+        let lives = || (0..self.vms.len()).filter_map(|number| self.machine.live(number));
+        let owed: u64 = lives().map(|live| live.vm.outstanding_bytes()).sum();
+        console::reply(format_args!(
+            "frames: {free} of {} bytes free, {owed} of them promised to VMs",
+            frames::total_bytes()
+        ));
+        console::reply(format_args!(
+            "heap: {heap} of {} bytes in use",
+            frames::heap_size()
+        ));
+        let mut table = Table::new(&["vm", ">promised", ">in use", ">tables"]);
+        for live in lives() {
+            table.cell(live.vm.name());
+            table.number(live.vm.promised_bytes());
+            table.number(live.vm.backed_bytes());
+            table.number(live.vm.table_bytes());
+        }
+        show(&table);
+    }
+
+    /// Changes how a VM is scheduled, at once or from its next start on, and shows it.
+    fn share(&mut self, number: usize, share: &Share) {
+        let live = self.machine.live(number);
+        let Some(vm) = self.vms.get_mut(number) else {
+            return;
+        };
+        let mut policy = vm.policy.clone();
+        if let Some(weight) = share.weight {
+            policy.weight = weight;
+        }
+        match share.cap {
+            Some(0) => policy.cap = None,
+            Some(cap) => policy.cap = Some(cap),
+            None => {}
+        }
+        if let Some(cores) = &share.pin {
+            policy.pins = Vec::new();
+            policy.affinity = CoreSet::ALL;
+            if *cores != Cores::ALL {
+                policy.affinity = CoreSet::EMPTY;
+                for core in cores.iter() {
+                    policy.affinity.insert(CoreId(core as u16));
+                }
+            }
+        }
+        if policy != vm.policy {
+            let (id, new) = (VmId(number as u16), policy.clone());
+            let count = vm.config.vcpus as u16;
+            let result = self.machine.schedule(|s, now| match live {
+                Some(_) => s.set_policy(id, new, now),
+                // Whether it could start so.
+                None => s.add_vm(id, count, new).map(|()| s.remove_vm(id)),
+            });
+            if let Err(error) = result {
+                console::reply(format_args!("vm {}: {error}", vm.config.name));
+                return;
+            }
+            vm.policy = policy;
+        }
+        vm.show_policy();
+    }
+}
+
+impl Kept {
+    fn show_policy(&self) {
+        let policy = &self.policy;
+        let mut text = format!("scheduled: {}, weight {}", class(policy), policy.weight);
+        if let Some(cap) = policy.cap {
+            text.push_str(&format!(", cap {cap} %"));
+        }
+        if policy.reservation != 0 {
+            text.push_str(&format!(", reservation {} %", policy.reservation));
+        }
+        text.push_str(", on ");
+        if !policy.pins.is_empty() {
+            let pins = policy.pins.iter().flat_map(CoreSet::iter);
+            cores(&mut text, pins);
+            text.push_str(" in order");
+        } else if policy.affinity == CoreSet::ALL {
+            text.push_str("all cores");
+        } else {
+            cores(&mut text, policy.affinity.iter());
+        }
+        console::reply(format_args!("{text}"));
+    }
+}
+
+/// Nanoseconds of a millisecond.
+const MS: u64 = 1_000_000;
+
+fn show(table: &Table) {
+    table.lines(&mut |line| console::reply(format_args!("{line}")));
+}
+
+/// Core numbers.
+fn cores(text: &mut String, cores: impl Iterator<Item = CoreId>) {
+    text.push_str("cores");
+    for CoreId(core) in cores {
+        text.push_str(&format!(" {core}"));
+    }
+}
+
+const fn class(policy: &Policy) -> &'static str {
+    match policy.class {
+        sched::Class::Fair => "fair",
+        sched::Class::RealTime { .. } => "real-time",
+        sched::Class::Dedicated => "dedicated",
+    }
+}
+
+const fn then(what: OnEnd) -> &'static str {
+    match what {
+        OnEnd::Restart => "restart",
+        OnEnd::Stop => "stop",
+        OnEnd::Hold => "hold",
+    }
+}
+
+const fn doing(state: sched::State) -> &'static str {
+    match state {
+        sched::State::Asleep => "asleep",
+        sched::State::Waiting => "waiting",
+        sched::State::Throttled => "throttled",
+        sched::State::Running(_) => "running",
     }
 }
 

@@ -11,7 +11,7 @@ use crate::bring_up::Host;
 use crate::console;
 use crate::cores::watch;
 use crate::lock::Lock;
-use crate::manager::Manager;
+use crate::manager::{Manager, Over};
 use alloc::boxed::Box;
 use alloc::string::ToString;
 use alloc::sync::Arc;
@@ -22,6 +22,8 @@ use cpu::percpu::{Core, this};
 use hw::CoreTimer;
 use sched::{CoreId, CoreSet, Decision, Scheduler, VcpuId, VmId};
 use vm::config::MAX_VMS;
+use vm::dump::Dump;
+use vm::exits::Exits;
 use vm::{End, Order, Seats, Stop};
 
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.
@@ -67,6 +69,7 @@ pub struct Live {
     pub vm: Arc<AnyVm>,
     id: VmId,
     seats: Seats<Box<dyn Guest>>,
+    exits: Box<[Arc<Exits>]>,
     /// How it ended, and whether its structures are whole.
     end: Lock<Option<(End, bool)>>,
 }
@@ -77,6 +80,7 @@ impl Live {
         Self {
             vm,
             id: VmId(number as u16),
+            exits: vcpus.iter().map(|vcpu| vcpu.exits()).collect(),
             seats: Seats::new(vcpus),
             end: Lock::new(None),
         }
@@ -104,7 +108,28 @@ impl Live {
         }
     }
 
-    fn vcpu_id(&self, index: usize) -> VcpuId {
+    /// Gives up a VM whose vCPUs are off the cores, after work on it was abandoned.
+    pub fn give_up(&self) {
+        let cause = "the hypervisor failed while it worked for this VM".to_string();
+        *self.end.lock() = Some((End::Crashed(cause), false));
+        self.vm.set_order(Order::Abandon);
+    }
+
+    /// What the vCPUs stand at, of a VM that [`Live::is_out`]. None may be loaded on this core.
+    pub fn dump(&self) -> Vec<Dump> {
+        let vcpus = 0..self.vm.vcpus();
+        vcpus
+            .filter_map(|index| self.seats.look(index, |vcpu| vcpu.dump()))
+            .collect()
+    }
+
+    /// The exits of each vCPU.
+    pub fn exits(&self) -> impl Iterator<Item = &Exits> {
+        self.exits.iter().map(|exits| &**exits)
+    }
+
+    /// A vCPU's name for the scheduler.
+    pub fn vcpu_id(&self, index: usize) -> VcpuId {
         VcpuId {
             vm: self.id,
             index: index as u16,
@@ -352,18 +377,22 @@ impl Worker {
         }
     }
 
-    /// The life of the boot core, which also keeps the VMs; until none is left to run (`false`) or
-    /// a person leaves (`true`).
-    pub fn manage(mut self, manager: &mut Manager) -> bool {
+    /// The life of the boot core, which also keeps the VMs, until it is over.
+    pub fn manage(mut self, manager: &mut Manager) -> Over {
         loop {
             self.answer();
             SERIAL_FIRED.store(false, Ordering::Relaxed);
             if manager.due() <= self.machine.clock.now() {
                 self.hand_over();
             }
-            if let Some(left) = manager.step() {
+            if let Some(over) = manager.step() {
                 self.put_back();
-                return left;
+                return over;
+            }
+            if manager.has_dumps() {
+                // To look at another vCPU, the core must have none.
+                self.put_back();
+                manager.dump();
             }
             let mut due = manager.due();
             if POLL_SERIAL.load(Ordering::Relaxed) {

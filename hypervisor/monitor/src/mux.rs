@@ -126,6 +126,9 @@ impl Mux {
     /// Adds a guest's console, of which this many bytes are kept, and gives its number. A guest
     /// that is `away` has its console on a line of its own.
     pub fn add(&mut self, name: &str, bytes: usize, away: bool) -> usize {
+        // All of it now: what a guest says then leaves no trace in the heap.
+        let mut scroll = Scroll::new(bytes);
+        scroll.fill_up();
         self.consoles.push(Console {
             name: if name.ends_with("tessera") {
                 format!("{name}-vm")
@@ -135,7 +138,7 @@ impl Mux {
             away,
             contain: Contain::default(),
             line: Vec::with_capacity(LINE_LIMIT),
-            scroll: Scroll::new(bytes),
+            scroll,
             input: VecDeque::new(),
         });
         self.consoles.len() - 1

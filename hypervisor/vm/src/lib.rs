@@ -7,6 +7,8 @@ extern crate alloc;
 
 pub mod bundle;
 pub mod config;
+pub mod dump;
+pub mod exits;
 pub mod layout;
 pub mod life;
 pub mod load;

@@ -74,6 +74,10 @@ pub enum Request {
     Reset,
     /// End it now.
     Stop,
+    /// Raise a non-maskable interrupt.
+    Nmi,
+    /// Show what its vCPUs stand at.
+    Dump,
 }
 
 impl Request {
@@ -85,6 +89,8 @@ impl Request {
             Self::Shutdown => "shut down",
             Self::Reset => "reset",
             Self::Stop => "stopped",
+            Self::Nmi => "given an NMI",
+            Self::Dump => "dumped",
         }
     }
 }
@@ -116,6 +122,12 @@ pub enum Do {
     End,
     /// Give back what it holds.
     Release,
+    /// Raise a non-maskable interrupt.
+    InjectNmi,
+    /// Take its vCPUs off the cores for the dump, and then as [`Life::state`] says.
+    ParkAndDump,
+    /// Dump it: its vCPUs are off the cores.
+    Dump,
 }
 
 /// What of a configuration decides over what follows an end.
@@ -221,6 +233,11 @@ impl Life {
             (Request::Stop, Starting(_)) => (Stopped { held: false }, Do::Nothing),
             (Request::Stop, Stopped { held: true }) => (Stopped { held: false }, Do::Release),
             (Request::Stop, Crashed { held: true }) => (Crashed { held: false }, Do::Release),
+            (Request::Nmi, Running | Pausing | Paused) => (self.state, Do::InjectNmi),
+            (Request::Dump, Running | Pausing) => (self.state, Do::ParkAndDump),
+            (Request::Dump, Paused | Stopped { held: true } | Crashed { held: true }) => {
+                (self.state, Do::Dump)
+            }
             (request, state) => return Err(Refused { request, state }),
         };
         self.state = state;
@@ -282,8 +299,13 @@ impl Life {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{Core, KERNEL, Machine, ORIGIN};
+    use crate::{Order, Stop};
     use alloc::string::ToString;
     use alloc::vec::Vec;
+    use arch::{Exit, Gpr, IoExit};
+    use machine::mock::MockVcpu;
+    use sched::{CoreId, Decision, Scheduler, VcpuId, VmId};
 
     const POLICY: Policy = Policy {
         poweroff: OnEnd::Stop,
@@ -304,19 +326,19 @@ mod tests {
 
     #[test]
     fn requests_apply_to_the_states_they_are_for_and_change_nothing_else() {
-        use Request::{Pause, Reset, Resume, Shutdown, Start, Stop};
-        let all = [Start, Pause, Resume, Shutdown, Reset, Stop];
+        use Request::{Dump, Nmi, Pause, Reset, Resume, Shutdown, Start, Stop};
+        let all = [Start, Pause, Resume, Shutdown, Reset, Stop, Nmi, Dump];
         let states = [
             (State::Defined, &[Start][..]),
             (State::Starting(Nanos(9)), &[Start, Reset, Stop]),
-            (State::Running, &[Pause, Shutdown, Reset, Stop]),
-            (State::Pausing, &[Resume, Reset, Stop]),
-            (State::Paused, &[Resume, Reset, Stop]),
+            (State::Running, &[Pause, Shutdown, Reset, Stop, Nmi, Dump]),
+            (State::Pausing, &[Resume, Reset, Stop, Nmi, Dump]),
+            (State::Paused, &[Resume, Reset, Stop, Nmi, Dump]),
             (State::Stopping, &[]),
             (State::Stopped { held: false }, &[Start]),
-            (State::Stopped { held: true }, &[Start, Stop]),
+            (State::Stopped { held: true }, &[Start, Stop, Dump]),
             (State::Crashed { held: false }, &[Start]),
-            (State::Crashed { held: true }, &[Start, Stop]),
+            (State::Crashed { held: true }, &[Start, Stop, Dump]),
         ];
         for (state, fine) in states {
             for request in all {
@@ -402,5 +424,94 @@ mod tests {
         assert_eq!(life.ended(&End::Stopped, true, now), Do::Start);
         assert_eq!(life.due(), now);
         assert_eq!(life.starts(), 12);
+    }
+
+    /// The guest's end by its own doing: value 0 to the debug-exit port.
+    const LEAVE: Exit = Exit::Io(IoExit {
+        port: 0xf4,
+        size: 1,
+        input: false,
+        string: false,
+        rep: false,
+    });
+
+    /// One life on one core, from its start to the release; gives how it ended.
+    fn live(machine: &Machine, scheduler: &mut Scheduler, vcpus: u16, by_itself: bool) -> End {
+        let (id, now) = (VmId(3), Nanos(0));
+        let mut life = Life::new(POLICY);
+        assert_eq!(life.request(Request::Start, now), Ok(Do::Start));
+        let keys = alloc::format!("vcpus = {vcpus}\nmemory = \"4MiB\"");
+        let mut cpus = machine
+            .make(&keys, &mut || Ok(MockVcpu::protected()))
+            .unwrap();
+        scheduler
+            .add_vm(id, vcpus, sched::Policy::default())
+            .unwrap();
+        life.started(now);
+        scheduler.wake(VcpuId { vm: id, index: 0 }, now);
+        if by_itself {
+            cpus[0].vcpu.exits.push_back(LEAVE);
+            cpus[0].vcpu.next_rip = Some(KERNEL + 2);
+            cpus[0].vcpu.gprs[Gpr::Rax] = 0;
+        } else {
+            assert_eq!(life.request(Request::Stop, now), Ok(Do::End));
+            cpus[0].vm().set_order(Order::Stop);
+            for index in 1..vcpus {
+                scheduler.wake(VcpuId { vm: id, index }, now);
+            }
+        }
+        let mut core = Core {
+            tsc: ORIGIN,
+            patience: 2,
+            armed: Vec::new(),
+            output: Vec::new(),
+            kicked: 0,
+        };
+        let (mut end, mut out) = (End::Stopped, 0);
+        while out < vcpus {
+            let Decision::Run { vcpu, .. } = scheduler.next(CoreId(0), now) else {
+                panic!("nobody runs, and {out} of {vcpus} have left");
+            };
+            let cpu = &mut cpus[usize::from(vcpu.index)];
+            cpu.load(0);
+            let stop = cpu.run(&mut core);
+            cpu.unload(false);
+            if let Stop::Ended(how) = stop {
+                life.ending();
+                end = how;
+                cpu.vm().set_order(Order::Stop);
+                for index in 1..vcpus {
+                    scheduler.wake(VcpuId { vm: id, index }, now);
+                }
+            } else {
+                assert_eq!(stop, Stop::Ordered);
+            }
+            scheduler.sleep(vcpu, Nanos::NEVER, now);
+            out += 1;
+        }
+        assert_eq!(life.ended(&end, true, now), Do::Release);
+        scheduler.remove_vm(id);
+        end
+    }
+
+    #[test]
+    fn ten_thousand_lives_leave_every_frame_and_no_vcpu_behind() {
+        let machine = Machine::of(16 << 20);
+        let mut scheduler = Scheduler::new();
+        scheduler.add_core(CoreId(0), Nanos(0));
+        for round in 0..10_000 {
+            let vcpus = if round % 2 == 0 { 1 } else { 3 };
+            let by_itself = round % 3 == 0;
+            let end = live(&machine, &mut scheduler, vcpus, by_itself);
+            assert_eq!(end == End::DebugExit(1), by_itself, "{end:?}");
+            assert_eq!(machine.free_bytes(), machine.total, "round {round}");
+            let idle = scheduler.next(CoreId(0), Nanos(0));
+            assert_eq!(
+                idle,
+                Decision::Idle {
+                    until: Nanos::NEVER
+                }
+            );
+        }
     }
 }

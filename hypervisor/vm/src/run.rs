@@ -6,6 +6,7 @@
 //! could hold, or knows what vendor runs the guest. What needs only the vCPU (CPUID, most MSRs,
 //! its local APIC and timer, IPIs) takes no lock at all.
 
+use crate::exits::Reason;
 use crate::vm::{Attention, End, Host, Order, Over, Processor, Stop};
 use alloc::format;
 use arch::{
@@ -117,6 +118,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     /// Runs the guest until something else wants the core or the guest wants nothing of it. The
     /// vCPU must be loaded.
     pub fn run(&mut self, host: &mut impl Host) -> Stop {
+        let stop = self.turn(host);
+        self.exits.publish(&self.counts);
+        stop
+    }
+
+    #[inline(always)]
+    fn turn(&mut self, host: &mut impl Host) -> Stop {
         if self.vm.order() != Order::Run {
             return Stop::Ordered;
         }
@@ -138,25 +146,32 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             }
             loop {
                 // The compiler joins this match with the backend's on the raw reason.
+                // Each arm counts itself: the reason's place is known there, and costs no look-up.
                 let handled = match self.vcpu.enter() {
-                    Exit::Cpuid => self.cpuid(),
-                    Exit::Hypercall => self.hypercall(),
-                    Exit::Rdmsr => self.rdmsr(host),
-                    Exit::Wrmsr => self.wrmsr(host),
-                    Exit::Io(io) => self.port(io, host),
-                    Exit::ApicWrite { offset } => self.apic_write(offset, host),
+                    Exit::Cpuid => self.count(Reason::Cpuid).cpuid(),
+                    Exit::Hypercall => self.count(Reason::Hypercall).hypercall(),
+                    Exit::Rdmsr => self.count(Reason::Rdmsr).rdmsr(host),
+                    Exit::Wrmsr => self.count(Reason::Wrmsr).wrmsr(host),
+                    Exit::Io(io) => self.count(Reason::Port).port(io, host),
+                    Exit::ApicWrite { offset } => self.count(Reason::Apic).apic_write(offset, host),
                     Exit::NestedFault { addr, access, walk } => {
-                        self.fault(addr, access, walk, host)
+                        self.count(Reason::Memory).fault(addr, access, walk, host)
                     }
-                    Exit::Hlt => self.halt(),
+                    Exit::Hlt => self.count(Reason::Halt).halt(),
                     // The only ways in which a deadline shows.
-                    Exit::ExternalInterrupt(_) | Exit::PreemptionTimer => Ok(Next::Serve),
+                    Exit::ExternalInterrupt(_) | Exit::PreemptionTimer => {
+                        self.count(Reason::Interrupt);
+                        Ok(Next::Serve)
+                    }
                     // These only ask for a new look at what is pending.
-                    Exit::InterruptWindow | Exit::TprBelowThreshold => Ok(Next::Prepare),
+                    Exit::InterruptWindow | Exit::TprBelowThreshold => {
+                        self.count(Reason::Window);
+                        Ok(Next::Prepare)
+                    }
                     // Windows, and exceptions that arise in their own delivery (CVE-2015-5307,
                     // CVE-2015-8104), come before interrupts of the machine: a guest that brings
                     // them about without end would keep those out for ever.
-                    _ => self.rare(host).map(Next::or_serve),
+                    _ => self.count(Reason::Other).rare(host).map(Next::or_serve),
                 };
                 match handled {
                     Ok(Next::Enter) => {}
@@ -180,6 +195,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 }
             }
         }
+    }
+
+    /// Counts an exit.
+    #[inline(always)]
+    fn count(&mut self, reason: Reason) -> &mut Self {
+        self.counts.count(reason);
+        self
     }
 
     #[cold]

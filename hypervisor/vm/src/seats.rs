@@ -78,6 +78,11 @@ impl<T> Seats<T> {
         }
     }
 
+    /// Looks at a vCPU that sits in its place; `None` if it does not.
+    pub fn look<R>(&self, index: usize, look: impl FnOnce(&mut T) -> R) -> Option<R> {
+        self.seats.get(index)?.vcpu.lock().as_mut().map(look)
+    }
+
     /// A vCPU leaves the cores by order: it is not to be woken any more. Called by the core that has
     /// it, in one with putting it to sleep, so that no wake-up comes between.
     pub fn leave(&self, index: usize) {

@@ -2,6 +2,8 @@
 
 use crate::bundle::{Bundle, BundleError};
 use crate::config::{Class, ImageName, VmConfig};
+use crate::dump::Dump;
+use crate::exits::{Counts, Exits};
 use crate::layout::MemoryLayout;
 use crate::load::{self, Boot, EntryState, Image, LoadError};
 use alloc::string::String;
@@ -487,6 +489,12 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
         self.with_board(Board::power_button);
     }
 
+    /// Bytes of the tables that map its RAM.
+    #[must_use]
+    pub fn table_bytes(&self) -> u64 {
+        self.memory().map_or(0, |memory| memory.table_bytes())
+    }
+
     /// Raises a non-maskable interrupt at every vCPU, as a dump button does.
     pub fn inject_nmi(&self) {
         for vcpu in 0..self.vcpus() {
@@ -533,6 +541,9 @@ pub struct Processor<V: Vcpu, P: PhysMemory, F: FrameSource> {
     pub(crate) end: Option<End>,
     /// Where the guest's code was found last.
     pub(crate) code_page: CodePage,
+    pub(crate) counts: Counts,
+    /// What others know of them.
+    pub(crate) exits: Arc<Exits>,
     pub(crate) apic: LocalApic,
     pub(crate) vcpu: V,
 }
@@ -595,6 +606,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             stolen_shown: None,
             end: None,
             code_page: CodePage::NONE,
+            counts: Counts::default(),
+            exits: Arc::default(),
             apic,
             vcpu,
         })
@@ -640,6 +653,23 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     #[must_use]
     pub const fn id(&self) -> usize {
         self.apic.id() as usize
+    }
+
+    /// Its exits up to its last turn.
+    #[must_use]
+    pub const fn exits(&self) -> &Arc<Exits> {
+        &self.exits
+    }
+
+    /// What it stands at. It must be off all cores, and no other may be loaded on the calling one.
+    pub fn dump(&mut self) -> Dump {
+        self.vcpu.load();
+        let dump = match self.vm.memory() {
+            Ok(mut memory) => Dump::of(&self.vcpu, Some(&mut *memory)),
+            Err(Over) => Dump::of(&self.vcpu, None),
+        };
+        self.vcpu.unload();
+        dump
     }
 
     /// Puts the vCPU's state on the calling core. It has been kept from running for `stolen`

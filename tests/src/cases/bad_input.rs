@@ -6,7 +6,7 @@
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, QEMU_UEFI, Source, Step};
 use crate::emulator::Extension;
 
-use Step::Told;
+use Step::{Check, Expect, Send, Told};
 
 const HELLO_FILE: (&str, Source) = ("guest-hello", Source::Made("guest-hello"));
 const HOSTILE_FILE: (&str, Source) = ("guest-hostile", Source::Made("guest-hostile"));
@@ -40,7 +40,7 @@ memory = "16MiB"
 debug_exit = true
 "#;
 
-const END: Step = Step::Expect(r"^tessera\| end: status=");
+const END: Step = Expect(r"^tessera\| end: status=");
 
 fn rest_went_on(heard: &Heard) -> Result<(), String> {
     let line = "tessera| vm rest: ended: debug exit, code 1";
@@ -48,6 +48,18 @@ fn rest_went_on(heard: &Heard) -> Result<(), String> {
         Ok(())
     } else {
         Err(format!("no line `{line}`"))
+    }
+}
+
+/// What `list` said first and last.
+fn nothing_changed(heard: &Heard) -> Result<(), String> {
+    let lists = heard.all.split("> list\n").skip(1);
+    let lists: Vec<&str> = lists
+        .filter_map(|text| text.split(" of memory free").next())
+        .collect();
+    match lists.as_slice() {
+        [before, .., after] if before == after && before.contains("talk: running") => Ok(()),
+        _ => Err(format!("the lists: {lists:?}")),
     }
 }
 
@@ -283,4 +295,126 @@ pub(super) const CASES: &[Case] = &[
         &[HOSTILE, "cmdline = \"mmio-stack\"\n", REST],
         &[Told(r"^tessera\| vm hostile: crashed: .*no memory"), END],
     ),
+    Case {
+        name: "pin-to-no-core",
+        load: hello(&[
+            "[[vm]]\nname = \"wrong\"\nkind = \"pvh\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\npin = [7]\n",
+            REST,
+        ]),
+        steps: &[
+            Told(r"^tessera\| .*tessera\.toml:6:\d+: .*wrong.*core 7, but this machine has 1"),
+            END,
+        ],
+        end: Ending::Judged(102, rest_went_on),
+        ..CONFIG
+    },
+    Case {
+        name: "weight-out-of-range",
+        load: hello(&[
+            "[[vm]]\nname = \"wrong\"\nkind = \"pvh\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\nweight = 10001\n",
+            REST,
+        ]),
+        steps: &[
+            Told(r"^tessera\| .*tessera\.toml:6:\d+: .*`weight` is 10001"),
+            END,
+        ],
+        end: Ending::Judged(102, rest_went_on),
+        ..CONFIG
+    },
+    Case {
+        name: "cap-out-of-range",
+        load: hello(&[
+            "[[vm]]\nname = \"wrong\"\nkind = \"pvh\"\nkernel = \"guest-hello\"\nmemory = \"16MiB\"\ncap = 0\n",
+            REST,
+        ]),
+        steps: &[Told(r"^tessera\| .*tessera\.toml:6:\d+: .*`cap` is 0"), END],
+        end: Ending::Judged(102, rest_went_on),
+        ..CONFIG
+    },
+    Case {
+        name: "at-the-monitor",
+        on: &[QEMU_BIOS, BOCHS_BIOS],
+        load: Load::Bundle {
+            config: &[r#"
+[[vm]]
+name = "talk"
+kind = "pvh"
+kernel = "guest-hostile"
+cmdline = "console"
+memory = "16MiB"
+
+[[vm]]
+name = "late"
+kind = "pvh"
+kernel = "guest-hello"
+memory = "16MiB"
+autostart = false
+"#],
+            files: &[HELLO_FILE, HOSTILE_FILE],
+            spoil: None,
+        },
+        steps: &[
+            Expect("^#$"),
+            Send("\x140"),
+            Expect(r"^tessera\| keyboard: monitor"),
+            Send("list\r"),
+            Expect(r"KiB of memory free$"),
+            // Verbs and names.
+            Send("lisst\r"),
+            Expect(r"^tessera\| unknown verb `lisst`: did you mean `list`\?"),
+            Send("pause nobody\r"),
+            Expect(r"^tessera\| no VM is named `nobody`; there are: talk late$"),
+            Send("stop 3\r"),
+            Expect(r"^tessera\| no VM is named `3`"),
+            Send("inject smi talk\r"),
+            Expect(r"^tessera\| `smi` does not belong there"),
+            // Shares.
+            Send("sched talk pin=7\r"),
+            Expect(r"^tessera\| vm talk: core 7 is not there$"),
+            Send("sched late pin=0-1\r"),
+            Expect(r"^tessera\| vm late: core 1 is not there$"),
+            Send("sched talk pin=2000\r"),
+            Expect(r"^tessera\| `pin=2000` is out of range: "),
+            Send("sched talk weight=0\r"),
+            Expect(r"^tessera\| `weight=0` is out of range: a weight is 1 to 10000$"),
+            Send("sched talk weight=10001\r"),
+            Expect(r"^tessera\| `weight=10001` is out of range: "),
+            Send("sched talk cap=6401\r"),
+            Expect(r"^tessera\| `cap=6401` is out of range: "),
+            Send("sched talk weight=9 cap=101\r"),
+            Expect(
+                r"^tessera\| vm talk: a cap of 101 % asked; 1 to 100 % can be with these vCPUs$",
+            ),
+            Send("sched talk\r"),
+            Expect(r"^tessera\| scheduled: fair, weight 256, on all cores$"),
+            Send("sched late\r"),
+            Expect(r"^tessera\| scheduled: fair, weight 256, on all cores$"),
+            // States.
+            Send("start talk\r"),
+            Expect(r"^tessera\| vm talk: it is running: it cannot be started$"),
+            Send("resume talk\r"),
+            Expect(r"^tessera\| vm talk: it is running: it cannot be resumed$"),
+            Send("pause late\r"),
+            Expect(r"^tessera\| vm late: it is defined: it cannot be paused$"),
+            Send("shutdown late\r"),
+            Expect(r"^tessera\| vm late: it is defined: it cannot be shut down$"),
+            Send("reset late\r"),
+            Expect(r"^tessera\| vm late: it is defined: it cannot be reset$"),
+            Send("stop late\r"),
+            Expect(r"^tessera\| vm late: it is defined: it cannot be stopped$"),
+            Send("inject nmi late\r"),
+            Expect(r"^tessera\| vm late: it is defined: it cannot be given an NMI$"),
+            Send("dump late\r"),
+            Expect(r"^tessera\| vm late: it is defined: it cannot be dumped$"),
+            Send("list\r"),
+            Expect(r"KiB of memory free$"),
+            Check(nothing_changed),
+            // All that ran have ended; the other waits in vain.
+            Send("stop talk\r"),
+            Expect(r"^tessera\| vm talk: ended: stopped$"),
+        ],
+        end: Ending::Closing(0),
+        deadline: 60,
+        ..CONFIG
+    },
 ];

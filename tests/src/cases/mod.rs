@@ -5,13 +5,14 @@ mod boot;
 mod console;
 mod guests;
 mod hostile;
+mod lifecycle;
 mod linux;
 mod smp;
 
 use crate::dialogue::Case;
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 8] = [
+pub const GROUPS: [(&str, &str); 9] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -24,6 +25,10 @@ pub const GROUPS: [(&str, &str); 8] = [
     ),
     ("smp", "several CPUs in one guest"),
     ("hostile", "guests that try everything, and harm nobody"),
+    (
+        "lifecycle",
+        "VMs start, pause, end and start again, and leave nothing behind",
+    ),
     (
         "console",
         "one line for the log, the monitor and all guests: keys, past, lies",
@@ -42,6 +47,7 @@ pub fn all() -> Vec<&'static Case> {
         boot::CASES,
         smp::CASES,
         hostile::CASES,
+        lifecycle::CASES,
         console::CASES,
         bad_input::CASES,
     ];

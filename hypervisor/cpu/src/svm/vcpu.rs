@@ -1010,7 +1010,7 @@ impl SvmVcpu {
     fn restart(&mut self) {
         self.gprs = Gprs::default();
         // Family, model and stepping.
-        self.gprs[arch::Gpr::Rdx] = core::arch::x86_64::__cpuid(1).eax.into();
+        self.gprs[Gpr::Rdx] = core::arch::x86_64::__cpuid(1).eax.into();
         self.dr = [0; 4];
         self.nmi = Nmi::default();
         self.window = false;

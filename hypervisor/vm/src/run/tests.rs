@@ -1102,3 +1102,22 @@ fn one_end_is_the_end_of_all() {
     pair.worlds[0].cpu.vm().set_order(Order::Run);
     assert_eq!(pair.worlds[0].run(&[Exit::Cpuid]), PREEMPTED);
 }
+
+#[test]
+fn exits_are_counted_by_reason_and_told_at_the_end_of_a_turn() {
+    use crate::exits::Reason;
+    let mut world = World::new();
+    let exits = world.cpu.exits().clone();
+    assert_eq!(exits.total(), 0);
+    let out = port(0x80, 1, false);
+    assert_eq!(world.run(&[Exit::Cpuid, out, out]), PREEMPTED);
+    assert_eq!(exits.of(Reason::Cpuid), 1);
+    assert_eq!(exits.of(Reason::Port), 2);
+    // What ended the turn.
+    assert!(exits.total() > 3);
+    let sum: u64 = Reason::ALL
+        .iter()
+        .map(|(reason, _)| exits.of(*reason))
+        .sum();
+    assert_eq!(exits.total(), sum);
+}
