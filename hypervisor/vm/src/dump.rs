@@ -82,6 +82,26 @@ pub struct Dump {
     stack: Vec<u64>,
     /// Return addresses, the innermost first.
     callers: Vec<u64>,
+    /// What the local APIC stands at.
+    pub(crate) interrupts: Interrupts,
+}
+
+/// What a vCPU's local APIC stands at, and what the vCPU waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Interrupts {
+    pub tpr: u8,
+    /// The highest vector requested; 0 for none.
+    pub requested: u8,
+    /// The highest vector in service; 0 for none.
+    pub in_service: u8,
+    /// Something was sent that the vCPU has not looked at.
+    pub signalled: bool,
+    /// An event is to be delivered at the next entry.
+    pub event: bool,
+    /// In HLT.
+    pub halted: bool,
+    /// Waits for a start-up.
+    pub waits: bool,
 }
 
 impl Dump {
@@ -116,6 +136,7 @@ impl Dump {
             idtr: vcpu.idtr(),
             stack: Vec::new(),
             callers: Vec::new(),
+            interrupts: Interrupts::default(),
         };
         if let Some(memory) = memory {
             // Rights do not matter to who only looks.
@@ -187,6 +208,18 @@ impl Dump {
             self.rip,
             self.rflags.bits(),
             self.cpl
+        ));
+        let own = &self.interrupts;
+        let flag = |on: bool, name: &'static str| if on { name } else { "" };
+        line(format_args!(
+            "apic tpr {:02x}  requested {:02x}  in service {:02x}{}{}{}{}",
+            own.tpr,
+            own.requested,
+            own.in_service,
+            flag(own.signalled, "  signalled"),
+            flag(own.event, "  event pending"),
+            flag(own.halted, "  halted"),
+            flag(own.waits, "  waits for a start-up"),
         ));
         for (names, values) in NAMES.chunks(4).zip(self.gprs.chunks(4)) {
             four(line, names, values);

@@ -2,7 +2,7 @@
 
 use crate::bundle::{Bundle, BundleError};
 use crate::config::{Class, ImageName, VmConfig};
-use crate::dump::Dump;
+use crate::dump::{Dump, Interrupts};
 use crate::exits::{Counts, Exits};
 use crate::layout::MemoryLayout;
 use crate::load::{self, Boot, EntryState, Image, LoadError};
@@ -664,9 +664,19 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     /// What it stands at. It must be off all cores, and no other may be loaded on the calling one.
     pub fn dump(&mut self) -> Dump {
         self.vcpu.load();
-        let dump = match self.vm.memory() {
+        let mut dump = match self.vm.memory() {
             Ok(mut memory) => Dump::of(&self.vcpu, Some(&mut *memory)),
             Err(Over) => Dump::of(&self.vcpu, None),
+        };
+        let [requested, in_service] = self.apic.highest();
+        dump.interrupts = Interrupts {
+            tpr: self.apic.tpr(),
+            requested,
+            in_service,
+            signalled: self.vm.fabric.is_signalled(self.id()),
+            event: self.vcpu.pending_event().is_some(),
+            halted: self.attention.contains(Attention::HALTED),
+            waits: self.attention.contains(Attention::WAITS),
         };
         self.vcpu.unload();
         dump

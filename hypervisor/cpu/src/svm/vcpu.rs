@@ -46,8 +46,9 @@ const PAUSE_GAP: u16 = 128;
 mod attention {
     /// The vCPU is not loaded.
     pub const UNLOADED: u8 = 1 << 0;
-    /// An NMI is being handled, or its window is waited for.
-    pub const NMI: u8 = 1 << 1;
+    /// An NMI is being handled, or its window is waited for; or that of interrupts, by a processor
+    /// that forgets shadows.
+    pub const EVENTS: u8 = 1 << 1;
 }
 
 /// What a vCPU is made with.
@@ -329,17 +330,24 @@ impl SvmVcpu {
                 detail: Violations::NOT_LOADED.bits().into(),
             }));
         }
-        if !self.nmi.window || self.pending_event().is_some() {
+        let shadow = self.shadow();
+        // A processor that forgets the shadow at VMRUN would open the window at once, between an
+        // STI and the HLT that waits for just this interrupt.
+        let forgets = shadow && self.window && self.forgets_shadow();
+        if !self.nmi.window && !forgets || self.pending_event().is_some() {
             return None;
         }
-        if !self.nmi.blocked && !self.shadow() {
+        if self.nmi.window && !self.nmi.blocked && !shadow {
             return Some(self.nmi_window());
         }
         let save = self.save();
         let (rip, dr6, rflags) = (save.rip, save.dr6, save.rflags);
         // While the handler runs, its IRET is intercepted. When the guest stands on it, or in a
         // shadow, the window opens one instruction later.
-        if !self.nmi.blocked || self.nmi.iret == Some(rip) {
+        if forgets || !self.nmi.blocked || self.nmi.iret == Some(rip) {
+            if forgets {
+                self.hold_virtual_interrupt();
+            }
             self.block_mut().save.rflags = rflags | RFlags::TF.bits();
             let trap_flag = rflags & RFlags::TF.bits() != 0;
             self.nmi.step = Some(Step {
@@ -383,6 +391,7 @@ impl SvmVcpu {
             self.nmi.iret = Some(rip);
             self.intercept_iret(false);
         }
+        self.arm_virtual_interrupt();
         self.update_attention();
         if !stepped {
             return None;
@@ -390,8 +399,22 @@ impl SvmVcpu {
         Some(if self.nmi.window && !self.nmi.blocked {
             self.nmi_window()
         } else {
+            // Who waits for interrupts looks again.
             Exit::Benign
         })
+    }
+
+    /// Whether the processor forgets an interrupt shadow at VMRUN, as QEMU 7.2's does, which is the
+    /// one without next-RIP saving.
+    const fn forgets_shadow(&self) -> bool {
+        !self.features.contains(SvmFeatures::NEXT_RIP)
+    }
+
+    /// Takes V_IRQ back for one entry.
+    fn hold_virtual_interrupt(&mut self) {
+        let control = self.control_mut();
+        control.int_ctl &= !IntCtl::V_IRQ;
+        control.clean &= !Clean::TPR;
     }
 
     /// The window is told once: who still waits asks again.
@@ -402,12 +425,12 @@ impl SvmVcpu {
     }
 
     fn update_attention(&mut self) {
-        let nmi = self.nmi.blocked || self.nmi.window;
+        let events = self.nmi.blocked || self.nmi.window || self.window && self.forgets_shadow();
         self.attention = if self.loaded() {
             0
         } else {
             attention::UNLOADED
-        } | if nmi { attention::NMI } else { 0 };
+        } | if events { attention::EVENTS } else { 0 };
     }
 
     fn intercept_iret(&mut self, on: bool) {
@@ -935,6 +958,7 @@ impl Vcpu for SvmVcpu {
     fn request_interrupt_window(&mut self, on: bool) {
         self.window = on;
         self.arm_virtual_interrupt();
+        self.update_attention();
     }
 
     fn request_nmi_window(&mut self, on: bool) {

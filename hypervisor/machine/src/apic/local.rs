@@ -640,6 +640,12 @@ impl LocalApic {
         self.signals != 0
     }
 
+    /// The highest vectors requested and in service; 0 for none.
+    #[must_use]
+    pub const fn highest(&self) -> [u8; 2] {
+        [self.requested.top, self.in_service.top]
+    }
+
     /// Moves the pending interrupt into service and gives it (INTA). Only after
     /// [`LocalApic::pending`] gave one; else the spurious vector comes, as from the hardware.
     #[inline]
