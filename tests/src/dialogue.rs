@@ -45,6 +45,8 @@ pub struct Case {
     pub on: &'static [Place],
     /// What the machine starts.
     pub load: Load,
+    /// Tessera is a build that fails where a guest asks for it.
+    pub fails: bool,
     /// The machine's memory in MiB, when not what the configuration needs.
     pub memory: Option<u32>,
     /// The machine's logical processors.
@@ -72,6 +74,7 @@ impl Case {
             files: &[],
             spoil: None,
         },
+        fails: false,
         memory: None,
         cpus: 1,
         pace: Pace::Free,

@@ -19,6 +19,8 @@ use crate::toolchain::{NONE, Toolchain, UEFI, Workspace};
 const TESSERA: &str = "tessera";
 /// [`TESSERA`] with its feature `count-vmcs`.
 const COUNTING: &str = "tessera/count-vmcs";
+/// [`TESSERA`] with its feature `fault-injection`.
+pub const FAILING: &str = "tessera/fault-injection";
 /// The loader for UEFI: package and program, with `.efi` after it.
 pub const UEFI_LOADER: &str = "boot-uefi";
 /// The entry for multiboot2.
@@ -41,6 +43,8 @@ pub enum Kernel {
     Tessera,
     /// The hypervisor, counting its VMREADs and VMWRITEs.
     Counting,
+    /// The hypervisor, failing where a guest asks for it.
+    Failing,
     /// The loaders' probe, which checks what they hand over.
     Probe,
 }
@@ -144,6 +148,7 @@ impl Factory {
         let kernel = match kernel {
             Kernel::Tessera => TESSERA,
             Kernel::Counting => COUNTING,
+            Kernel::Failing => FAILING,
             Kernel::Probe => PROBE,
         };
         let kernel = self.program(NONE, kernel)?;

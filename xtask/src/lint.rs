@@ -11,7 +11,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
-use crate::factory::UEFI_LOADER;
+use crate::factory::{FAILING, UEFI_LOADER};
 use crate::packages::run;
 use crate::progress::step;
 use crate::toolchain::{NONE, UEFI, Workspace, cargo};
@@ -56,6 +56,13 @@ pub fn lint(workspace: &Workspace) -> Result<String> {
             })?;
         }
     }
+    step("clippy, fault-injection", |_| {
+        let package = ["--target", NONE, "--package", "tessera"];
+        run(clippy(
+            workspace,
+            &[&package[..], &["--features", FAILING]].concat(),
+        ))
+    })?;
     Ok(report)
 }
 

@@ -273,7 +273,7 @@ fn files_of(factory: &Factory, files: &[(&str, Source)]) -> Result<Vec<(String, 
 fn prepare(factory: &Factory, tasks: &[Task]) -> Result<Facts> {
     if tasks
         .iter()
-        .any(|t| matches!(t.case.load, Load::Bundle { .. }))
+        .any(|t| matches!(t.case.load, Load::Bundle { .. }) && !t.case.fails)
     {
         factory.tessera()?;
     }
@@ -401,7 +401,12 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
                 spoil(&mut bundle);
             }
             machine.memory = case.memory.unwrap_or_else(|| memory_for(&text));
-            factory.image_of(Kernel::Tessera, &bundle, &disk)?;
+            let kernel = if case.fails {
+                Kernel::Failing
+            } else {
+                Kernel::Tessera
+            };
+            factory.image_of(kernel, &bundle, &disk)?;
         }
         Load::Probe => {
             let bundle = bundle_of("# nothing", &[]);

@@ -1,9 +1,9 @@
 //! Misbehaves in the ways named on the command line, to see that nothing but this VM ends by it.
 //!
 //! The words of the command line are attacks, made one after the other; `after=<ms>` lets the first
-//! wait. Prints `hostile: <name>` before each. What a virtual machine must bear prints `hostile:
-//! survived <name>` after it, and when all did, the guest leaves by value 0. What must end it, or
-//! goes on for ever, says nothing more.
+//! wait, and `at=<n>` is for [`fault`]. Prints `hostile: <name>` before each. What a virtual machine
+//! must bear prints `hostile: survived <name>` after it, and when all did, the guest leaves by value
+//! 0. What must end it, or goes on for ever, says nothing more.
 #![no_std]
 #![no_main]
 
@@ -20,6 +20,7 @@ macro_rules! attempt {
 
 mod console;
 mod devices;
+mod fault;
 mod memory;
 mod modes;
 mod state;
@@ -123,6 +124,8 @@ const WAYS: &[(&str, fn(), Fate)] = &[
     ("print-forever", devices::print_forever, Endless),
     ("spin", spin, Endless),
     ("cli-hlt", cli_hlt, Ends),
+    ("fault", fault::here, Ends),
+    ("fault-beside", fault::beside, Ends),
     ("console", console::talk, Survives),
     ("exit", exit_with, Ends),
     ("poweroff", power_off, Ends),
@@ -139,6 +142,9 @@ fn main() {
             let millis: u64 = millis;
             clock::sleep_until(rdtsc() + clock::ticks(millis * 1000));
             quiet();
+            continue;
+        }
+        if word.starts_with("at=") {
             continue;
         }
         println!("hostile: {word}");

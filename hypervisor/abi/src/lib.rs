@@ -79,10 +79,31 @@ pub mod hypercall {
     /// Gives up the rest of the caller's turn, where others wait for its core; for a vCPU that waits
     /// for another one's progress. Gives 0.
     pub const YIELD: u64 = OWN + 2;
+    /// The hypervisor fails while it works for the caller, at the place in RBX (see [`fault`]); only
+    /// in builds for tests of that (else [`ERROR_UNKNOWN`]).
+    pub const FAULT: u64 = OWN + 3;
     /// KVM's call: the vCPU whose APIC id is in RCX leaves HLT, whatever its interrupt flag says;
     /// if it is not in HLT, its next HLT is over at once. RBX is 0. Gives 0, also when there is no
     /// such vCPU. Offered with [`crate::cpuid::kvm::PV_UNHALT`].
     pub const KICK_CPU: u64 = 5;
+
+    /// The places of [`FAULT`].
+    pub mod fault {
+        /// A panic in the call's handler.
+        pub const HANDLER: u64 = 0;
+        /// A panic while the lock on the VM's devices is held.
+        pub const BOARD: u64 = 1;
+        /// A panic while the lock on the VM's memory is held.
+        pub const MEMORY: u64 = 2;
+        /// A panic in the preparation of the next entry.
+        pub const ENTRY: u64 = 3;
+        /// The stack runs into its guard page: a page fault.
+        pub const STACK: u64 = 4;
+        /// A handler that does not return.
+        pub const ENDLESS: u64 = 5;
+        /// The same, while the lock on the VM's devices is held.
+        pub const ENDLESS_BOARD: u64 = 6;
+    }
 
     /// No such call (KVM's number for it).
     pub const ERROR_UNKNOWN: i64 = -1000;

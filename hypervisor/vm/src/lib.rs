@@ -9,6 +9,8 @@ pub mod bundle;
 pub mod config;
 pub mod dump;
 pub mod exits;
+#[cfg(feature = "fault-injection")]
+mod inject;
 pub mod layout;
 pub mod life;
 pub mod load;

@@ -273,6 +273,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
 
     #[inline(never)]
     fn prepare_in_full(&mut self, host: &mut impl Host) -> Option<Stop> {
+        #[cfg(feature = "fault-injection")]
+        self.fail_at_entry();
         if self.vm.fabric.is_signalled(self.id())
             || self
                 .attention
@@ -1052,6 +1054,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 abi::hypercall::YIELD
                 | abi::hypercall::KICK_CPU
                 | abi::hypercall::VMCS_ACCESSES => return self.other_hypercall(next),
+                #[cfg(feature = "fault-injection")]
+                abi::hypercall::FAULT => return self.other_hypercall(next),
                 _ => abi::hypercall::ERROR_UNKNOWN,
             }
         };
@@ -1077,6 +1081,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             }
             (abi::hypercall::VMCS_ACCESSES, Some([reads, writes])) => {
                 ((writes & 0x7fff_ffff) << 32 | reads & 0xffff_ffff) as i64
+            }
+            #[cfg(feature = "fault-injection")]
+            (abi::hypercall::FAULT, _) => {
+                then = Next::Prepare;
+                self.fail(self.vcpu.gprs()[Gpr::Rbx])
             }
             _ => abi::hypercall::ERROR_UNKNOWN,
         };

@@ -564,6 +564,9 @@ bitflags::bitflags! {
         const KICKS = 1 << 4;
         /// The board wants something of the host.
         const ACTIONS = 1 << 5;
+        /// The preparation of the next entry is to fail.
+        #[cfg(feature = "fault-injection")]
+        const FAULT = 1 << 6;
     }
 }
 

@@ -20,7 +20,7 @@ use crate::emulator::Pace;
 
 use Step::{Expect, Send};
 
-const FILES: &[(&str, Source)] = &[
+pub(super) const FILES: &[(&str, Source)] = &[
     ("guest-heartbeat", Source::Made("guest-heartbeat")),
     ("guest-hostile", Source::Made("guest-hostile")),
 ];
@@ -33,15 +33,21 @@ const BOUND: u64 = 40_000;
 /// lines may be broken by others'; the heartbeat never is the first.
 macro_rules! attacker {
     ($name:literal, $attacks:literal) => {
+        attacker!($name, $attacks, 1)
+    };
+    ($name:literal, $attacks:literal, $vcpus:literal) => {
         concat!(
             "[[vm]]\nname = \"",
             $name,
-            "\"\nkind = \"pvh\"\nkernel = \"guest-hostile\"\nmemory = \"16MiB\"\ncmdline = \"",
+            "\"\nkind = \"pvh\"\nkernel = \"guest-hostile\"\nmemory = \"16MiB\"\nvcpus = ",
+            $vcpus,
+            "\ncmdline = \"",
             $attacks,
             "\"\n[vm.devices]\ndebug_exit = true\n"
         )
     };
 }
+pub(super) use attacker;
 
 macro_rules! heartbeat {
     ($beats:literal) => {
@@ -53,16 +59,17 @@ macro_rules! heartbeat {
         )
     };
 }
+pub(super) use heartbeat;
 
 /// The heartbeat is over and was right.
-const BEATEN: Step = Expect(r"^tessera\| vm heart: ended: debug exit, code 1$");
+pub(super) const BEATEN: Step = Expect(r"^tessera\| vm heart: ended: debug exit, code 1$");
 
 /// All beats are there, in their order, and none was too late.
 fn heart_is_sound(heard: &Heard) -> Result<(), String> {
     beats_within(heard, BOUND)
 }
 
-fn beats_within(heard: &Heard, bound: u64) -> Result<(), String> {
+pub(super) fn beats_within(heard: &Heard, bound: u64) -> Result<(), String> {
     let said = || {
         heard
             .all

@@ -5,6 +5,7 @@ mod boot;
 mod console;
 mod guests;
 mod hostile;
+mod inject;
 mod lifecycle;
 mod linux;
 mod smp;
@@ -12,7 +13,7 @@ mod smp;
 use crate::dialogue::Case;
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 9] = [
+pub const GROUPS: [(&str, &str); 10] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -25,6 +26,10 @@ pub const GROUPS: [(&str, &str); 9] = [
     ),
     ("smp", "several CPUs in one guest"),
     ("hostile", "guests that try everything, and harm nobody"),
+    (
+        "inject",
+        "the hypervisor fails at chosen places, and only one VM ends",
+    ),
     (
         "lifecycle",
         "VMs start, pause, end and start again, and leave nothing behind",
@@ -47,6 +52,7 @@ pub fn all() -> Vec<&'static Case> {
         boot::CASES,
         smp::CASES,
         hostile::CASES,
+        inject::CASES,
         lifecycle::CASES,
         console::CASES,
         bad_input::CASES,
