@@ -64,6 +64,10 @@ vcpus = 4
             Step::Expect("^is-0$"),
             Step::Refuse(linux::FAULTS),
             linux::PROMPT,
+            // Four vCPUs on one core: time was taken from each (the eighth figure).
+            Step::Send("head -n 1 /proc/stat\n"),
+            Step::Expect(r"^cpu +(\d+ ){7}[1-9]\d* \d+ \d+"),
+            linux::PROMPT,
             // A process on each, one after the other, and the parent moved along.
             Step::Send(
                 "for c in 0 1 2 3; do taskset -p $((1 << c)) $$ >/dev/null; sh -c 'cut -d\" \" -f39 /proc/self/stat'; done\n",
