@@ -687,8 +687,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     /// perhaps for a sibling that has no core, gives up its turn.
     pub fn load(&mut self, stolen: u64, crowded: bool) {
         self.vcpu.load();
-        self.vcpu
-            .set_pause_exiting(crowded && self.vm.vcpus() > 1);
+        self.vcpu.set_pause_exiting(crowded && self.vm.vcpus() > 1);
         self.stolen = stolen;
         // A VM that is given up has no use for it.
         let _ = self.show_stolen(false);
