@@ -155,9 +155,9 @@ pub trait Vcpu {
     fn set_apic_mode(&mut self, mode: ApicMode) {
         let _ = mode;
     }
-    /// Asks for [`Exit::Pause`] when the guest spins: in loops of PAUSE where the hardware counts
-    /// them, else on each PAUSE with AMD-V and never with VT-x. Off at first: a vCPU that has a core
-    /// to itself may spin.
+    /// Asks for [`Exit::Pause`] when the guest spins in a loop of PAUSE, where the hardware counts
+    /// them. Off at first: a vCPU that has a core to itself may spin, and one without siblings waits
+    /// for a device.
     fn set_pause_exiting(&mut self, on: bool) {
         let _ = on;
     }

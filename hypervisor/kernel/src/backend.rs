@@ -50,7 +50,7 @@ pub type Made = (Arc<AnyVm>, Vec<Box<dyn Guest>>);
 /// knows the vendor.
 pub trait Guest: Send {
     /// See [`Processor::load`].
-    fn load(&mut self, stolen: u64);
+    fn load(&mut self, stolen: u64, crowded: bool);
     /// See [`Processor::unload`].
     fn unload(&mut self, preempted: bool);
     /// See [`Processor::run`].
@@ -64,8 +64,8 @@ pub trait Guest: Send {
 }
 
 impl<V: OwnsPages + Send + 'static> Guest for Processor<V, DirectMap, Frames> {
-    fn load(&mut self, stolen: u64) {
-        self.load(stolen);
+    fn load(&mut self, stolen: u64, crowded: bool) {
+        self.load(stolen, crowded);
     }
     fn unload(&mut self, preempted: bool) {
         self.unload(preempted);

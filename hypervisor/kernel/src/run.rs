@@ -59,6 +59,8 @@ pub struct Machine {
     pub scheduler: Lock<Scheduler>,
     /// The VMs that have memory and vCPUs, by number.
     slots: [Lock<Option<Arc<Live>>>; MAX_VMS],
+    /// The vCPUs of all of them.
+    vcpus: AtomicU32,
     /// VMs, by bit number, all of whose vCPUs left the cores by order.
     gone: AtomicU32,
 }
@@ -186,6 +188,7 @@ impl Machine {
             clock,
             scheduler: Lock::new(scheduler),
             slots: [const { Lock::new(None) }; MAX_VMS],
+            vcpus: AtomicU32::new(0),
             gone: AtomicU32::new(0),
         }
     }
@@ -197,8 +200,17 @@ impl Machine {
 
     /// Puts a VM in its slot, or takes it out.
     pub fn set_live(&self, number: usize, live: Option<Arc<Live>>) -> Option<Arc<Live>> {
-        let slot = self.slots.get(number)?;
-        core::mem::replace(&mut *slot.lock(), live)
+        let count = |live: &Option<Arc<Live>>| live.as_ref().map_or(0, |live| live.vm.vcpus());
+        let added = count(&live) as u32;
+        let old = core::mem::replace(&mut *self.slots.get(number)?.lock(), live);
+        self.vcpus.fetch_add(added, Ordering::Relaxed);
+        self.vcpus.fetch_sub(count(&old) as u32, Ordering::Relaxed);
+        old
+    }
+
+    /// Whether there are more vCPUs than cores.
+    fn is_crowded(&self) -> bool {
+        self.vcpus.load(Ordering::Relaxed) as usize > self.host.cores.len()
     }
 
     /// VMs, by bit number, all of whose vCPUs have left the cores since the last call.
@@ -479,7 +491,7 @@ impl Worker {
         let live = self.machine.live(usize::from(vcpu.vm.0))?;
         let index = usize::from(vcpu.index);
         let mut taken = live.seats.take(index, self.core.number())?;
-        taken.load(stolen);
+        taken.load(stolen, self.machine.is_crowded());
         self.loaded = Some(Loaded {
             live,
             index,

@@ -473,7 +473,7 @@ mod tests {
                 panic!("nobody runs, and {out} of {vcpus} have left");
             };
             let cpu = &mut cpus[usize::from(vcpu.index)];
-            cpu.load(0);
+            cpu.load(0, false);
             let stop = cpu.run(&mut core);
             cpu.unload(false);
             if let Stop::Ended(how) = stop {

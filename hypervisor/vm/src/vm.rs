@@ -686,9 +686,11 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     }
 
     /// Puts the vCPU's state on the calling core. It has been kept from running for `stolen`
-    /// nanoseconds so far.
-    pub fn load(&mut self, stolen: u64) {
+    /// nanoseconds so far. `crowded`: there are more vCPUs than cores, so that one which spins, and
+    /// perhaps for a sibling that has no core, gives up its turn.
+    pub fn load(&mut self, stolen: u64, crowded: bool) {
         self.vcpu.load();
+        self.vcpu.set_pause_exiting(crowded && self.vm.vcpus() > 1);
         self.stolen = stolen;
         // A VM that is given up has no use for it.
         let _ = self.show_stolen(false);

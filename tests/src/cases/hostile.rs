@@ -12,8 +12,7 @@
 //! host did with the core meanwhile: a line of its log takes 87 µs a character on the serial line,
 //! and a report of a crash has 250 of them.
 //!
-//! That an attacker can be started again is not shown here: a crash ends a VM for good until the
-//! configuration has a rule for it.
+//! One attacker is started again after each of its crashes, by its configuration.
 
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, Source, Step};
 use crate::emulator::Pace;
@@ -48,6 +47,20 @@ macro_rules! attacker {
     };
 }
 pub(super) use attacker;
+
+/// As [`attacker`], with two vCPUs.
+macro_rules! attackers {
+    ($name:literal, $attacks:literal) => {
+        concat!(
+            "[[vm]]\nname = \"",
+            $name,
+            "\"\nkind = \"pvh\"\nkernel = \"guest-hostile\"\nmemory = \"16MiB\"\nvcpus = 2\n",
+            "cmdline = \"",
+            $attacks,
+            "\"\n[vm.devices]\ndebug_exit = true\n"
+        )
+    };
+}
 
 macro_rules! heartbeat {
     ($beats:literal) => {
@@ -176,6 +189,35 @@ pub(super) const CASES: &[Case] = &[
             heartbeat!("60"),
         ],
     ),
+    // Two vCPUs against each other and the host.
+    survives(
+        "two-vcpus",
+        &[
+            attackers!("hostile", "code-races nmi-flood apic-chaos self-ipi-loop"),
+            heartbeat!("40"),
+        ],
+    ),
+    // A crash without end: each time it starts again. To make a VM takes the core for a while, which
+    // is the only one here.
+    Case {
+        steps: &[
+            Expect(r"^tessera\| vm hostile: crashed: triple fault"),
+            Expect(r"^tessera\| vm hostile: crashed: triple fault"),
+            Expect(r"^tessera\| vm hostile: crashed: triple fault"),
+            BEATEN,
+            Send("\x14x"),
+            Expect(r"^tessera\| end: status=0 left at the console"),
+        ],
+        end: Ending::Judged(0, |heard| beats_within(heard, 100_000)),
+        ..endless(
+            "crashes-again",
+            &[
+                "[[vm]]\nname = \"hostile\"\nkind = \"pvh\"\nkernel = \"guest-hostile\"\n\
+                 memory = \"16MiB\"\ncmdline = \"triple-fault\"\non_crash = \"restart\"\n",
+                heartbeat!("20"),
+            ],
+        )
+    },
     survives(
         "memory",
         &[

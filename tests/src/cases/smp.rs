@@ -64,6 +64,10 @@ vcpus = 4
             Step::Expect("^is-0$"),
             Step::Refuse(linux::FAULTS),
             linux::PROMPT,
+            // Four vCPUs on one core: time was taken from each (the eighth figure).
+            Step::Send("head -n 1 /proc/stat\n"),
+            Step::Expect(r"^cpu +(\d+ ){7}[1-9]\d* \d+ \d+"),
+            linux::PROMPT,
             // A process on each, one after the other, and the parent moved along.
             Step::Send(
                 "for c in 0 1 2 3; do taskset -p $((1 << c)) $$ >/dev/null; sh -c 'cut -d\" \" -f39 /proc/self/stat'; done\n",
@@ -79,20 +83,31 @@ vcpus = 4
         deadline: 300,
         ..linux::LINUX
     },
+    // Two of them, a small guest and one that attacks.
     Case {
-        group: "smp",
-        name: "linux-on-two-cores",
+        name: "crowd-on-one-core",
+        on: &[BOCHS_BIOS],
+        ..CROWD
+    },
+    Case {
+        name: "crowd-on-two-cores",
         on: &[QEMU_BIOS],
         cpus: 2,
-        load: Load::Bundle {
-            config: &[r#"
+        ..CROWD
+    },
+];
+
+const CROWD: Case = Case {
+    group: "smp",
+    load: Load::Bundle {
+        config: &[r#"
 [[vm]]
 name = "linux"
 kind = "linux"
 kernel = "vmlinuz"
 initrd = "initrd.cpio"
 cmdline = "console=ttyS0"
-memory = "256MiB"
+memory = "192MiB"
 vcpus = 3
 [[vm]]
 name = "other"
@@ -100,35 +115,64 @@ kind = "linux"
 kernel = "vmlinuz"
 initrd = "initrd.cpio"
 cmdline = "console=ttyS0"
-memory = "256MiB"
+memory = "192MiB"
 vcpus = 2
+[[vm]]
+name = "hello"
+kind = "pvh"
+kernel = "guest-hello"
+memory = "16MiB"
+[vm.devices]
+debug_exit = true
+[[vm]]
+name = "hostile"
+kind = "pvh"
+kernel = "guest-hostile"
+memory = "16MiB"
+vcpus = 2
+cmdline = "code-races apic-chaos exotic port-storm"
+[vm.devices]
+debug_exit = true
 "#],
-            files: linux::FILES,
-            spoil: None,
-        },
-        steps: &[
-            linux::UP,
-            linux::PROMPT,
-            Step::Send("dmesg; echo is-$?\n"),
-            Step::Expect("^is-0$"),
-            Step::Refuse(linux::FAULTS),
-            linux::PROMPT,
-            Step::Send("poweroff\n"),
-            Step::Expect(r"^tessera\| vm linux: ended: powered off$"),
-            // The other one.
-            Step::Send("\x14"),
-            Step::Send("2"),
-            Step::Send("\n"),
-            linux::PROMPT,
-            Step::Send("cat /sys/devices/system/cpu/online\n"),
-            Step::Expect("^0-1$"),
-            Step::Send("poweroff\n"),
-            Step::Expect(r"^tessera\| vm other: ended: powered off$"),
+        files: &[
+            ("vmlinuz", Source::Made("vmlinuz")),
+            ("initrd.cpio", Source::Made("initrd.cpio")),
+            ("guest-hello", Source::Made("guest-hello")),
+            ("guest-hostile", Source::Made("guest-hostile")),
         ],
-        deadline: 300,
-        ..linux::LINUX
+        spoil: None,
     },
-];
+    steps: &[
+        linux::UP,
+        linux::PROMPT,
+        Step::Send("dmesg; echo is-$?\n"),
+        Step::Expect("^is-0$"),
+        Step::Refuse(linux::FAULTS),
+        linux::PROMPT,
+        Step::Send("poweroff\n"),
+        Step::Expect(r"^tessera\| vm linux: ended: powered off$"),
+        // The other one.
+        Step::Send("\x14"),
+        Step::Send("2"),
+        Step::Send("\n"),
+        linux::PROMPT,
+        Step::Send("cat /sys/devices/system/cpu/online\n"),
+        Step::Expect("^0-1$"),
+        Step::Send("poweroff\n"),
+        Step::Expect(r"^tessera\| vm other: ended: powered off$"),
+    ],
+    end: Ending::Judged(0, |heard| {
+        for name in ["hello", "hostile"] {
+            let line = format!("tessera| vm {name}: ended: debug exit, code 1");
+            if !heard.all.contains(&line) {
+                return Err(format!("no line `{line}`"));
+            }
+        }
+        Ok(())
+    }),
+    deadline: 400,
+    ..linux::LINUX
+};
 
 const FOUR_VCPUS: Load = Load::Bundle {
     config: &[r#"

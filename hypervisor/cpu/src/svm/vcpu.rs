@@ -566,6 +566,9 @@ fn requeue(info: u64) -> u64 {
 
 impl Vcpu for SvmVcpu {
     fn set_pause_exiting(&mut self, on: bool) {
+        if !self.features.contains(SvmFeatures::PAUSE_FILTER) {
+            return;
+        }
         let control = self.control_mut();
         if control.intercept_misc1.contains(Misc1::PAUSE) != on {
             control.intercept_misc1.set(Misc1::PAUSE, on);
