@@ -8,7 +8,8 @@
 //! ([`watch`]). One without a beat for ten seconds gets an NMI: a guest that ran so long undisturbed
 //! is thereby left, which is a beat. If there is none even so, a second NMI finds a handler that does
 //! not return: its place is told, and its work given up if it holds no shared lock, else the host
-//! stops. A machine of one core has nobody to look after it, and no watchdog.
+//! stops. A core that waits for a VM's lock watches on ([`watch_while_waiting`]): the one that is stuck
+//! may hold it. A machine of one core has nobody to look after it, and no watchdog.
 
 use crate::backend::Backend;
 use crate::bring_up::{self, BOOT_CORE, Host, passed};
@@ -435,6 +436,15 @@ pub fn watch(host: &Host) -> u64 {
         host.apic.send_nmi(next.apic_id());
     }
     again
+}
+
+/// The same for a core that waits long for another one: it is alive, and may be the only one left to
+/// find that who it waits for is not.
+pub fn watch_while_waiting() {
+    this().beat();
+    if let Some(machine) = MACHINE.get() {
+        watch(machine.host);
+    }
 }
 
 /// An NMI: true if another core sent it.

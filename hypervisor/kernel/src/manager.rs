@@ -4,6 +4,7 @@
 use crate::backend::{Guest, Setup};
 use crate::bring_up::STATUS_BOOT;
 use crate::console::{self, Request};
+use crate::cores;
 use crate::frames::{self, Frames};
 use crate::run::{Live, Machine};
 use alloc::format;
@@ -308,6 +309,7 @@ impl Manager {
                 [result.eax, result.ebx, result.ecx, result.edx]
             },
             apic_access_page: backend.apic_access_page(),
+            still_waiting: cores::watch_while_waiting,
         };
         let (vm, vcpus) = backend.create(host, numbers, setup)?;
         info!(

@@ -200,6 +200,7 @@ impl Machine {
             },
             host_cpuid: &cpuid,
             apic_access_page: None,
+            still_waiting: || {},
         };
         let mut cpus = Vec::new();
         Processor::create_all(setup, &mut |_| make_vcpu(), &mut cpus)?;

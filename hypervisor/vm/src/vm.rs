@@ -154,7 +154,12 @@ pub struct VmSetup<'a, P, F> {
     pub host_cpuid: &'a dyn Fn(u32, u32) -> [u32; 4],
     /// A page to map at the local APIC's address (VMX), if the hardware wants one.
     pub apic_access_page: Option<HostPhysAddr>,
+    /// Called from time to time by a core that waits for what another one holds of the VM.
+    pub still_waiting: fn(),
 }
+
+/// How often a lock is tried before the wait is a long one: far beyond what a holder may take.
+const LONG_WAIT: u32 = 1 << 20;
 
 /// What a backend makes a vCPU from.
 #[derive(Clone, Copy, Debug)]
@@ -237,6 +242,7 @@ pub struct Vm<P: PhysMemory, F: FrameSource> {
     /// The wall clock at the VM's time zero, in nanoseconds since 1970 UTC.
     pub(crate) epoch: u64,
     pub(crate) apic_access_page: Option<HostPhysAddr>,
+    still_waiting: fn(),
     pub(crate) name: String,
 }
 
@@ -337,6 +343,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             unknown_msrs: AtomicU32::new(0),
             epoch: setup.wall_clock,
             apic_access_page: setup.apic_access_page,
+            still_waiting: setup.still_waiting,
             name: config.name.clone(),
         };
         Ok((vm, entry))
@@ -353,6 +360,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
 
     #[cold]
     fn wait<'a, T>(&self, what: &'a Mutex<T>) -> Result<MutexGuard<'a, T>, Over> {
+        let mut turns = 0u32;
         loop {
             if let Some(guard) = what.try_lock() {
                 return Ok(guard);
@@ -360,6 +368,10 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             // Whoever held it may be gone with it.
             if self.order.load(Acquire) == Order::Abandon as u8 {
                 return Err(Over);
+            }
+            turns = turns.wrapping_add(1);
+            if turns.is_multiple_of(LONG_WAIT) {
+                (self.still_waiting)();
             }
             core::hint::spin_loop();
         }
