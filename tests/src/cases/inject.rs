@@ -37,7 +37,7 @@ const fn case(name: &'static str, config: &'static [&'static str], steps: &'stat
     Case {
         group: "inject",
         name,
-        on: &[QEMU_BIOS],
+        on: &[QEMU_BIOS, BOCHS_BIOS],
         cpus: 2,
         load: Load::Bundle {
             config,
@@ -54,7 +54,6 @@ const fn case(name: &'static str, config: &'static [&'static str], steps: &'stat
 
 pub(super) const CASES: &[Case] = &[
     Case {
-        on: &[QEMU_BIOS, BOCHS_BIOS],
         cpus: 1,
         pace: Pace::Even,
         ..case(
@@ -65,9 +64,12 @@ pub(super) const CASES: &[Case] = &[
                 attacker!("memory", "after=800 at=2 fault"),
                 attacker!("entry", "after=1100 at=3 fault"),
                 attacker!("stack", "after=1400 at=4 fault"),
-                attacker!("board-beside", "after=1700 at=1 fault-beside", 2),
-                attacker!("memory-beside", "after=2000 at=2 fault-beside", 2),
-                heartbeat!("30 late=10000000"),
+                attacker!("handler-beside", "after=1700 at=0 fault-beside", 2),
+                attacker!("board-beside", "after=2000 at=1 fault-beside", 2),
+                attacker!("memory-beside", "after=2300 at=2 fault-beside", 2),
+                attacker!("entry-beside", "after=2600 at=3 fault-beside", 2),
+                attacker!("stack-beside", "after=2900 at=4 fault-beside", 2),
+                heartbeat!("36 late=10000000"),
             ],
             &[
                 dies!("handler"),
@@ -75,8 +77,11 @@ pub(super) const CASES: &[Case] = &[
                 dies!("memory"),
                 dies!("entry"),
                 dies!("stack"),
+                dies!("handler-beside"),
                 dies!("board-beside"),
                 dies!("memory-beside"),
+                dies!("entry-beside"),
+                dies!("stack-beside"),
                 BEATEN,
             ],
         )
