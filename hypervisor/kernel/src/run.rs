@@ -368,6 +368,8 @@ pub struct Worker {
     core: &'static Core,
     timer: CoreTimer,
     loaded: Option<Loaded>,
+    /// A dedicated vCPU owns the core.
+    owned: bool,
 }
 
 impl Worker {
@@ -378,6 +380,7 @@ impl Worker {
             core: this(),
             timer,
             loaded: None,
+            owned: false,
         }
     }
 
@@ -426,14 +429,15 @@ impl Worker {
     fn turn(&mut self, due: Nanos) {
         self.core.beat();
         let number = CoreId(self.core.number() as u16);
-        let (decision, stolen) = self.machine.schedule(|scheduler, now| {
+        let (decision, stolen, owned) = self.machine.schedule(|scheduler, now| {
             let decision = scheduler.next(number, now);
             let stolen = match decision {
                 Decision::Run { vcpu, .. } => scheduler.stolen(vcpu, now),
                 Decision::Idle { .. } => 0,
             };
-            (decision, stolen)
+            (decision, stolen, scheduler.owner(number).is_some())
         });
+        self.owned = owned;
         match decision {
             Decision::Run { vcpu, until } => self.run(vcpu, until.min(due), stolen),
             Decision::Idle { until } => self.idle(until.min(due)),
@@ -521,12 +525,13 @@ impl Worker {
         let Some(loaded) = &mut self.loaded else {
             return;
         };
-        let slice_end = if until == Nanos::NEVER && self.machine.host.cores.len() == 1 {
-            u64::MAX
+        let mut slice_end = self.machine.clock.tsc_at(until);
+        if self.owned {
+            // No tick for who owns its core: the watchdog leaves it alone, and it watches nobody.
+            self.core.rest();
         } else {
-            let until = self.machine.clock.tsc_at(until);
-            until.min(watch(self.machine.host))
-        };
+            slice_end = slice_end.min(watch(self.machine.host));
+        }
         let mut stop = None;
         let mut host = CoreHost {
             machine: self.machine,

@@ -83,6 +83,57 @@ vcpus = 4
         deadline: 300,
         ..linux::LINUX
     },
+    // One VM that owns its cores, and one with a share of another.
+    Case {
+        group: "smp",
+        name: "own-cores-and-shares",
+        on: &[QEMU_BIOS],
+        cpus: 3,
+        load: Load::Bundle {
+            config: &[r#"
+[[vm]]
+name = "shared"
+kind = "pvh"
+kernel = "guest-conformance"
+cmdline = "smp_ipi smp_init smp_xapic"
+memory = "64MiB"
+vcpus = 2
+weight = 100
+cap = 90
+reservation = 50
+affinity = "0"
+[vm.devices]
+debug_exit = true
+debug_console = true
+
+[[vm]]
+name = "own"
+kind = "pvh"
+kernel = "guest-conformance"
+cmdline = "smp_ipi smp_init smp_xapic"
+memory = "64MiB"
+vcpus = 2
+class = "dedicated"
+pin = [1, 2]
+[vm.devices]
+debug_exit = true
+debug_console = true
+"#],
+            files: &[("guest-conformance", Source::Made("guest-conformance"))],
+            spoil: None,
+        },
+        steps: &[Step::Expect(r"^tessera\| end: status=0")],
+        end: Ending::Judged(0, |heard| {
+            for name in ["shared", "own"] {
+                let line = format!("tessera| vm {name}: ended: debug exit, code 1");
+                if !heard.all.contains(&line) {
+                    return Err(format!("no line `{line}`"));
+                }
+            }
+            Ok(())
+        }),
+        ..CONFORMANCE
+    },
     // Two of them, a small guest and one that attacks.
     Case {
         name: "crowd-on-one-core",
