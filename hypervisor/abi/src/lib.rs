@@ -103,6 +103,8 @@ pub mod hypercall {
         pub const ENDLESS: u64 = 5;
         /// The same, while the lock on the VM's devices is held.
         pub const ENDLESS_BOARD: u64 = 6;
+        /// The same, while a lock that all cores share is held: the host stops.
+        pub const ENDLESS_SHARED: u64 = 7;
     }
 
     /// No such call (KVM's number for it).

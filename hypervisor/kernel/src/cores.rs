@@ -8,7 +8,7 @@
 //! ([`watch`]). One without a beat for ten seconds gets an NMI: a guest that ran so long undisturbed
 //! is thereby left, which is a beat. If there is none even so, a second NMI finds a handler that does
 //! not return: its place is told, and its work given up if it holds no shared lock, else the host
-//! stops. A core that waits for a VM's lock watches on ([`watch_while_waiting`]): the one that is stuck
+//! stops. A core that waits for a lock watches on ([`watch_while_waiting`]): the one that is stuck
 //! may hold it. A machine of one core has nobody to look after it, and no watchdog.
 
 use crate::backend::Backend;
@@ -426,6 +426,8 @@ pub fn watch(host: &Host) -> u64 {
     let strikes = watch.strikes.load(Ordering::Relaxed);
     if silent >= SILENCE + u64::from(strikes) {
         if strikes > 2 {
+            // The console may be what it holds.
+            stop_others();
             error!(
                 "core {}: no sign of life for {silent} s, and no answer to NMIs",
                 next.number()

@@ -4,10 +4,14 @@
 //! Locks are held for a few instructions, never across a guest's entry, and are taken in the order
 //! console's line → its rings → frames → heap.
 
+use crate::cores::watch_while_waiting;
 use core::ops::{Deref, DerefMut};
 use core::sync::atomic::{AtomicU64, Ordering};
 use cpu::percpu::{Core, this};
 use spin::{Mutex, MutexGuard};
+
+/// How often a lock is tried before the wait is a long one: far beyond what a holder may take.
+const LONG_WAIT: u32 = 1 << 20;
 
 /// A lock that knows its holder.
 pub struct Lock<T> {
@@ -61,12 +65,28 @@ impl<T> Lock<T> {
     /// Waits for the lock and takes it.
     pub fn lock(&self) -> Held<'_, T> {
         let counted = Counted::new();
-        let guard = self.mutex.lock();
+        let guard = self.mutex.try_lock().unwrap_or_else(|| self.wait());
         self.holder.store(me(), Ordering::Relaxed);
         Held {
             lock: self,
             guard,
             _counted: counted,
+        }
+    }
+
+    #[cold]
+    fn wait(&self) -> MutexGuard<'_, T> {
+        let mut turns = 0u32;
+        loop {
+            if let Some(guard) = self.mutex.try_lock() {
+                return guard;
+            }
+            turns = turns.wrapping_add(1);
+            if turns.is_multiple_of(LONG_WAIT) {
+                // Its holder may be stuck, and nobody else left to find that.
+                watch_while_waiting();
+            }
+            core::hint::spin_loop();
         }
     }
 

@@ -351,6 +351,10 @@ impl vm::Host for CoreHost<'_> {
     fn output(&mut self, bytes: &[u8]) {
         console::guest_output(usize::from(self.live.id.0), bytes);
     }
+    #[cfg(feature = "fault-injection")]
+    fn with_shared_lock(&mut self, work: fn() -> !) -> ! {
+        self.machine.schedule(|_, _| work())
+    }
 }
 
 /// The vCPU that is loaded on a core.

@@ -1,9 +1,9 @@
 //! Failures of the hypervisor that a guest may ask for, to see that they end its VM and nothing else.
 //! Only in builds with the feature `fault-injection`.
 
-use crate::vm::{Attention, Processor};
+use crate::vm::{Attention, Host, Processor};
 use abi::hypercall::{ERROR_ARGUMENT, fault};
-use arch::{FrameSource, PhysMemory, Vcpu};
+use arch::{FrameSource, Gpr, PhysMemory, Vcpu};
 use core::hint::{black_box, spin_loop};
 
 impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
@@ -20,7 +20,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 let _held = self.vm.memory();
                 panic!("a guest asked for it: with the lock on the memory");
             }
-            fault::ENTRY => {
+            fault::ENTRY | fault::ENDLESS_SHARED => {
                 self.attention.insert(Attention::FAULT);
                 0
             }
@@ -35,11 +35,13 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     }
 
     /// The failure that was left for the preparation of an entry.
-    pub(crate) fn fail_at_entry(&self) {
-        assert!(
-            !self.attention.contains(Attention::FAULT),
-            "a guest asked for it: before an entry"
-        );
+    pub(crate) fn fail_at_entry(&self, host: &mut impl Host) {
+        if self.attention.contains(Attention::FAULT) {
+            if self.vcpu.gprs()[Gpr::Rbx] == fault::ENDLESS_SHARED {
+                host.with_shared_lock(endless)
+            }
+            panic!("a guest asked for it: before an entry");
+        }
     }
 }
 

@@ -274,7 +274,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     #[inline(never)]
     fn prepare_in_full(&mut self, host: &mut impl Host) -> Option<Stop> {
         #[cfg(feature = "fault-injection")]
-        self.fail_at_entry();
+        self.fail_at_entry(host);
         if self.vm.fabric.is_signalled(self.id())
             || self
                 .attention

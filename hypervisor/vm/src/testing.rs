@@ -131,6 +131,10 @@ impl Host for Core {
     fn output(&mut self, bytes: &[u8]) {
         self.output.extend_from_slice(bytes);
     }
+    #[cfg(feature = "fault-injection")]
+    fn with_shared_lock(&mut self, work: fn() -> !) -> ! {
+        work()
+    }
 }
 
 pub(crate) type TestCpu = Processor<MockVcpu, Phys, Frames>;

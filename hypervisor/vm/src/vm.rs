@@ -41,6 +41,9 @@ pub trait Host {
     fn interrupted(&mut self) -> bool;
     /// Shows what the guest wrote on its console.
     fn output(&mut self, bytes: &[u8]);
+    /// Works while a lock is held that all cores share.
+    #[cfg(feature = "fault-injection")]
+    fn with_shared_lock(&mut self, work: fn() -> !) -> !;
 }
 
 /// Why a vCPU gave the core back.

@@ -125,4 +125,18 @@ pub(super) const CASES: &[Case] = &[
             BEATEN,
         ],
     ),
+    // What all cores share cannot be had back: the host stops, and says where it was.
+    Case {
+        end: Ending::Closing(103),
+        ..case(
+            "shared-lock",
+            &[attacker!("sharer", "after=200 at=7 fault")],
+            &[
+                Expect(
+                    r"^tessera\| error: core \d got nowhere for 10 s: at 0xffffffff8[0-9a-f]+, .*, working for VM 1 ",
+                ),
+                Expect(r"^tessera\| the hypervisor has failed and stops here$"),
+            ],
+        )
+    },
 ];
