@@ -95,15 +95,7 @@ debug_exit = true
             spoil: None,
         },
         steps: &[Step::Expect(r"^tessera\| end: status=0")],
-        end: Ending::Judged(0, |heard| {
-            for name in ["one", "two"] {
-                let line = format!("tessera| vm {name}: ended: debug exit, code 1");
-                if !heard.all.contains(&line) {
-                    return Err(format!("no line `{line}`"));
-                }
-            }
-            Ok(())
-        }),
+        end: Ending::Judged(0, |heard| super::left_well(heard, &["one", "two"])),
         ..HELLO
     },
 ];

@@ -10,7 +10,7 @@ mod lifecycle;
 mod linux;
 mod smp;
 
-use crate::dialogue::Case;
+use crate::dialogue::{Case, Heard};
 
 /// The groups of emulator tests, with what they show.
 pub const GROUPS: [(&str, &str); 10] = [
@@ -43,6 +43,17 @@ pub const GROUPS: [(&str, &str); 10] = [
         "one clear error for each wrong input, and the rest goes on",
     ),
 ];
+
+/// Whether these VMs left by their debug-exit port with the code that counts as a good end.
+fn left_well(heard: &Heard, names: &[&str]) -> Result<(), String> {
+    for name in names {
+        let line = format!("tessera| vm {name}: ended: debug exit, code 1");
+        if !heard.all.contains(&line) {
+            return Err(format!("no line `{line}`"));
+        }
+    }
+    Ok(())
+}
 
 /// All cases, the longest groups first, so that the last to finish is a short one.
 pub fn all() -> Vec<&'static Case> {

@@ -123,15 +123,7 @@ debug_console = true
             spoil: None,
         },
         steps: &[Step::Expect(r"^tessera\| end: status=0")],
-        end: Ending::Judged(0, |heard| {
-            for name in ["shared", "own"] {
-                let line = format!("tessera| vm {name}: ended: debug exit, code 1");
-                if !heard.all.contains(&line) {
-                    return Err(format!("no line `{line}`"));
-                }
-            }
-            Ok(())
-        }),
+        end: Ending::Judged(0, |heard| super::left_well(heard, &["shared", "own"])),
         ..CONFORMANCE
     },
     // Two of them, a small guest and one that attacks.
@@ -212,15 +204,7 @@ debug_exit = true
         Step::Send("poweroff\n"),
         Step::Expect(r"^tessera\| vm other: ended: powered off$"),
     ],
-    end: Ending::Judged(0, |heard| {
-        for name in ["hello", "hostile"] {
-            let line = format!("tessera| vm {name}: ended: debug exit, code 1");
-            if !heard.all.contains(&line) {
-                return Err(format!("no line `{line}`"));
-            }
-        }
-        Ok(())
-    }),
+    end: Ending::Judged(0, |heard| super::left_well(heard, &["hello", "hostile"])),
     deadline: 400,
     ..linux::LINUX
 };
