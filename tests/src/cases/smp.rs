@@ -3,6 +3,7 @@
 use super::guests::CONFORMANCE;
 use super::linux;
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Load, QEMU_BIOS, Source, Step};
+use crate::emulator::Pace;
 
 pub(super) const CASES: &[Case] = &[
     // What the same cases find without a hypervisor.
@@ -11,6 +12,7 @@ pub(super) const CASES: &[Case] = &[
         name: "reference",
         on: &[QEMU_BIOS],
         cpus: 4,
+        pace: Pace::Free,
         load: Load::Reference {
             guest: "guest-conformance",
             append: "smp_",
@@ -31,6 +33,7 @@ pub(super) const CASES: &[Case] = &[
         group: "smp",
         name: "two-cores",
         cpus: 2,
+        pace: Pace::Free,
         load: FOUR_VCPUS,
         ..CONFORMANCE
     },
@@ -89,6 +92,7 @@ vcpus = 4
         name: "own-cores-and-shares",
         on: &[QEMU_BIOS],
         cpus: 3,
+        pace: Pace::Free,
         load: Load::Bundle {
             config: &[r#"
 [[vm]]

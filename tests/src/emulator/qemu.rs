@@ -78,6 +78,10 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         Pace::Even => arg("-icount", "shift=5,sleep=off"),
         Pace::Free | Pace::WallClock => {}
     }
+    if matches!(machine.pace, Pace::Counted | Pace::Even) {
+        // The RTC goes by the same time.
+        arg("-rtc", "base=utc,clock=vm");
+    }
     if machine.firmware == Firmware::Uefi {
         let (code, vars) = ovmf().context("OVMF is not installed: apt-get install ovmf")?;
         let own = dir.join("ovmf-vars.fd");
