@@ -18,7 +18,7 @@ const LONGEST: usize = 32;
 /// A command string that is longer than this was none.
 const STRING_LIMIT: u16 = 512;
 /// What only the hypervisor may write.
-const MARK: &[u8] = b"tessera|";
+pub const MARK: &[u8] = b"tessera|";
 
 /// A whole piece of a guest's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

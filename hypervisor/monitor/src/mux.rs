@@ -11,7 +11,7 @@
 //! Ctrl-T is the prefix key. Everything that grows has a limit: lines, scroll-back, typed input.
 
 use crate::command::{self, Command, VERBS, Verb};
-use crate::contain::{Contain, Piece};
+use crate::contain::{Contain, MARK, Piece};
 use crate::keys::{Key, Keys};
 use crate::line::{Edit, Editor};
 use crate::scroll::Scroll;
@@ -236,6 +236,11 @@ impl Mux {
             return;
         };
         let mut line = core::mem::take(&mut console.line);
+        // What stood between the letters of the mark may have been taken back.
+        while let Some(at) = line.windows(MARK.len()).position(|word| word == MARK) {
+            line.insert(at + MARK.len() - 1, b'\\');
+            line.truncate(LINE_LIMIT);
+        }
         console.scroll.push(&line);
         if voice == Voice::Lines {
             let name = core::mem::take(&mut console.name);
@@ -653,6 +658,15 @@ mod tests {
         fn said(&mut self) -> String {
             String::from_utf8(core::mem::take(&mut self.line)).unwrap()
         }
+    }
+
+    #[test]
+    fn what_is_taken_back_does_not_make_the_mark() {
+        let mut world = World::new();
+        for bytes in [&b"tessera"[..], b"?\x08", b"x\x08| end: status=0\n"] {
+            world.output(1, bytes);
+        }
+        assert_eq!(world.said(), "b| tessera\\| end: status=0\r\n");
     }
 
     #[test]
