@@ -220,6 +220,11 @@ impl Mux {
                 }
                 if let Some(console) = self.consoles.get_mut(guest) {
                     console.line.extend_from_slice(text);
+                    // What stood between the letters of the mark may have been taken back.
+                    if console.line.ends_with(MARK) {
+                        console.line.truncate(console.line.len() - 1);
+                        console.line.extend_from_slice(b"\\|");
+                    }
                 }
             }
             Piece::Control(b'\n') => self.end_line(guest, voice, out),
@@ -236,11 +241,6 @@ impl Mux {
             return;
         };
         let mut line = core::mem::take(&mut console.line);
-        // What stood between the letters of the mark may have been taken back.
-        while let Some(at) = line.windows(MARK.len()).position(|word| word == MARK) {
-            line.insert(at + MARK.len() - 1, b'\\');
-            line.truncate(LINE_LIMIT);
-        }
         console.scroll.push(&line);
         if voice == Voice::Lines {
             let name = core::mem::take(&mut console.name);
