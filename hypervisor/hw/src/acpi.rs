@@ -41,7 +41,7 @@ const MAX_TABLE: u32 = 4 << 20;
 const MAX_TABLES: u32 = 256;
 
 /// The most processors that are listed.
-pub const MAX_PROCESSORS: usize = 1024;
+pub const MAX_PROCESSORS: usize = 256;
 
 #[derive(Clone, Copy)]
 struct Table {
@@ -464,7 +464,10 @@ mod tests {
         let entries: Vec<u8> = (0..10_000).flat_map(|id| wide(id, 1)).collect();
         let (found, damaged) = madt(&entries).processors(0);
         assert_eq!(found.ids.len(), MAX_PROCESSORS - 1);
-        assert_eq!((found.left_out, damaged), (10_000 - 1024, 0));
+        assert_eq!(
+            (found.left_out, damaged),
+            (10_000 - MAX_PROCESSORS as u32, 0)
+        );
     }
 
     #[test]

@@ -29,6 +29,9 @@ use vm::{End, Order, Seats, Stop};
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.
 const POLL: u64 = 10_000_000;
 
+/// Every core that is started can be given work.
+const _: () = assert!(hw::acpi::MAX_PROCESSORS <= sched::MAX_CORES as usize);
+
 static SERIAL_FIRED: AtomicBool = AtomicBool::new(false);
 static POLL_SERIAL: AtomicBool = AtomicBool::new(false);
 
@@ -108,13 +111,6 @@ impl Live {
             }
             core::hint::spin_loop();
         }
-    }
-
-    /// Gives up a VM whose vCPUs are off the cores, after work on it was abandoned.
-    pub fn give_up(&self) {
-        let cause = "the hypervisor failed while it worked for this VM".to_string();
-        *self.end.lock() = Some((End::Crashed(cause), false));
-        self.vm.set_order(Order::Abandon);
     }
 
     /// What the vCPUs stand at, of a VM that [`Live::is_out`]. None may be loaded on this core.

@@ -6,6 +6,7 @@
 //! its number in `list`.
 
 use core::fmt;
+use sched::{CoreSet, MAX_WEIGHT};
 
 /// A line at the monitor, understood. VMs are numbers, from 0 in the order of the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,55 +59,21 @@ pub struct Share {
     /// Per cent of one core, [`CAPS`]; 0 lifts the cap.
     pub cap: Option<u32>,
     /// The cores it may run on. Whether they are there is for the machine to say.
-    pub pin: Option<Cores>,
+    pub pin: Option<CoreSet>,
 }
 
 /// Weights that `sched` takes.
-pub const WEIGHTS: core::ops::RangeInclusive<u32> = 1..=10_000;
+pub const WEIGHTS: core::ops::RangeInclusive<u32> = 1..=MAX_WEIGHT;
 /// Caps that `sched` takes, in per cent of one core.
 pub const CAPS: core::ops::RangeInclusive<u32> = 0..=6400;
-/// Cores that `pin=` can name.
-pub const CORES: u32 = 256;
-
-/// A set of cores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cores([u64; CORES as usize / 64]);
-
-impl Cores {
-    /// Every core, there or not.
-    pub const ALL: Self = Self([u64::MAX; CORES as usize / 64]);
-
-    /// Whether a core is in the set.
-    #[must_use]
-    pub fn contains(&self, core: usize) -> bool {
-        self.0
-            .get(core / 64)
-            .is_some_and(|word| word >> (core % 64) & 1 != 0)
+/// Reads `0-3,8` or `all`.
+fn cores(text: &str) -> Option<CoreSet> {
+    if text == "all" {
+        return Some(CoreSet::ALL);
     }
-
-    /// The cores of the set.
-    pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..CORES as usize).filter(|core| self.contains(*core))
-    }
-
-    /// Reads `0-3,8` or `all`.
-    fn parse(text: &str) -> Option<Self> {
-        if text == "all" {
-            return Some(Self::ALL);
-        }
-        let mut words = [0; CORES as usize / 64];
-        for part in text.split(',') {
-            let (first, last) = part.split_once('-').unwrap_or((part, part));
-            let (first, last) = (number(first)?, number(last)?);
-            if first > last || last >= CORES {
-                return None;
-            }
-            for core in first..=last {
-                *words.get_mut(core as usize / 64)? |= 1 << (core % 64);
-            }
-        }
-        Some(Self(words))
-    }
+    let mut set = CoreSet::EMPTY;
+    set.add_list(text)?;
+    Some(set)
 }
 
 /// Digits alone: Rust's own parser takes a sign as well.
@@ -406,7 +373,7 @@ fn set<'a>(share: &mut Share, word: &'a str, verb: &'static Verb) -> Result<(), 
             share.cap.is_none().then_some(right)
         }
         "pin" => {
-            share.pin = Cores::parse(value);
+            share.pin = cores(value);
             let right = "cores are like `0-3,8`, each below 256, or `all`";
             share.pin.is_none().then_some(right)
         }
@@ -516,6 +483,7 @@ mod tests {
     use super::*;
     use alloc::string::{String, ToString};
     use alloc::vec::Vec;
+    use sched::CoreId;
 
     const NAMES: [&str; 3] = ["linux", "hello", "2"];
 
@@ -526,8 +494,8 @@ mod tests {
     #[test]
     fn verbs_names_and_numbers_are_understood() {
         let share = |weight, cap, pin| Command::Sched(0, Share { weight, cap, pin });
-        let mut pin = Cores([0; CORES as usize / 64]);
-        pin.0[0] = 0b1_0000_1110;
+        let pin = cores("1-3,8").unwrap();
+        assert!(pin.iter().eq([1, 2, 3, 8].map(CoreId)));
         for (line, command) in [
             ("list", Command::List),
             ("  list  ", Command::List),
@@ -548,7 +516,7 @@ mod tests {
                 share(Some(512), Some(50), None),
             ),
             ("sched linux pin=1-3,8", share(None, None, Some(pin))),
-            ("sched linux pin=all", share(None, None, Some(Cores::ALL))),
+            ("sched linux pin=all", share(None, None, Some(CoreSet::ALL))),
             ("quit", Command::Quit),
             ("exit", Command::Quit),
         ] {
@@ -556,8 +524,6 @@ mod tests {
         }
         assert_eq!(read(""), Ok(None));
         assert_eq!(read(" \t "), Ok(None));
-        assert!(pin.iter().eq([1, 2, 3, 8]));
-        assert!(pin.contains(3) && !pin.contains(0) && !pin.contains(3000));
     }
 
     #[test]

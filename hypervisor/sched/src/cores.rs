@@ -26,6 +26,24 @@ impl CoreSet {
         set
     }
 
+    /// Adds what a list of cores and ranges such as `0-3,6` names; `None` if it is none.
+    pub fn add_list(&mut self, list: &str) -> Option<()> {
+        // Digits alone: Rust's own parser takes a sign as well.
+        let number = |text: &str| -> Option<u16> {
+            let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+            digits.then(|| text.parse().ok())?
+        };
+        for part in list.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last) = (number(first.trim())?, number(last.trim())?);
+            if first > last || last >= MAX_CORES {
+                return None;
+            }
+            (first..=last).for_each(|core| self.insert(CoreId(core)));
+        }
+        Some(())
+    }
+
     /// Adds a core. Numbers from [`MAX_CORES`] on are left out.
     pub fn insert(&mut self, core: CoreId) {
         if let Some(word) = self.0.get_mut(usize::from(core.0 / 64)) {
@@ -162,5 +180,28 @@ mod tests {
         );
         assert_eq!(CoreSet::EMPTY.first_common(&set), None);
         assert_eq!(format!("{set:?}"), "{0, 1, 63, 200, 255}");
+    }
+
+    #[test]
+    fn lists_name_cores_and_ranges() {
+        let read = |list: &str| {
+            let mut set = CoreSet::EMPTY;
+            set.add_list(list).map(|()| set)
+        };
+        let cores = [0, 1, 2, 3, 6, 255].map(CoreId);
+        assert_eq!(read("0-3, 6,255"), Some(cores.into_iter().collect()));
+        for wrong in [
+            "",
+            "3-1",
+            "256",
+            "1,",
+            "-2",
+            "+1",
+            "1-2-3",
+            "a",
+            "99999999999",
+        ] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
     }
 }
