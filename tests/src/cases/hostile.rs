@@ -7,10 +7,10 @@
 //!
 //! The machine's time is counted in instructions, so that lateness does not depend on
 //! how busy the machine under the emulator is: this holds in Bochs and in QEMU with `-icount`.
-//! What a guest is late by is what it waited for the core (a slice of 10 ms at most for each
-//! neighbour that runs, and none by the scheduler's rule, as who slept runs first), and what the
-//! host did with the core meanwhile: a line of its log takes 87 µs a character on the serial line,
-//! and a report of a crash has 250 of them.
+//! What a guest is late by is what it waited for the core (a slice of 1 ms for each neighbour that
+//! runs, and mostly none, as who slept runs first), and what the host did with the core meanwhile:
+//! a line of its log takes 87 µs a character on the serial line, a report of a crash has 250 of
+//! them, and one exit may carry many characters on.
 //!
 //! One attacker is started again after each of its crashes, by its configuration.
 
@@ -24,8 +24,8 @@ pub(super) const FILES: &[(&str, Source)] = &[
     ("guest-hostile", Source::Made("guest-hostile")),
 ];
 
-/// The greatest lateness in microseconds that is right: two slices of 10 ms, one for who runs and
-/// one for what the host says about it, and as much again for who comes next.
+/// The greatest lateness in microseconds that is right: a report of a crash and a line of the log
+/// beside the slices of those who run.
 const BOUND: u64 = 40_000;
 
 /// A VM that makes the attacks given. The first in a configuration has the console's focus, so its
@@ -312,7 +312,7 @@ pub(super) const CASES: &[Case] = &[
             BEATEN,
         ],
     ),
-    // All at once: a slice of 10 ms for each of the ten.
+    // All at once: each beat prints its line in turns with ten that never stop.
     Case {
         end: Ending::Judged(0, |heard| beats_within(heard, 100_000)),
         ..endless(

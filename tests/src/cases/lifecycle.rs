@@ -173,6 +173,26 @@ const LOOK: [Step; MEM.len() + 2] = repeat(MEM, &[QUIT], &[Check(nothing_is_left
 const START_STOP: [Step; WARM_UP.len() + ROUNDS * ROUND.len() + LOOK.len()] =
     repeat(&WARM_UP, ROUND, &LOOK);
 
+/// Two that are started by hand, with one vCPU and with three.
+const ONE_AND_THREE: &str = r#"
+[[vm]]
+name = "one"
+kind = "pvh"
+kernel = "guest-hostile"
+cmdline = "console"
+memory = "16MiB"
+autostart = false
+
+[[vm]]
+name = "three"
+kind = "pvh"
+kernel = "guest-hostile"
+cmdline = "console"
+memory = "16MiB"
+vcpus = 3
+autostart = false
+"#;
+
 pub(super) const CASES: &[Case] = &[
     Case {
         name: "at-the-monitor",
@@ -338,27 +358,7 @@ on_poweroff = "restart"
     },
     Case {
         name: "start-and-stop",
-        load: bundle(&[
-            TALK,
-            r#"
-[[vm]]
-name = "one"
-kind = "pvh"
-kernel = "guest-hostile"
-cmdline = "console"
-memory = "16MiB"
-autostart = false
-
-[[vm]]
-name = "three"
-kind = "pvh"
-kernel = "guest-hostile"
-cmdline = "console"
-memory = "16MiB"
-vcpus = 3
-autostart = false
-"#,
-        ]),
+        load: bundle(&[TALK, ONE_AND_THREE]),
         steps: &START_STOP,
         deadline: 200,
         ..BASE
@@ -367,27 +367,7 @@ autostart = false
         name: "start-and-stop-on-three-cores",
         on: &[QEMU_BIOS],
         cpus: 3,
-        load: bundle(&[
-            TALK,
-            r#"
-[[vm]]
-name = "one"
-kind = "pvh"
-kernel = "guest-hostile"
-cmdline = "console"
-memory = "16MiB"
-autostart = false
-
-[[vm]]
-name = "three"
-kind = "pvh"
-kernel = "guest-hostile"
-cmdline = "console"
-memory = "16MiB"
-vcpus = 3
-autostart = false
-"#,
-        ]),
+        load: bundle(&[TALK, ONE_AND_THREE]),
         steps: &START_STOP,
         deadline: 200,
         ..BASE

@@ -9,28 +9,8 @@ use arch::{
     SegmentRegister, Vcpu,
 };
 
-use super::execute::emulate;
-use super::{Done, EmulateError, MmioBus, retire};
+use super::{Done, MmioBus, retire};
 use crate::paging::{PagingState, quick};
-
-/// [`emulate`] with what the exit told of the access (guest-physical address and direction).
-///
-/// # Errors
-/// The VM cannot go on: see [`EmulateError`].
-#[inline]
-pub fn emulate_at<V: Vcpu, M: GuestMemory, B: MmioBus>(
-    vcpu: &mut V,
-    mem: &mut M,
-    bus: &mut B,
-    told: Option<(GuestPhysAddr, Access)>,
-) -> Result<Done, EmulateError> {
-    if let Some((addr, access)) = told
-        && let Some(done) = fast_mov(vcpu, mem, bus, addr, access)
-    {
-        return Ok(done);
-    }
-    emulate(vcpu, mem, bus)
-}
 
 /// The instruction, taken apart.
 struct Mov {

@@ -151,24 +151,10 @@ pub fn next_rip<V: Vcpu, M: GuestMemory>(
     mem: &mut M,
     expected: Expected,
 ) -> Result<u64, LengthError> {
-    next_rip_known(vcpu, mem, &mut CodePage::default(), expected)
-}
-
-/// [`next_rip`] with a page kept from exit to exit, one for each vCPU.
-///
-/// # Errors
-/// See [`LengthError`].
-#[inline(always)]
-pub fn next_rip_known<V: Vcpu, M: GuestMemory>(
-    vcpu: &V,
-    mem: &mut M,
-    page: &mut CodePage,
-    expected: Expected,
-) -> Result<u64, LengthError> {
     if let Some(next) = vcpu.next_rip() {
         return Ok(next);
     }
-    match plain_next_rip(vcpu, mem, page, expected) {
+    match plain_next_rip(vcpu, mem, &mut CodePage::default(), expected) {
         Some(next) => Ok(next),
         None => decode_next_rip(vcpu, mem, expected),
     }

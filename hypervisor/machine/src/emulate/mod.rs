@@ -7,7 +7,7 @@
 //! at the instruction, as the architecture wants (Intel SDM Vol. 3A §6.5).
 //!
 //! Two short ways stand ahead of the decoder, because they are what guests do all day:
-//! [`next_rip`] compares the bytes with what the exit reason implies, and [`emulate_at`] does the
+//! [`next_rip`] compares the bytes with what the exit reason implies, and [`fast_mov`] does the
 //! plain `mov` to and from a device at the address the exit told.
 //!
 //! iced-x86 builds its tables on the heap when it first decodes; [`prepare`] does that at a time
@@ -33,11 +33,11 @@ use arch::{
 use crate::paging::TranslateFault;
 
 pub use execute::emulate;
-pub use fast::{emulate_at, fast_mov};
+pub use fast::fast_mov;
 pub use fetch::{Code, CodeMode};
 pub use length::{
     CodePage, DrAccess, Expected, LengthError, decode_cr, decode_dr, decode_invlpg,
-    decode_next_rip, next_rip, next_rip_known, plain_next_rip,
+    decode_next_rip, next_rip, plain_next_rip,
 };
 pub use string_io::string_io;
 
