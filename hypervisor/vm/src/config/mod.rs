@@ -18,6 +18,7 @@ use core::{fmt, ops::RangeInclusive};
 use arch::Nanos;
 use log::LevelFilter;
 mod document;
+pub mod network;
 
 use document::{Data, Node, Table};
 use sched::{CoreId, CoreSet, MAX_CORES};
@@ -46,7 +47,7 @@ pub const MAX_IMAGE_NAME: usize = 255;
 /// Longest name of a VM.
 pub const MAX_NAME: usize = 32;
 
-const TOP_KEYS: &[&str] = &["host", "vm"];
+const TOP_KEYS: &[&str] = &["host", "switch", "vm"];
 const HOST_KEYS: &[&str] = &["focus", "when_done", "log", "cores"];
 const VM_KEYS: &[&str] = &[
     "name",
@@ -70,6 +71,7 @@ const VM_KEYS: &[&str] = &[
     "on_reboot",
     "on_crash",
     "console_port",
+    "nic",
     "devices",
 ];
 const REALTIME_KEYS: &[&str] = &["budget", "period"];
@@ -80,6 +82,8 @@ const DEVICE_KEYS: &[&str] = &["debug_exit", "debug_console", "success_code", "w
 pub struct Config {
     /// The `[host]` section.
     pub host: HostConfig,
+    /// The switches.
+    pub switches: Vec<network::Switch>,
     /// One per `[[vm]]`, in order: at least one, at most [`MAX_VMS`] of them good.
     pub vms: Vec<Result<VmConfig, ConfigError>>,
 }
@@ -229,6 +233,8 @@ pub struct VmConfig {
     pub on_crash: OnEnd,
     /// The machine's serial port (2 to 4) that is this VM's console and no other's.
     pub console_port: Option<u8>,
+    /// Its network cards, in the order of their places on the bus.
+    pub nics: Vec<network::Nic>,
     /// The `[vm.devices]` section.
     pub devices: Devices,
     /// Where the `[[vm]]` stands, for errors that arise later.
@@ -381,6 +387,9 @@ pub enum Problem {
         /// What would be right.
         wanted: String,
     },
+    /// Ports, mirrors or meters that do not fit together.
+    #[error("{0}")]
+    Network(String),
     /// Two VMs with one name.
     #[error("the name `{name}` is taken by the VM at {first}; names must be unique")]
     DuplicateName {
@@ -458,6 +467,7 @@ fn checked(text: &str, file: &str) -> Checked<Config> {
     if list.is_empty() {
         return Err(vms.error(Problem::NoVm));
     }
+    let switches = network::switches(&top)?;
     let mut taken = Taken::default();
     let vms = list
         .iter()
@@ -472,7 +482,7 @@ fn checked(text: &str, file: &str) -> Checked<Config> {
                 Data::Table(table) => table.get("name").and_then(Node::text),
                 _ => None,
             };
-            vm(&value, index, &mut taken).map_err(|mut error| {
+            vm(&value, index, &switches, &mut taken).map_err(|mut error| {
                 error.vm = name.map(Into::into);
                 *error
             })
@@ -515,6 +525,7 @@ fn checked(text: &str, file: &str) -> Checked<Config> {
             )?,
             cores: host.number("cores", 1..=MAX_CORES.into())?,
         },
+        switches,
         vms,
     })
 }
@@ -524,10 +535,17 @@ fn checked(text: &str, file: &str) -> Checked<Config> {
 struct Taken<'a> {
     names: Vec<(&'a str, Position)>,
     console_ports: Vec<u8>,
+    /// How many ports of each switch.
+    ports: Vec<u16>,
 }
 
 /// Checks one `[[vm]]`. Its name, if well formed, is taken even if something else is wrong.
-fn vm<'a>(value: &Value<'a>, index: usize, taken: &mut Taken<'a>) -> Checked<VmConfig> {
+fn vm<'a>(
+    value: &Value<'a>,
+    index: usize,
+    switches: &[network::Switch],
+    taken: &mut Taken<'a>,
+) -> Checked<VmConfig> {
     if index >= MAX_VMS {
         return Err(value.error(Problem::TooManyVms { number: index + 1 }));
     }
@@ -593,6 +611,7 @@ fn vm<'a>(value: &Value<'a>, index: usize, taken: &mut Taken<'a>) -> Checked<VmC
         on_reboot: on_end("on_reboot", OnEnd::Restart)?,
         on_crash: on_end("on_crash", OnEnd::Stop)?,
         console_port,
+        nics: network::nics(&vm, name, switches, &mut taken.ports)?,
         devices: Devices {
             debug_exit: devices.boolean("debug_exit", false)?,
             debug_console: devices.boolean("debug_console", false)?,
