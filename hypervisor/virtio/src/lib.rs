@@ -10,9 +10,12 @@
 extern crate alloc;
 
 mod chain;
+pub mod console;
 mod device;
 mod packed;
+pub mod pci;
 mod queue;
+pub mod rng;
 mod split;
 
 pub use chain::{Buffer, Chain, MAX_CHAIN, QueueError, Token};
