@@ -1,8 +1,25 @@
-//! virtio on the device's side (virtio 1.2). So far it has the split virtqueue; the devices and
-//! their PCI transport build on it.
+//! virtio on the device's side (virtio 1.2): queues in both formats, devices as plain structs, and
+//! their PCI transport.
+//!
+//! Everything in guest memory may change at any moment and may be wrong: each field is read once
+//! and checked, work per call is bounded, and a driver that breaks the rules gets a device that
+//! needs a reset.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+extern crate alloc;
+
+mod chain;
+pub mod console;
+mod device;
+mod packed;
+pub mod pci;
+mod queue;
+pub mod rng;
 mod split;
 
-pub use split::{Buffer, Chain, QueueError, SplitQueue, SplitQueueState};
+pub use chain::{Buffer, Chain, MAX_CHAIN, QueueError, Token};
+pub use device::{Device, MAX_QUEUES, Signals, features};
+pub use packed::PackedQueue;
+pub use queue::{MAX_SIZE, Position, Queue, QueueLayout};
+pub use split::SplitQueue;

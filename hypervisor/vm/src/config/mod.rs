@@ -75,7 +75,14 @@ const VM_KEYS: &[&str] = &[
     "devices",
 ];
 const REALTIME_KEYS: &[&str] = &["budget", "period"];
-const DEVICE_KEYS: &[&str] = &["debug_exit", "debug_console", "success_code", "watchdog"];
+const DEVICE_KEYS: &[&str] = &[
+    "debug_exit",
+    "debug_console",
+    "success_code",
+    "watchdog",
+    "rng",
+    "virtio_console",
+];
 
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -297,6 +304,10 @@ pub struct Devices {
     pub success_code: u32,
     /// A watchdog timer that the guest may start.
     pub watchdog: bool,
+    /// A source of random bytes (virtio-rng).
+    pub rng: bool,
+    /// A console besides the serial port (virtio-console).
+    pub virtio_console: bool,
 }
 
 impl Default for Devices {
@@ -306,6 +317,8 @@ impl Default for Devices {
             debug_console: false,
             success_code: 1,
             watchdog: false,
+            rng: false,
+            virtio_console: false,
         }
     }
 }
@@ -619,6 +632,8 @@ fn vm<'a>(
                 .get("success_code")
                 .map_or(Ok(1), |value| value.success_code())?,
             watchdog: devices.boolean("watchdog", false)?,
+            rng: devices.boolean("rng", false)?,
+            virtio_console: devices.boolean("virtio_console", false)?,
         },
         position,
     })
