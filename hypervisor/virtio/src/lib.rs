@@ -11,6 +11,7 @@ extern crate alloc;
 
 mod chain;
 mod device;
+pub mod net;
 mod packed;
 mod queue;
 mod split;
