@@ -12,6 +12,7 @@ extern crate alloc;
 mod chain;
 pub mod console;
 mod device;
+pub mod net;
 mod packed;
 pub mod pci;
 mod queue;
