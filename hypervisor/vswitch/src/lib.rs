@@ -3,10 +3,31 @@
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+extern crate alloc;
+
 use core::fmt;
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+pub mod key;
+pub mod translate;
+
 /// A MAC address.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+)]
+#[repr(transparent)]
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {
@@ -43,6 +64,34 @@ impl fmt::Debug for MacAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
+}
+
+/// A port's OpenFlow number: 1 to [`PortId::MAX`], or a reserved one.
+#[derive(
+    Clone,
+    Copy,
+    Default,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+)]
+#[repr(transparent)]
+pub struct PortId(pub u16);
+
+impl PortId {
+    /// The highest number of a port (OpenFlow 1.0 §5.2.1).
+    pub const MAX: Self = Self(0xfeff);
+    /// No port; where a frame came in that the switch itself made.
+    pub const NONE: Self = Self(0xffff);
+    /// The switch's own port.
+    pub const LOCAL: Self = Self(0xfffe);
 }
 
 /// A VLAN identifier that a port can be in: 1 to 4094 (IEEE 802.1Q-2022 table 9-2: 0 is a
