@@ -14,11 +14,13 @@ mod inject;
 pub mod layout;
 pub mod life;
 pub mod load;
+mod nic;
 mod run;
 mod seats;
 #[cfg(test)]
 mod testing;
 mod vm;
 
+pub use nic::VmNic;
 pub use seats::Seats;
 pub use vm::{End, Host, MakeVcpu, Order, Processor, Stop, VcpuParts, Vm, VmError, VmSetup};

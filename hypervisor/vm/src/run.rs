@@ -237,7 +237,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     #[inline(always)]
     fn left(attention: &mut Attention, vm: &crate::vm::Vm<P, F>, board: &Board) -> Next {
         let moved = vm.board_done(board);
-        if vm.fabric.has_kicks() | board.has_actions() {
+        if vm.fabric.has_kicks() | board.has_actions() | vm.rung.load(Relaxed) {
             attention.insert(Attention::KICKS | Attention::ACTIONS);
             return Next::Prepare;
         }
@@ -313,6 +313,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             if let Some(end) = self.carry_out(host) {
                 self.kick_others(host);
                 return Some(end);
+            }
+            if self.vm.take_rung() {
+                host.frames();
             }
         }
         let wanted = self.kick_others(host);

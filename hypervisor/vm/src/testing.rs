@@ -131,6 +131,7 @@ impl Host for Core {
     fn output(&mut self, bytes: &[u8]) {
         self.output.extend_from_slice(bytes);
     }
+    fn frames(&mut self) {}
     #[cfg(feature = "fault-injection")]
     fn with_shared_lock(&mut self, work: fn() -> !) -> ! {
         work()

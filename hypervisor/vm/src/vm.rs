@@ -6,6 +6,7 @@ use crate::dump::{Dump, Interrupts};
 use crate::exits::{Counts, Exits};
 use crate::layout::MemoryLayout;
 use crate::load::{self, Boot, EntryState, Image, LoadError};
+use crate::nic::{self, VmNic};
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
@@ -13,7 +14,7 @@ use alloc::vec::Vec;
 use arch::{FrameSource, GuestPhysAddr, HostPhysAddr, MemoryFault, Nanos, PhysMemory, Vcpu};
 use core::fmt;
 use core::sync::atomic::{
-    AtomicU8, AtomicU32, AtomicU64,
+    AtomicBool, AtomicU8, AtomicU32, AtomicU64,
     Ordering::{Acquire, Relaxed, SeqCst},
 };
 use machine::acpi::{self, AcpiConfig};
@@ -44,6 +45,9 @@ pub trait Host {
     fn interrupted(&mut self) -> bool;
     /// Shows what the guest wrote on its console.
     fn output(&mut self, bytes: &[u8]);
+    /// A doorbell of the VM's network cards was rung: moves their frames. No lock of the VM is
+    /// held.
+    fn frames(&mut self);
     /// Works while a lock is held that all cores share.
     #[cfg(feature = "fault-injection")]
     fn with_shared_lock(&mut self, work: fn() -> !) -> !;
@@ -129,6 +133,9 @@ pub enum VmError {
     /// The host ran out of memory while the VM was made.
     #[error("writing its memory: {0:?}")]
     Memory(MemoryFault),
+    /// A network card's numbers are out of their ranges.
+    #[error("its network cards do not fit on the bus")]
+    Nic,
     /// The backend cannot make the vCPU.
     #[error("vCPU: {0}")]
     Vcpu(String),
@@ -273,6 +280,9 @@ pub struct Vm<P: PhysMemory, F: FrameSource> {
     pub(crate) apic_access_page: Option<HostPhysAddr>,
     still_waiting: fn(),
     pub(crate) name: String,
+    pub(crate) nics: Vec<VmNic>,
+    /// A doorbell for frames was rung.
+    pub(crate) rung: Arc<AtomicBool>,
 }
 
 impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
@@ -342,6 +352,8 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             watchdog: config.devices.watchdog,
         });
         plug_devices(&mut board, &config.devices, setup.random_seed);
+        let rung = Arc::new(AtomicBool::new(false));
+        let nics = nic::plug(&mut board, &config.nics, &rung).ok_or(VmError::Nic)?;
         let rsdp = acpi::install(
             &AcpiConfig {
                 vcpus: config.vcpus,
@@ -375,13 +387,15 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             apic_access_page: setup.apic_access_page,
             still_waiting: setup.still_waiting,
             name: config.name.clone(),
+            nics,
+            rung,
         };
         Ok((vm, entry))
     }
 
     /// Takes a lock, unless the VM is given up.
     #[inline(always)]
-    fn lock<'a, T>(&self, what: &'a Mutex<T>) -> Result<MutexGuard<'a, T>, Over> {
+    pub(crate) fn lock<'a, T>(&self, what: &'a Mutex<T>) -> Result<MutexGuard<'a, T>, Over> {
         match what.try_lock() {
             Some(guard) => Ok(guard),
             None => self.wait(what),
@@ -418,7 +432,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
     }
 
     /// Works on the board from outside of its vCPUs.
-    fn with_board<T>(&self, work: impl FnOnce(&mut Board) -> T) -> Option<T> {
+    pub(crate) fn with_board<T>(&self, work: impl FnOnce(&mut Board) -> T) -> Option<T> {
         let mut board = self.board().ok()?;
         let result = work(&mut board);
         self.board_done(&board);
