@@ -9,8 +9,21 @@ use core::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub mod cache;
+pub mod config;
+pub mod counters;
 pub mod key;
+pub mod learn;
+pub mod mirror;
+pub mod normal;
+mod policy;
+pub mod port;
+pub mod rate;
+pub mod switch;
 pub mod translate;
+pub mod uplink;
+
+pub use switch::{Decision, MAX_FRAME, MIN_FRAME, Switch};
 
 /// A MAC address.
 #[derive(

@@ -10,6 +10,7 @@ use core::fmt;
 
 use arch::Nanos;
 
+pub use crate::counters::DropCause;
 use crate::key::{FlowKey, Vlan, ether, proto};
 use crate::{MacAddr, PortId};
 
@@ -71,15 +72,6 @@ pub struct Translation {
     pub steps: Vec<Step>,
     /// Why nothing, or less than asked, leaves.
     pub drop: Option<DropCause>,
-}
-
-/// Why a frame is not forwarded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DropCause {
-    /// A flow says so, or no flow says otherwise.
-    Flow,
-    /// More steps than [`MAX_STEPS`].
-    TooManySteps,
 }
 
 /// What flows need of the switch they are in.
