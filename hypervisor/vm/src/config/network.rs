@@ -7,17 +7,18 @@
 
 use alloc::{
     borrow::ToOwned,
-    boxed::Box,
     format,
-    string::{String, ToString},
+    string::String,
     vec::Vec,
 };
 use core::ops::RangeInclusive;
 
-use vswitch::{
-    Learning, MacAddr, MeterConfig, MirrorConfig, MirrorOutput, Place, PortConfig, PortId, PortKind,
-    PriorityTags, Rate, Spread, SwitchConfig, Teaming, VlanId, VlanMode,
-};
+use vswitch::config::{MeterConfig, Place, SwitchConfig};
+use vswitch::mirror::{MirrorConfig, MirrorOutput};
+use vswitch::port::{Learning, PortConfig, PortKind, PriorityTags, VlanMode};
+use vswitch::rate::Rate;
+use vswitch::uplink::{Spread, Teaming};
+use vswitch::{MacAddr, VlanId};
 
 use super::document::{Data, Node};
 use super::{Checked, ConfigError, NAME_RULE, Position, SIZES, Section, Value};
