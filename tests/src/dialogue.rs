@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, bail};
 use regex_lite::{Regex, RegexBuilder};
 
-use crate::emulator::{Emulator, Extension, Firmware, Machine, Pace, Received};
+use crate::emulator::{Card, Emulator, Extension, Firmware, Machine, Pace, Received};
 use crate::{Console, Session};
 
 /// How long a machine may take to switch off after its last line.
@@ -55,6 +55,8 @@ pub struct Case {
     pub pace: Pace,
     /// The machine's virtualization extension.
     pub extension: Extension,
+    /// Its network cards.
+    pub cards: &'static [Card],
     /// The dialogue.
     pub steps: &'static [Step],
     /// How it must end.
@@ -79,6 +81,7 @@ impl Case {
         cpus: 1,
         pace: Pace::Free,
         extension: Extension::On,
+        cards: &[],
         steps: &[],
         end: Ending::Closing(0),
         deadline: 60,

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use harness::emulator::Pace;
+use harness::emulator::{Card, Pace};
 use harness::{Firmware, Machine};
 use regex_lite::{Regex, RegexBuilder};
 
@@ -90,6 +90,9 @@ struct Where {
     /// Logical processors of the machine
     #[arg(long, visible_alias = "cores", default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
+    /// A network card of the machine: e1000, or on QEMU e1000e or virtio-net as well
+    #[arg(long, value_name = "CARD")]
+    nic: Vec<Card>,
     /// Kill the run after this many seconds, with status 124
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -334,6 +337,7 @@ impl Job<'_> {
         ));
         let mut machine = Machine::new(emulator, firmware, &self.disk, self.memory);
         machine.cpus = self.place.cpus;
+        machine.cards = self.place.nic.clone();
         machine.pace = Pace::WallClock;
         let limits = Limits {
             until: self.until,

@@ -386,6 +386,7 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     let disk = dir.join("disk.img");
     let mut machine = Machine::new(emulator, firmware, &disk, 512);
     machine.cpus = case.cpus;
+    machine.cards = case.cards.to_vec();
     machine.pace = case.pace;
     machine.extension = case.extension;
     machine.watched = case.steps.iter().any(|s| matches!(s, Step::Told(_)));

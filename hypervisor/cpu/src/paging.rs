@@ -1,11 +1,13 @@
 //! The host's own page tables (Intel SDM Vol. 3A §4.5): what the loader left is checked, cleaned
-//! of its scaffold, and extended by guarded stacks.
+//! of its scaffold, and extended by guarded stacks and devices' registers.
 
 use arch::{HostPhysAddr, PAGE_SIZE, PhysMemory};
 use core::arch::asm;
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
+const WRITE_THROUGH: u64 = 1 << 3;
+const CACHE_DISABLE: u64 = 1 << 4;
 const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -83,6 +85,16 @@ pub fn audit(phys: &impl PhysMemory, root: HostPhysAddr) -> Audit {
     audit
 }
 
+/// How a page is cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caching {
+    /// As memory is.
+    WriteBack,
+    /// Not at all, as a device's registers must be: entry 3 of the PAT's power-on values (Intel SDM
+    /// Vol. 3A §12.12.4), which the hypervisor keeps.
+    Uncached,
+}
+
 /// Maps one writable, non-executable page at `at`; `false` when something is mapped there or
 /// there is no frame for a table.
 ///
@@ -93,7 +105,7 @@ pub unsafe fn map_page(
     phys: &impl PhysMemory,
     root: HostPhysAddr,
     at: u64,
-    frame: HostPhysAddr,
+    (frame, caching): (HostPhysAddr, Caching),
     allocate: &mut impl FnMut() -> Option<HostPhysAddr>,
 ) -> bool {
     let mut table = root;
@@ -115,6 +127,11 @@ pub unsafe fn map_page(
     if phys.read_u64(slot) & PRESENT != 0 {
         return false;
     }
-    phys.write_u64(slot, frame.as_u64() | PRESENT | WRITABLE | NO_EXECUTE);
+    let caching = match caching {
+        Caching::WriteBack => 0,
+        Caching::Uncached => WRITE_THROUGH | CACHE_DISABLE,
+    };
+    let rights = PRESENT | WRITABLE | NO_EXECUTE;
+    phys.write_u64(slot, frame.as_u64() | rights | caching);
     true
 }

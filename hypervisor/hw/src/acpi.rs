@@ -27,6 +27,8 @@ pub struct AcpiInfo {
     pub reset: Option<(u16, u8)>,
     /// The MADT: its address and length.
     madt: Option<(u64, u32)>,
+    /// The MCFG likewise.
+    mcfg: Option<(u64, u32)>,
     /// Physical address of the I/O APIC that serves GSI 0 and up.
     pub io_apic: Option<u64>,
     /// The GSI of ISA interrupt 4 (COM1), where the MADT overrides it.
@@ -79,6 +81,7 @@ pub fn read(map: DirectMap, rsdp: u64) -> AcpiInfo {
         match reader.bytes::<4>(addr).as_ref() {
             Some(b"FACP") => reader.fadt(&table, &mut info),
             Some(b"APIC") => reader.madt(&table, &mut info),
+            Some(b"MCFG") => info.mcfg = Some((table.addr, table.length)),
             _ => {}
         }
     }
@@ -297,6 +300,41 @@ pub fn processors(map: DirectMap, info: &AcpiInfo, boot: u32) -> Processors {
         }
     });
     found
+}
+
+/// Where memory leads to the configuration space of these PCI buses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EcamRegion {
+    /// Where bus 0 would be.
+    pub base: u64,
+    /// The buses' segment.
+    pub segment: u16,
+    /// The first of them.
+    pub first_bus: u8,
+    /// The last of them.
+    pub last_bus: u8,
+}
+
+/// Lists the regions of the MCFG (PCI Firmware 3.3 §4.1.2) that make sense.
+#[must_use]
+pub fn ecam(map: DirectMap, info: &AcpiInfo) -> Vec<EcamRegion> {
+    const MOST: usize = 64;
+    let reader = Reader { map };
+    let (addr, length) = info.mcfg.unwrap_or((0, 0));
+    let entries = u64::from(length.saturating_sub(44) / 16);
+    let entry = |index| {
+        let at = addr + 44 + 16 * index;
+        let [a, b, first_bus, last_bus] = reader.bytes(at + 8)?;
+        let base = reader.u64(at)?;
+        let sane = base != 0 && base.is_multiple_of(1 << 20) && first_bus <= last_bus;
+        sane.then_some(EcamRegion {
+            base,
+            segment: u16::from_le_bytes([a, b]),
+            first_bus,
+            last_bus,
+        })
+    };
+    (0..entries).filter_map(entry).take(MOST).collect()
 }
 
 impl AcpiInfo {

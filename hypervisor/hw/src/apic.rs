@@ -14,6 +14,8 @@ pub const SPURIOUS_VECTOR: u8 = 0xff;
 
 /// The vector of the serial port.
 pub const SERIAL_VECTOR: u8 = 0x40;
+/// The vector of network cards.
+pub const NIC_VECTOR: u8 = 0x41;
 
 const ENABLED: u64 = 1 << 11;
 const X2APIC: u64 = 1 << 10;

@@ -1,5 +1,6 @@
 //! The physical machine: memory through the direct map, the serial port, the local APIC and its
-//! timer, clocks, and what ACPI says of them. Knows nothing of guests.
+//! timer, PCI, devices' registers and memory, clocks, and what ACPI says of them. Knows nothing of
+//! guests.
 #![cfg_attr(not(test), no_std)]
 
 extern crate alloc;
@@ -8,6 +9,8 @@ pub mod acpi;
 mod apic;
 mod clock;
 mod direct_map;
+pub mod mmio;
+pub mod pci;
 pub mod power;
 mod random;
 mod rtc;
@@ -15,8 +18,8 @@ mod screen;
 mod serial;
 
 pub use apic::{
-    ApicError, CoreTimer, KICK_VECTOR, LocalApic, SERIAL_VECTOR, SPURIOUS_VECTOR, TIMER_VECTOR,
-    route_interrupt,
+    ApicError, CoreTimer, KICK_VECTOR, LocalApic, NIC_VECTOR, SERIAL_VECTOR, SPURIOUS_VECTOR,
+    TIMER_VECTOR, route_interrupt,
 };
 pub use clock::{ClockError, TscFrequency, calibrate, rdtsc, rdtsc_ordered, tsc_is_invariant};
 pub use direct_map::DirectMap;

@@ -4,7 +4,7 @@ use crate::backend::{self, Backend};
 use crate::frames::{self, Frames};
 use crate::manager::{Manager, Over};
 use crate::run::{Machine, Worker};
-use crate::{console, cores, panic, run};
+use crate::{console, cores, panic, run, uplinks};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
@@ -13,6 +13,7 @@ use bootloader_api::info::MemoryRegionKind;
 use core::sync::atomic::{AtomicU64, Ordering};
 use cpu::host::{CoreTables, EmergencyStacks, InterruptFrame};
 use cpu::page::HostPage;
+use cpu::paging::Caching;
 use cpu::percpu::{Core, this};
 use hw::acpi::AcpiInfo;
 use hw::{CoreTimer, DirectMap, Framebuffer, LocalApic, Screen, Serial};
@@ -122,6 +123,8 @@ pub fn main(boot: &'static mut BootInfo) -> ! {
     }
     install_tables(0);
     let mut host = find_hardware(map, boot.rsdp_addr.into_option());
+    // SAFETY: the boot core, once, interrupts off, and no other core runs yet.
+    unsafe { uplinks::find(&host, &ACPI.get().copied().unwrap_or_default()) };
     let bundle = ramdisk(boot, map);
     match backend::enable(&host) {
         Ok(backend) => {
@@ -166,6 +169,7 @@ pub fn end(status: u32, reason: &str) -> ! {
 /// Stops the other cores, prints the last line and leaves the machine.
 fn leave(status: u32, reason: &str, when_done: WhenDone) -> ! {
     cores::stop_others();
+    uplinks::stop();
     // What guests have said goes before the last line.
     console::drain();
     console::say(format_args!("end: status={status} {reason}"));
@@ -261,7 +265,10 @@ pub fn map_stacks(map: DirectMap, core: u64) -> Option<()> {
             let (root, frame) = (cpu::paging::root(), allocate()?);
             let at = top - page * PAGE_SIZE;
             // SAFETY: the tables are in use and the frame is fresh.
-            let mapped = unsafe { cpu::paging::map_page(&map, root, at, frame, &mut allocate) };
+            let mapped = unsafe {
+                let page = (frame, Caching::WriteBack);
+                cpu::paging::map_page(&map, root, at, page, &mut allocate)
+            };
             mapped.then_some(())?;
         }
     }
@@ -391,20 +398,29 @@ pub fn host_page(map: DirectMap) -> Option<HostPage> {
     host_pages(map, 1)?.pop()
 }
 
-/// `count` zeroed pages that follow one another.
-pub fn host_pages(map: DirectMap, count: u64) -> Option<Vec<HostPage>> {
-    // Runs are rare (SVM's permission maps, once a machine): they are cut from a large frame.
+/// `count` pages that follow one another, up to 2 MiB of them.
+pub fn frame_run(count: u64) -> Option<HostPhysAddr> {
+    // Runs are rare (SVM's permission maps, network cards' rings): they are cut from a large frame.
     let (size, first) = if count == 1 {
         (PageSize::Size4K, Frames.allocate(PageSize::Size4K)?)
     } else {
         (PageSize::Size2M, Frames.allocate(PageSize::Size2M)?)
     };
-    let end = first.wrapping_add(count * PAGE_SIZE);
-    let mut rest = end;
-    while rest < first.wrapping_add(size.bytes()) {
-        Frames.free(rest, PageSize::Size4K);
-        rest = rest.wrapping_add(PAGE_SIZE);
+    let rest = first.wrapping_add(count * PAGE_SIZE);
+    give_back_run(rest, size.bytes() / PAGE_SIZE - count);
+    Some(first)
+}
+
+/// Gives such pages back.
+pub fn give_back_run(first: HostPhysAddr, count: u64) {
+    for index in 0..count {
+        Frames.free(first.wrapping_add(index * PAGE_SIZE), PageSize::Size4K);
     }
+}
+
+/// `count` zeroed pages that follow one another.
+pub fn host_pages(map: DirectMap, count: u64) -> Option<Vec<HostPage>> {
+    let first = frame_run(count)?;
     (0..count)
         .map(|index| {
             let phys: HostPhysAddr = first.wrapping_add(index * PAGE_SIZE);

@@ -14,6 +14,7 @@ mod lock;
 mod manager;
 mod panic;
 mod run;
+mod uplinks;
 
 use bootloader_api::BootInfo;
 

@@ -12,6 +12,7 @@ use crate::console;
 use crate::cores::watch;
 use crate::lock::Lock;
 use crate::manager::{Manager, Over};
+use crate::uplinks;
 use alloc::boxed::Box;
 use alloc::string::ToString;
 use alloc::sync::Arc;
@@ -412,6 +413,9 @@ impl Worker {
             let mut due = manager.due();
             if POLL_SERIAL.load(Ordering::Relaxed) {
                 due = due.min(self.machine.clock.now() + POLL);
+            }
+            if let Some(next) = uplinks::poll(self.machine.clock.now()) {
+                due = due.min(next);
             }
             self.turn(due);
         }

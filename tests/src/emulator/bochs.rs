@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Extension, Firmware, Machine, Pace, Session, accept};
+use super::{Boot, Card, Extension, Firmware, Machine, Pace, Session, accept};
 use crate::process::{Process, limited};
 
 /// The program.
@@ -111,6 +111,15 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     } else {
         ""
     };
+    let (slot, card) = match machine.cards.as_slice() {
+        [] => ("", String::new()),
+        [Card::E1000] => {
+            let mac = Card::mac(0);
+            let card = format!("e1000: enabled=1, mac={mac}, ethmod=slirp\n");
+            (", slot1=e1000", card)
+        }
+        other => bail!("Bochs has one e1000 at most, not {other:?}"),
+    };
     let settings = format!(
         "config_interface: textconfig\n\
          display_library: term\n\
@@ -120,7 +129,8 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
          memory: guest={memory}, host={host}\n\
          cpu: model={model}, count={cpus}, ips={IPS}, quantum=16, reset_on_triple_fault=0\n\
          clock: sync={sync}, time0={started}\n\
-         pci: enabled=1, chipset=i440fx\n\
+         pci: enabled=1, chipset=i440fx{slot}\n\
+         {card}\
          ata0-master: type=disk, path={disk}, mode=volatile, journal={journal}, cylinders=0, \
          heads=16, spt=63\n\
          boot: disk\n\

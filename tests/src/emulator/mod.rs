@@ -12,6 +12,7 @@ use std::fmt;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -115,6 +116,45 @@ pub enum Extension {
     LockedOff,
 }
 
+/// A network card, joined to the emulator's own network: 10.0.2.0/24, with a gateway at 10.0.2.2
+/// that answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Card {
+    /// Intel 82540EM.
+    E1000,
+    /// Intel 82574L (QEMU only).
+    E1000e,
+    /// virtio-net (QEMU only).
+    VirtioNet,
+}
+
+impl Card {
+    /// QEMU's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::E1000 => "e1000",
+            Self::E1000e => "e1000e",
+            Self::VirtioNet => "virtio-net-pci",
+        }
+    }
+
+    /// The address of the card of this number.
+    fn mac(number: usize) -> String {
+        format!("52:54:00:12:34:{:02x}", number + 0x56)
+    }
+}
+
+impl FromStr for Card {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let cards = [Self::E1000, Self::E1000e, Self::VirtioNet];
+        let found =
+            (cards.into_iter()).find(|c| text == c.name() || c.name() == format!("{text}-pci"));
+        found.ok_or_else(|| format!("`{text}` is none of e1000, e1000e, virtio-net"))
+    }
+}
+
 /// A computer to emulate.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -132,6 +172,8 @@ pub struct Machine {
     pub pace: Pace,
     /// Its virtualization extension.
     pub extension: Extension,
+    /// Its network cards.
+    pub cards: Vec<Card>,
     /// Keep the screen readable by [`Session::screen`], also after power-off.
     pub watched: bool,
 }
@@ -147,6 +189,7 @@ impl Machine {
             cpus: 1,
             pace: Pace::Free,
             extension: Extension::On,
+            cards: Vec::new(),
             watched: false,
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Emulator, Extension, Firmware, Machine, Pace, Session, accept};
+use super::{Boot, Card, Emulator, Extension, Firmware, Machine, Pace, Session, accept};
 use crate::process::{Process, limited};
 
 /// The program.
@@ -107,6 +107,13 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
             }
             arg("-device", "isa-debug-exit,iobase=0xf4,iosize=4");
         }
+    }
+    for (number, card) in machine.cards.iter().enumerate() {
+        let (name, mac) = (card.name(), Card::mac(number));
+        arg("-netdev", &format!("user,id=net{number}"));
+        // Without a ROM, so that firmware does not try to boot from it.
+        let device = format!("{name},netdev=net{number},mac={mac},romfile=");
+        arg("-device", &device);
     }
     let monitor = match machine.watched && machine.firmware == Firmware::Bios {
         true => Some(TcpListener::bind("127.0.0.1:0").context("a port for QEMU's monitor")?),

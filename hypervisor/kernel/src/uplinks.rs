@@ -1,0 +1,244 @@
+//! The machine's network cards, as uplinks: found by PCI, each with memory of its own, looked after
+//! by the boot core.
+
+use crate::bring_up::{self, Host, frame_run, give_back_run};
+use crate::frames::Frames;
+use crate::lock::Lock;
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use arch::{FrameSource, HostPhysAddr, Nanos, PAGE_SIZE, PageSize};
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use cpu::paging::Caching;
+use hw::acpi::AcpiInfo;
+use hw::mmio::{DmaRegion, Window};
+use hw::pci::{Address, Bar, Function, Messages, Pci};
+use log::{error, info};
+use nic::ids::Kind;
+use nic::virtio::Windows;
+use nic::{Fault, Nic};
+
+/// Where devices' registers are mapped.
+const DEVICES: u64 = 0xffff_ff02_0000_0000;
+/// The most that is mapped for one window: Intel's registers, and all of a virtio device's.
+const MAX_WINDOW: u64 = 128 << 10;
+/// Pages of a card's memory.
+const PAGES: u64 = (nic::MEMORY as u64).div_ceil(PAGE_SIZE);
+/// How often cards are looked after, in nanoseconds.
+const POLL: u64 = 100_000_000;
+
+static MAPPED: AtomicU64 = AtomicU64::new(DEVICES);
+static UPLINKS: Lock<Vec<Uplink>> = Lock::new(Vec::new());
+/// There are some.
+static ANY: AtomicBool = AtomicBool::new(false);
+
+/// A network card of the machine.
+pub struct Uplink {
+    /// Where it is.
+    pub address: Address,
+    /// The card.
+    pub nic: Box<dyn Nic + Send>,
+}
+
+/// Why a card is left alone.
+enum Trouble {
+    Fault(Fault),
+    Bar(u8),
+    Part(&'static str),
+    Memory,
+}
+
+impl From<Fault> for Trouble {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fault(fault) => fault.fmt(f),
+            Self::Bar(bar) => write!(f, "the firmware gave its BAR {bar} no usable place"),
+            Self::Part(part) => write!(f, "it has no usable {part} structure of virtio 1.x"),
+            Self::Memory => f.write_str("there is no memory for its rings"),
+        }
+    }
+}
+
+/// Finds all cards that there is a driver for, sets them up, and says so.
+///
+/// # Safety
+/// Called once, on the boot core, with interrupts off, before another core runs.
+pub unsafe fn find(host: &Host, acpi: &AcpiInfo) {
+    let regions = hw::acpi::ecam(host.map, acpi);
+    // SAFETY: nobody else reads or writes configuration space.
+    let pci = unsafe { Pci::find(host.map, regions) };
+    let functions = pci.functions();
+    info!(
+        "PCI: {} functions, reached by {}",
+        functions.len(),
+        if pci.has_ecam() { "memory" } else { "ports" }
+    );
+    for function in functions {
+        let Some(kind) = nic::ids::find(function.vendor, function.device) else {
+            continue;
+        };
+        let name = format_args!(
+            "{} {:04x}:{:04x} {}",
+            function.address,
+            function.vendor,
+            function.device,
+            kind.name()
+        );
+        match open(host, &pci, &function, kind) {
+            Ok(nic) => {
+                info!("nic {name} {}, {}", nic.mac(), nic.link());
+                UPLINKS.lock().push(Uplink {
+                    address: function.address,
+                    nic,
+                });
+                ANY.store(true, Ordering::Release);
+            }
+            Err(trouble) => error!("nic {name} is not used: {trouble}"),
+        }
+    }
+}
+
+/// Takes a function, gives it memory and sets it up; on failure leaves it without access to memory.
+fn open(
+    host: &Host,
+    pci: &Pci,
+    function: &Function,
+    kind: Kind,
+) -> Result<Box<dyn Nic + Send>, Trouble> {
+    let memory = frame_run(PAGES).ok_or(Trouble::Memory)?;
+    let result = open_with(host, pci, function.address, kind, memory);
+    if result.is_err() {
+        pci.release(function.address);
+        give_back_run(memory, PAGES);
+    }
+    result
+}
+
+fn open_with(
+    host: &Host,
+    pci: &Pci,
+    at: Address,
+    kind: Kind,
+    memory: HostPhysAddr,
+) -> Result<Box<dyn Nic + Send>, Trouble> {
+    // SAFETY: fresh frames, which are given back only after the card's access to memory ended.
+    let region = unsafe { DmaRegion::new(host.map, memory, nic::MEMORY) };
+    let region = region.ok_or(Trouble::Memory)?;
+    let bar = |index| pci.bar(at, index).ok_or(Trouble::Bar(index));
+    let mut wait = |microseconds| {
+        let from = hw::rdtsc();
+        while !bring_up::passed(from, microseconds) {
+            core::hint::spin_loop();
+        }
+    };
+    match kind {
+        Kind::Intel(family) => {
+            let registers = map(host, bar(0)?, 0, MAX_WINDOW).ok_or(Trouble::Bar(0))?;
+            pci.take(at);
+            if family != nic::intel::Family::E1000
+                && let Some(Messages::Msi(capability)) = pci.messages(at)
+            {
+                pci.use_msi(at, capability, host.apic.id(), hw::NIC_VECTOR);
+            }
+            let nic = nic::intel::open(registers, region, family, &mut wait)?;
+            Ok(Box::new(nic))
+        }
+        Kind::Virtio => {
+            let parts = pci.virtio_parts(at);
+            let part = |kind, name| {
+                let mut parts = parts.iter().filter(|part| part.kind == kind);
+                let found = parts.find_map(|part| {
+                    let bar = pci.bar(at, part.bar)?;
+                    let window = map(host, bar, part.offset.into(), part.bytes.into())?;
+                    Some((window, part.multiplier))
+                });
+                found.ok_or(Trouble::Part(name))
+            };
+            let (notify, notify_multiplier) = part(2, "notification")?;
+            let windows = Windows {
+                common: part(1, "configuration")?.0,
+                notify,
+                notify_multiplier,
+                isr: part(3, "interrupt")?.0,
+                device: part(4, "network")?.0,
+            };
+            pci.take(at);
+            let messages = match pci.messages(at) {
+                Some(Messages::MsiX {
+                    capability,
+                    bar,
+                    offset,
+                }) => {
+                    let bar = pci.bar(at, bar);
+                    let table = bar.and_then(|bar| map(host, bar, offset.into(), 16));
+                    table.is_some_and(|mut table| {
+                        let (id, vector) = (host.apic.id(), hw::NIC_VECTOR);
+                        pci.use_msix(at, capability, &mut table, id, vector)
+                    })
+                }
+                _ => false,
+            };
+            let nic = nic::virtio::open(windows, region, messages, &mut wait)?;
+            Ok(Box::new(nic))
+        }
+    }
+}
+
+/// Maps a part of a device's memory, up to [`MAX_WINDOW`] of it; `None` where it is not the
+/// device's or cannot be mapped.
+fn map(host: &Host, bar: Bar, offset: u64, bytes: u64) -> Option<Window> {
+    let bytes = bytes.min(MAX_WINDOW).min(bar.bytes.checked_sub(offset)?);
+    let first = bar.start.checked_add(offset)?;
+    let page = first.align_down(PAGE_SIZE);
+    let inset = first.offset_in(PAGE_SIZE);
+    let pages = (inset + bytes).div_ceil(PAGE_SIZE);
+    let at = MAPPED.fetch_add(pages * PAGE_SIZE, Ordering::Relaxed);
+    for index in 0..pages {
+        let frame = page.wrapping_add(index * PAGE_SIZE);
+        let mut allocate = || Frames.allocate(PageSize::Size4K);
+        // SAFETY: the tables are in use, and the registers are the device's that is being taken.
+        let mapped = unsafe {
+            cpu::paging::map_page(
+                &host.map,
+                cpu::paging::root(),
+                at + index * PAGE_SIZE,
+                (frame, Caching::Uncached),
+                &mut allocate,
+            )
+        };
+        mapped.then_some(())?;
+    }
+    let usable = bytes > 0 && inset.is_multiple_of(4);
+    // SAFETY: just mapped, uncached, for good, in the tables that all cores use; registers of the
+    // device that is being taken, which is given memory of its own only.
+    usable.then(|| unsafe { Window::new((at + inset) as *mut u8, bytes as u32) })
+}
+
+/// Looks after the cards and tells of what happened to them. Gives the time of the next look.
+pub fn poll(now: Nanos) -> Option<Nanos> {
+    if !ANY.load(Ordering::Acquire) {
+        return None;
+    }
+    for uplink in UPLINKS.lock().iter_mut() {
+        if let Some(event) = uplink.nic.poll(now) {
+            info!("nic {}: {event}", uplink.address);
+        }
+    }
+    Some(now + POLL)
+}
+
+/// Ends the cards' accesses to memory, before the machine is left.
+pub fn stop() {
+    // A core that holds the lock was stopped and will not give it back.
+    if let Some(mut uplinks) = UPLINKS.try_lock() {
+        for uplink in uplinks.iter_mut() {
+            uplink.nic.stop();
+        }
+    }
+}
