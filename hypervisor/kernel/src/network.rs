@@ -1,0 +1,431 @@
+//! The switches at work: frames from guests' queues and the machine's cards through a switch into
+//! other guests' queues and cards.
+//!
+//! A core moves frames in batches, run to completion: it copies a batch out of a queue, asks the
+//! switch about each frame, and copies it to where it goes. It never holds locks of two VMs at
+//! once. The order is uplinks → switch, and a VM's own (board → card → memory) are taken alone; a
+//! core counts the lock of its [`Mover`] all the while, so that a panic in here stops the machine
+//! rather than leave another VM's card locked.
+
+use crate::lock::{Held, Lock};
+use crate::run::{Live, Machine};
+use crate::uplinks;
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+use arch::Nanos;
+use cpu::percpu::this;
+use log::{error, info, warn};
+use virtio::net::{FRAME_ROOM, Frame, NetHeader};
+use vm::config::{Config, network};
+use vswitch::cache::Cache;
+use vswitch::edit::Editor;
+use vswitch::translate::Step;
+use vswitch::{PortId, Switch};
+
+/// Frames of a batch.
+const BATCH: usize = 32;
+/// Batches that a core moves for one doorbell before it looks at what else there is.
+const BATCHES: usize = 8;
+/// Bytes of the frames of a batch.
+const BUFFER: usize = 4 * FRAME_ROOM;
+/// Decisions that a core remembers.
+const CACHED: usize = 2048;
+/// Beginning of a frame that the switch looks at.
+const HEADER: usize = 128;
+/// Guests that a batch may reach before they are told.
+const TOUCHED: usize = 64;
+
+/// All switches, and what is plugged into them.
+pub struct Network {
+    rooms: Vec<Room>,
+    movers: Vec<Lock<Mover>>,
+}
+
+/// A switch and what is behind its ports.
+struct Room {
+    name: String,
+    switch: Lock<Switch>,
+    /// By port number; 0 is nobody's.
+    ports: Vec<Option<Behind>>,
+}
+
+/// What is behind a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Behind {
+    /// A card of a VM: the VM's number, and which of its cards.
+    Guest { vm: usize, nic: usize },
+    /// A card of the machine, by its number among them.
+    Uplink(usize),
+}
+
+/// What a core needs to move frames.
+struct Mover {
+    cache: Cache,
+    buffer: Box<[u8]>,
+    steps: Vec<Step>,
+    touched: heapless::Vec<(usize, usize), TOUCHED>,
+}
+
+/// Where a batch comes from.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    room: &'a Room,
+    port: PortId,
+    now: Nanos,
+}
+
+impl Network {
+    /// The switches of the configuration. What is wrong with one is told, and that one is left out:
+    /// the cards that were to be in it have no link.
+    pub fn new(config: &Config, cores: usize) -> Self {
+        let secret = [random(), random()];
+        let mut taken = Vec::new();
+        let rooms = config.switches.iter().enumerate();
+        let rooms: Vec<Room> = rooms
+            .map(|(number, switch)| Room::new(config, number, switch, secret, &mut taken))
+            .collect();
+        let cores = if rooms.is_empty() { 0 } else { cores };
+        let movers = (0..cores).map(|_| {
+            Lock::new(Mover {
+                cache: Cache::new(CACHED, [random(), random()]),
+                buffer: alloc::vec![0; BUFFER].into(),
+                steps: Vec::new(),
+                touched: heapless::Vec::new(),
+            })
+        });
+        Self {
+            movers: movers.collect(),
+            rooms,
+        }
+    }
+
+    /// Whether there is a switch.
+    pub fn is_empty(&self) -> bool {
+        self.rooms.is_empty()
+    }
+
+    fn mover(&self) -> Option<Held<'_, Mover>> {
+        self.movers.get(this().number() as usize).map(Lock::lock)
+    }
+
+    /// Plugs a VM's cables in, or pulls them.
+    pub fn set_links(&self, live: &Live, up: bool) {
+        for nic in live.vm.nics() {
+            if let Some(room) = self.rooms.get(nic.switch) {
+                let _ = room.switch.lock().set_link(nic.port, up);
+            }
+        }
+    }
+
+    /// Moves the frames of a VM whose doorbell was rung.
+    pub fn transmit(&self, machine: &Machine, live: &Live) {
+        let Some(mut mover) = self.mover() else {
+            return;
+        };
+        let vm = &live.vm;
+        for (index, nic) in vm.nics().iter().enumerate() {
+            let Some(room) = self.rooms.get(nic.switch) else {
+                continue;
+            };
+            let mut pairs = vm
+                .with_nic(index, |net, _| net.take_notified())
+                .unwrap_or(0);
+            while pairs != 0 {
+                let pair = pairs.trailing_zeros() as u16;
+                pairs &= pairs - 1;
+                let mut more = true;
+                for _ in 0..BATCHES {
+                    if !more {
+                        break;
+                    }
+                    let source = Source {
+                        room,
+                        port: nic.port,
+                        now: machine.clock.now(),
+                    };
+                    more = self.batch(machine, &mut mover, live, (index, pair), source);
+                }
+                if more {
+                    vm.with_nic(index, |net, _| net.notify_again(pair));
+                    vm.ring_again();
+                }
+            }
+            if vm.with_nic(index, |net, _| net.has_signals()) == Some(true) {
+                vm.tell_drivers();
+            }
+        }
+        uplinks::flush();
+    }
+
+    /// Moves one batch of a queue; `true`: there may be more.
+    fn batch(
+        &self,
+        machine: &Machine,
+        mover: &mut Mover,
+        live: &Live,
+        (index, pair): (usize, u16),
+        source: Source<'_>,
+    ) -> bool {
+        let Mover {
+            cache,
+            buffer,
+            steps,
+            touched,
+        } = mover;
+        let mut frames = heapless::Vec::<(NetHeader, &[u8]), BATCH>::new();
+        let done = live.vm.with_nic(index, |net, memory| {
+            net.transmit(memory, pair, BATCH as u32, false, buffer, |header, frame| {
+                // Never more than the budget.
+                let _ = frames.push((header, frame));
+            })
+        });
+        for (header, frame) in frames {
+            self.forward(machine, cache, steps, touched, source, header, frame);
+        }
+        self.tell(machine, touched);
+        done.is_some_and(|done| done.more)
+    }
+
+    /// Takes in what came by the machine's cards; `true`: there may be more.
+    pub fn receive(&self, machine: &Machine) -> bool {
+        let Some(mut mover) = self.mover() else {
+            return false;
+        };
+        let Mover {
+            cache,
+            buffer,
+            steps,
+            touched,
+        } = &mut *mover;
+        let mut more = false;
+        for room in &self.rooms {
+            for (port, behind) in (0..).zip(&room.ports) {
+                let Some(Behind::Uplink(number)) = *behind else {
+                    continue;
+                };
+                let source = Source {
+                    room,
+                    port: PortId(port),
+                    now: machine.clock.now(),
+                };
+                let mut rest = &mut **buffer;
+                let mut frames = heapless::Vec::<&[u8], BATCH>::new();
+                let count = uplinks::receive(number, BATCH, &mut |bytes| {
+                    if let Some((frame, behind)) =
+                        core::mem::take(&mut rest).split_at_mut_checked(bytes.len())
+                    {
+                        frame.copy_from_slice(bytes);
+                        rest = behind;
+                        let _ = frames.push(frame);
+                    }
+                });
+                more |= count == BATCH;
+                for frame in frames {
+                    let header = NetHeader::default();
+                    self.forward(machine, cache, steps, touched, source, header, frame);
+                }
+            }
+        }
+        self.tell(machine, touched);
+        more
+    }
+
+    /// Looks after switches and cards: links, ageing, announcements.
+    pub fn tick(&self, now: Nanos) {
+        for room in &self.rooms {
+            let mut switch = room.switch.lock();
+            for (port, behind) in (0..).zip(&room.ports) {
+                if let Some(Behind::Uplink(number)) = *behind {
+                    let _ = switch.set_link(PortId(port), uplinks::has_link(number));
+                }
+            }
+            switch.tick(now);
+            let mut frame = [0; 64];
+            for _ in 0..BATCH {
+                let Some((port, length)) = switch.announcement(&mut frame) else {
+                    break;
+                };
+                let behind = room.ports.get(usize::from(port.0)).copied().flatten();
+                if let (Some(Behind::Uplink(number)), Some(frame)) = (behind, frame.get(..length)) {
+                    uplinks::transmit(number, &[frame]);
+                }
+            }
+        }
+        uplinks::flush();
+    }
+
+    /// Asks the switch about a frame and does what it says.
+    #[expect(clippy::too_many_arguments, reason = "the parts of a mover, lent one by one")]
+    fn forward(
+        &self,
+        machine: &Machine,
+        cache: &mut Cache,
+        steps: &mut Vec<Step>,
+        touched: &mut heapless::Vec<(usize, usize), TOUCHED>,
+        source: Source<'_>,
+        header: NetHeader,
+        frame: &[u8],
+    ) {
+        let head = frame.get(..HEADER).unwrap_or(frame);
+        steps.clear();
+        {
+            let mut switch = source.room.switch.lock();
+            let decision = switch.decide(cache, source.port, head, frame.len(), source.now);
+            steps.extend_from_slice(decision.steps);
+        }
+        let mut editor = Editor::new(head);
+        for step in steps.iter() {
+            let Step::Output(port) = *step else {
+                editor.apply(step);
+                continue;
+            };
+            let place = usize::from(port.0);
+            let Some(behind) = source.room.ports.get(place).copied().flatten() else {
+                continue;
+            };
+            let (prefix, grown) = (editor.header(), editor.grown());
+            let rest = frame.get(head.len()..).unwrap_or(&[]);
+            let out = Frame::new([prefix, rest, editor.padding(frame.len())]);
+            let Some(header) = header.moved(grown) else {
+                continue;
+            };
+            match behind {
+                Behind::Guest { vm, nic } => {
+                    let Some(live) = machine.live(vm) else {
+                        continue;
+                    };
+                    // What it drops it counts.
+                    live.vm.with_nic(nic, |net, memory| {
+                        let _ = net.receive(memory, &header, &out);
+                    });
+                    if !touched.contains(&(vm, nic)) && touched.push((vm, nic)).is_err() {
+                        self.tell(machine, touched);
+                        let _ = touched.push((vm, nic));
+                    }
+                }
+                Behind::Uplink(number) => {
+                    header.finish(&out, &mut |frame| {
+                        let mut pieces = heapless::Vec::<&[u8], 8>::new();
+                        pieces.extend(frame.pieces());
+                        uplinks::transmit(number, &pieces);
+                    });
+                }
+            }
+        }
+    }
+
+    /// Shows guests what was put into their queues.
+    fn tell(&self, machine: &Machine, touched: &mut heapless::Vec<(usize, usize), TOUCHED>) {
+        for (vm, nic) in core::mem::take(touched) {
+            let Some(live) = machine.live(vm) else {
+                continue;
+            };
+            let wants = live.vm.with_nic(nic, |net, memory| {
+                net.settle(memory);
+                net.has_signals()
+            });
+            if wants == Some(true) {
+                live.vm.tell_drivers();
+                machine.kick_touched(&live);
+            }
+        }
+    }
+}
+
+impl Room {
+    fn new(
+        config: &Config,
+        number: usize,
+        section: &network::Switch,
+        secret: [u64; 2],
+        taken: &mut Vec<usize>,
+    ) -> Self {
+        let vms = || config.vms.iter().flatten().enumerate();
+        let nics = || vms().flat_map(|(_, vm)| &vm.nics);
+        let name = section.name.clone();
+        let mut ports = Vec::new();
+        let mut put = |id: PortId, behind| {
+            let place = usize::from(id.0);
+            if ports.len() <= place {
+                ports.resize(place + 1, None);
+            }
+            if let Some(slot) = ports.get_mut(place) {
+                *slot = Some(behind);
+            }
+        };
+        let made = section
+            .assemble(number, "tessera.toml", nics())
+            .map_err(|error| format!("{error}"))
+            .and_then(|config| {
+                Switch::new(config, secret).map_err(|error| format!("switch {name}: {error}"))
+            });
+        let switch = match made {
+            Ok(mut switch) => {
+                for uplink in &section.uplinks {
+                    let id = uplink.port.id;
+                    let _ = switch.set_link(id, false);
+                    match uplinks::choose(uplink.nic, taken) {
+                        Some(number) => {
+                            taken.push(number);
+                            put(id, Behind::Uplink(number));
+                        }
+                        None => warn!(
+                            "switch {name}: port {}: no network card of this machine is {}; it has {}",
+                            uplink.port.name,
+                            uplink.nic,
+                            uplinks::list()
+                        ),
+                    }
+                }
+                for (vm, config) in vms() {
+                    for (nic, card) in config.nics.iter().enumerate() {
+                        if card.switch == number {
+                            let _ = switch.set_link(card.port.id, false);
+                            put(card.port.id, Behind::Guest { vm, nic });
+                        }
+                    }
+                }
+                let count = |uplink| {
+                    let of_kind = ports.iter().flatten();
+                    let of_kind = of_kind.filter(|b| matches!(b, Behind::Uplink(_)) == uplink);
+                    of_kind.count()
+                };
+                info!(
+                    "switch {name}: {} uplinks, {} cards of VMs, {} flows",
+                    count(true),
+                    count(false),
+                    section.flows.len()
+                );
+                switch
+            }
+            Err(error) => {
+                error!("{error}; switch {name} has no ports");
+                ports.clear();
+                // A switch without ports is always sound.
+                let empty = vswitch::config::SwitchConfig::default();
+                match Switch::new(empty, secret) {
+                    Ok(switch) => switch,
+                    Err(error) => panic!("an empty switch: {error}"),
+                }
+            }
+        };
+        Self {
+            name,
+            switch: Lock::new(switch),
+            ports,
+        }
+    }
+
+    /// Its name.
+    #[expect(dead_code, reason = "the monitor will ask")]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+fn random() -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = hw::random_seed();
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+}
