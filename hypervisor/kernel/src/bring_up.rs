@@ -463,7 +463,7 @@ fn start(
     machine::emulate::prepare();
     let base = frames::heap_used();
     console::say(format_args!("bench hypervisor-heap {base} bytes"));
-    let machine = Box::leak(Box::new(Machine::new(host, backend)));
+    let machine = Box::leak(Box::new(Machine::new(host, backend, config)));
     let mut manager = Manager::new(machine, bundle, config);
     console::say(format_args!(
         "bench boot-to-guest {} tsc",

@@ -12,6 +12,7 @@ mod cores;
 mod frames;
 mod lock;
 mod manager;
+mod network;
 mod panic;
 mod run;
 mod uplinks;

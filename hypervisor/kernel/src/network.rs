@@ -20,7 +20,7 @@ use log::{error, info, warn};
 use virtio::net::{FRAME_ROOM, Frame, NetHeader};
 use vm::config::{Config, network};
 use vswitch::cache::Cache;
-use vswitch::edit::Editor;
+use vswitch::edit::{Checksum, Editor};
 use vswitch::translate::Step;
 use vswitch::{PortId, Switch};
 
@@ -32,8 +32,8 @@ const BATCHES: usize = 8;
 const BUFFER: usize = 4 * FRAME_ROOM;
 /// Decisions that a core remembers.
 const CACHED: usize = 2048;
-/// Beginning of a frame that the switch looks at.
-const HEADER: usize = 128;
+/// What untagged frames are filled up with.
+const PADDING: [u8; vswitch::edit::MIN_FRAME] = [0; vswitch::edit::MIN_FRAME];
 /// Guests that a batch may reach before they are told.
 const TOUCHED: usize = 64;
 
@@ -268,14 +268,16 @@ impl Network {
         header: NetHeader,
         frame: &[u8],
     ) {
-        let head = frame.get(..HEADER).unwrap_or(frame);
+        let head = frame.get(..vswitch::edit::HEADER).unwrap_or(frame);
         steps.clear();
         {
             let mut switch = source.room.switch.lock();
             let decision = switch.decide(cache, source.port, head, frame.len(), source.now);
             steps.extend_from_slice(decision.steps);
         }
-        let mut editor = Editor::new(head);
+        let partial = header.checksum != virtio::net::Checksum::Unknown;
+        let checksum = if partial { Checksum::Partial } else { Checksum::Full };
+        let mut editor = Editor::new(head, frame.len(), checksum);
         for step in steps.iter() {
             let Step::Output(port) = *step else {
                 editor.apply(step);
@@ -285,9 +287,10 @@ impl Network {
             let Some(behind) = source.room.ports.get(place).copied().flatten() else {
                 continue;
             };
-            let (prefix, grown) = (editor.header(), editor.grown());
-            let rest = frame.get(head.len()..).unwrap_or(&[]);
-            let out = Frame::new([prefix, rest, editor.padding(frame.len())]);
+            let rest = frame.get(editor.taken()..).unwrap_or_default();
+            let padding = PADDING.get(..editor.padding(frame.len())).unwrap_or_default();
+            let out = Frame::new([editor.header(), rest, padding]);
+            let grown = editor.length(frame.len()) as i16 - frame.len() as i16;
             let Some(header) = header.moved(grown) else {
                 continue;
             };

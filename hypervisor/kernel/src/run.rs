@@ -12,6 +12,7 @@ use crate::console;
 use crate::cores::watch;
 use crate::lock::Lock;
 use crate::manager::{Manager, Over};
+use crate::network::Network;
 use crate::uplinks;
 use alloc::boxed::Box;
 use alloc::string::ToString;
@@ -22,13 +23,15 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use cpu::percpu::{Core, this};
 use hw::CoreTimer;
 use sched::{CoreId, CoreSet, Decision, Scheduler, VcpuId, VmId};
-use vm::config::MAX_VMS;
+use vm::config::{Config, MAX_VMS};
 use vm::dump::Dump;
 use vm::exits::Exits;
 use vm::{End, Order, Seats, Stop};
 
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.
 const POLL: u64 = 10_000_000;
+/// How often network cards are looked at for frames, in nanoseconds.
+const LOOK: u64 = 500_000;
 
 /// Every core that is started can be given work.
 const _: () = assert!(hw::acpi::MAX_PROCESSORS <= sched::MAX_CORES as usize);
@@ -59,6 +62,8 @@ pub struct Machine {
     pub backend: &'static dyn Backend,
     /// The cores' time.
     pub clock: Clock,
+    /// The switches.
+    pub network: Network,
     /// Who runs where.
     pub scheduler: Lock<Scheduler>,
     /// The VMs that have memory and vCPUs, by number.
@@ -173,7 +178,7 @@ impl Clock {
 
 impl Machine {
     /// A machine without VMs, all of whose cores may run some.
-    pub fn new(host: &'static Host, backend: &'static dyn Backend) -> Self {
+    pub fn new(host: &'static Host, backend: &'static dyn Backend, config: &Config) -> Self {
         let clock = Clock::new(host.tsc_hz);
         let mut scheduler = Scheduler::new();
         for core in host.cores {
@@ -183,6 +188,7 @@ impl Machine {
             host,
             backend,
             clock,
+            network: Network::new(config, host.cores.len()),
             scheduler: Lock::new(scheduler),
             slots: [const { Lock::new(None) }; MAX_VMS],
             vcpus: AtomicU32::new(0),
@@ -199,7 +205,13 @@ impl Machine {
     pub fn set_live(&self, number: usize, live: Option<Arc<Live>>) -> Option<Arc<Live>> {
         let count = |live: &Option<Arc<Live>>| live.as_ref().map_or(0, |live| live.vm.vcpus());
         let added = count(&live) as u32;
+        if let Some(live) = &live {
+            self.network.set_links(live, true);
+        }
         let old = core::mem::replace(&mut *self.slots.get(number)?.lock(), live);
+        if let Some(old) = old.as_ref().filter(|_| added == 0) {
+            self.network.set_links(old, false);
+        }
         self.vcpus.fetch_add(added, Ordering::Relaxed);
         self.vcpus.fetch_sub(count(&old) as u32, Ordering::Relaxed);
         old
@@ -348,6 +360,9 @@ impl vm::Host for CoreHost<'_> {
     fn output(&mut self, bytes: &[u8]) {
         console::guest_output(usize::from(self.live.id.0), bytes);
     }
+    fn frames(&mut self) {
+        self.machine.network.transmit(self.machine, self.live);
+    }
     #[cfg(feature = "fault-injection")]
     fn with_shared_lock(&mut self, work: fn() -> !) -> ! {
         self.machine.schedule(|_, _| work())
@@ -414,11 +429,20 @@ impl Worker {
             if POLL_SERIAL.load(Ordering::Relaxed) {
                 due = due.min(self.machine.clock.now() + POLL);
             }
-            if let Some(next) = uplinks::poll(self.machine.clock.now()) {
-                due = due.min(next);
-            }
+            due = due.min(self.uplinks());
             self.turn(due);
         }
+    }
+
+    /// Looks after the machine's network cards. Gives the time of the next look.
+    fn uplinks(&mut self) -> Nanos {
+        let (machine, now) = (self.machine, self.machine.clock.now());
+        let Some(next) = uplinks::poll(now) else {
+            return Nanos::NEVER;
+        };
+        machine.network.tick(now);
+        let more = machine.network.receive(machine);
+        if more { now } else { next.min(now + LOOK) }
     }
 
     /// Looks at all that was left for the core from here on; what comes later calls it again. So

@@ -5,6 +5,8 @@ use crate::bring_up::{self, Host, frame_run, give_back_run};
 use crate::frames::Frames;
 use crate::lock::Lock;
 use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, Nanos, PAGE_SIZE, PageSize};
 use core::fmt;
@@ -17,6 +19,7 @@ use log::{error, info};
 use nic::ids::Kind;
 use nic::virtio::Windows;
 use nic::{Fault, Nic};
+use vm::config::network::NicChoice;
 
 /// Where devices' registers are mapped.
 const DEVICES: u64 = 0xffff_ff02_0000_0000;
@@ -38,6 +41,8 @@ pub struct Uplink {
     pub address: Address,
     /// The card.
     pub nic: Box<dyn Nic + Send>,
+    /// Frames were queued and not flushed.
+    waits: bool,
 }
 
 /// Why a card is left alone.
@@ -96,6 +101,7 @@ pub unsafe fn find(host: &Host, acpi: &AcpiInfo) {
                 UPLINKS.lock().push(Uplink {
                     address: function.address,
                     nic,
+                    waits: false,
                 });
                 ANY.store(true, Ordering::Release);
             }
@@ -231,6 +237,68 @@ pub fn poll(now: Nanos) -> Option<Nanos> {
         }
     }
     Some(now + POLL)
+}
+
+/// Chooses a card that is not `taken` yet, by its number.
+pub fn choose(choice: NicChoice, taken: &[usize]) -> Option<usize> {
+    let fits = |uplink: &Uplink| match choice {
+        NicChoice::First => true,
+        NicChoice::Address(bus, device, function) => {
+            uplink.address == Address::new(bus, device, function)
+        }
+        NicChoice::Mac(mac) => uplink.nic.mac().0 == mac.0,
+    };
+    let uplinks = UPLINKS.lock();
+    let found = uplinks.iter().enumerate().find(|(number, uplink)| {
+        !taken.contains(number) && fits(uplink)
+    });
+    found.map(|(number, _)| number)
+}
+
+/// The cards there are, for a person.
+pub fn list() -> String {
+    let uplinks = UPLINKS.lock();
+    if uplinks.is_empty() {
+        return "none".into();
+    }
+    let names: Vec<String> = uplinks
+        .iter()
+        .map(|uplink| format!("{} ({})", uplink.address, uplink.nic.mac()))
+        .collect();
+    names.join(", ")
+}
+
+/// Whether a card works and has a link.
+pub fn has_link(number: usize) -> bool {
+    let uplinks = UPLINKS.lock();
+    let uplink = uplinks.get(number);
+    uplink.is_some_and(|uplink| uplink.nic.works() && uplink.nic.link().up)
+}
+
+/// Queues a frame at a card; [`flush`] sends it. What the card cannot take it counts.
+pub fn transmit(number: usize, frame: &[&[u8]]) {
+    if let Some(uplink) = UPLINKS.lock().get_mut(number) {
+        let _ = uplink.nic.transmit(frame);
+        uplink.waits = true;
+    }
+}
+
+/// Sends what was queued.
+pub fn flush() {
+    if !ANY.load(Ordering::Acquire) {
+        return;
+    }
+    for uplink in UPLINKS.lock().iter_mut().filter(|uplink| uplink.waits) {
+        uplink.nic.flush();
+        uplink.waits = false;
+    }
+}
+
+/// Shows up to `budget` frames that came by a card; gives how many there were.
+pub fn receive(number: usize, budget: usize, show: &mut dyn FnMut(&[u8])) -> usize {
+    let mut uplinks = UPLINKS.lock();
+    let uplink = uplinks.get_mut(number);
+    uplink.map_or(0, |uplink| uplink.nic.receive(budget, show))
 }
 
 /// Ends the cards' accesses to memory, before the machine is left.

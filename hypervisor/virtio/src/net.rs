@@ -485,6 +485,11 @@ impl NetDevice {
         found
     }
 
+    /// Marks the transmit queue of `pair` as notified: there is more in it than was taken.
+    pub fn notify_again(&mut self, pair: u16) {
+        self.state.notified |= bit(tx(pair));
+    }
+
     fn broken(&mut self, error: QueueError) {
         self.fault = Some(error);
         self.state.broken = true;

@@ -210,6 +210,22 @@ impl NetHeader {
         Some(self)
     }
 
+    /// Does all that is to be done to a frame yet, and gives the frame, or its segments, as a wire
+    /// takes them. `None`: it cannot be done, as the frame is not what the header says.
+    pub fn finish(&self, frame: &Frame<'_>, give: &mut dyn FnMut(&Frame<'_>)) -> Option<()> {
+        match self.work(0) {
+            Work::Pass => give(frame),
+            Work::Checksum { start, offset } => completed(frame, start, offset, |frame| give(frame))?,
+            Work::Segment { gso, complete } => {
+                let mut segments = Segmenter::new(*frame, gso, complete)?;
+                while let Some((_, segment)) = segments.next() {
+                    give(&segment);
+                }
+            }
+        }
+        Some(())
+    }
+
     /// What a receiver with these offloads needs done.
     pub(super) fn work(&self, offloads: u64) -> Work {
         let takes = |wanted: u64| offloads & wanted == wanted;
