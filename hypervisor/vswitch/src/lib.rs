@@ -9,7 +9,14 @@ use core::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub mod edit;
+pub mod flow;
 pub mod key;
+pub mod meter;
+pub mod ofctl;
+pub mod rate;
+pub mod tables;
+pub mod trace;
 pub mod translate;
 
 /// A MAC address.
