@@ -176,10 +176,17 @@ impl Network {
         } = mover;
         let mut frames = heapless::Vec::<(NetHeader, &[u8]), BATCH>::new();
         let done = live.vm.with_nic(index, |net, memory| {
-            net.transmit(memory, pair, BATCH as u32, false, buffer, |header, frame| {
-                // Never more than the budget.
-                let _ = frames.push((header, frame));
-            })
+            net.transmit(
+                memory,
+                pair,
+                BATCH as u32,
+                false,
+                buffer,
+                |header, frame| {
+                    // Never more than the budget.
+                    let _ = frames.push((header, frame));
+                },
+            )
         });
         for (header, frame) in frames {
             self.forward(machine, cache, steps, touched, source, header, frame);
@@ -257,7 +264,10 @@ impl Network {
     }
 
     /// Asks the switch about a frame and does what it says.
-    #[expect(clippy::too_many_arguments, reason = "the parts of a mover, lent one by one")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of a mover, lent one by one"
+    )]
     fn forward(
         &self,
         machine: &Machine,
@@ -276,7 +286,11 @@ impl Network {
             steps.extend_from_slice(decision.steps);
         }
         let partial = header.checksum != virtio::net::Checksum::Unknown;
-        let checksum = if partial { Checksum::Partial } else { Checksum::Full };
+        let checksum = if partial {
+            Checksum::Partial
+        } else {
+            Checksum::Full
+        };
         let mut editor = Editor::new(head, frame.len(), checksum);
         for step in steps.iter() {
             let Step::Output(port) = *step else {
@@ -288,7 +302,9 @@ impl Network {
                 continue;
             };
             let rest = frame.get(editor.taken()..).unwrap_or_default();
-            let padding = PADDING.get(..editor.padding(frame.len())).unwrap_or_default();
+            let padding = PADDING
+                .get(..editor.padding(frame.len()))
+                .unwrap_or_default();
             let out = Frame::new([editor.header(), rest, padding]);
             let grown = editor.length(frame.len()) as i16 - frame.len() as i16;
             let Some(header) = header.moved(grown) else {

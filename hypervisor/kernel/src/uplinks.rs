@@ -244,14 +244,22 @@ pub fn choose(choice: NicChoice, taken: &[usize]) -> Option<usize> {
     let fits = |uplink: &Uplink| match choice {
         NicChoice::First => true,
         NicChoice::Address(bus, device, function) => {
-            uplink.address == Address::new(bus, device, function)
+            let segment = 0;
+            uplink.address
+                == Address {
+                    segment,
+                    bus,
+                    device,
+                    function,
+                }
         }
         NicChoice::Mac(mac) => uplink.nic.mac().0 == mac.0,
     };
     let uplinks = UPLINKS.lock();
-    let found = uplinks.iter().enumerate().find(|(number, uplink)| {
-        !taken.contains(number) && fits(uplink)
-    });
+    let found = uplinks
+        .iter()
+        .enumerate()
+        .find(|(number, uplink)| !taken.contains(number) && fits(uplink));
     found.map(|(number, _)| number)
 }
 

@@ -215,7 +215,9 @@ impl NetHeader {
     pub fn finish(&self, frame: &Frame<'_>, give: &mut dyn FnMut(&Frame<'_>)) -> Option<()> {
         match self.work(0) {
             Work::Pass => give(frame),
-            Work::Checksum { start, offset } => completed(frame, start, offset, |frame| give(frame))?,
+            Work::Checksum { start, offset } => {
+                completed(frame, start, offset, |frame| give(frame))?
+            }
             Work::Segment { gso, complete } => {
                 let mut segments = Segmenter::new(*frame, gso, complete)?;
                 while let Some((_, segment)) = segments.next() {

@@ -5,12 +5,7 @@
 //! then the cards of the VMs in theirs. Names lead to numbers once all of the text is read, so a
 //! mirror may name a card that stands further down.
 
-use alloc::{
-    borrow::ToOwned,
-    format,
-    string::String,
-    vec::Vec,
-};
+use alloc::{borrow::ToOwned, format, string::String, vec::Vec};
 use core::ops::RangeInclusive;
 
 use vswitch::config::{MeterConfig, Place, SwitchConfig};
@@ -225,7 +220,10 @@ impl Switch {
                 let names = names.join(", ");
                 error(
                     *position,
-                    format!("switch `{}` has no port `{name}`; it has {names}", self.name),
+                    format!(
+                        "switch `{}` has no port `{name}`; it has {names}",
+                        self.name
+                    ),
                 )
             })
         };
@@ -266,7 +264,10 @@ impl Switch {
                 }
                 Place::Switch | Place::Meter(_) => None,
             };
-            error(position.unwrap_or(self.position), format!("switch `{}`: {wrong}", self.name))
+            error(
+                position.unwrap_or(self.position),
+                format!("switch `{}`: {wrong}", self.name),
+            )
         })?;
         Ok(config)
     }
@@ -332,13 +333,19 @@ fn switch(section: &Section<'_>, name: &str, position: Position) -> Checked<Swit
             position: value.position(),
         });
     }
-    let mirrors = tables(section, "mirror", 32)?.iter().map(mirror).collect::<Checked<_>>()?;
+    let mirrors = tables(section, "mirror", 32)?
+        .iter()
+        .map(mirror)
+        .collect::<Checked<_>>()?;
     let mut meters = Vec::new();
     for value in tables(section, "meter", 256)? {
         let meter = table(&value, "[[switch.meter]]", METER_KEYS)?;
         let frames = meter.get("packets").is_some();
         let rate = match (frames, meter.get("rate")) {
-            (true, None) => meter.need("packets", "frames a second")?.number(1..=u32::MAX)?.into(),
+            (true, None) => meter
+                .need("packets", "frames a second")?
+                .number(1..=u32::MAX)?
+                .into(),
             (false, Some(rate)) => rate.quantity(RATES, RATE_RULE)?,
             (true, Some(rate)) => return Err(rate.wrong("left out beside `packets`")),
             (false, None) => meter.need("rate", RATE_RULE)?.quantity(RATES, RATE_RULE)?,
@@ -349,7 +356,9 @@ fn switch(section: &Section<'_>, name: &str, position: Position) -> Checked<Swit
             None => rate,
         };
         meters.push(MeterConfig {
-            id: meter.need("id", "its number in flows")?.number(1..=u32::MAX)?,
+            id: meter
+                .need("id", "its number in flows")?
+                .number(1..=u32::MAX)?,
             frames,
             rate,
             burst,
@@ -371,7 +380,12 @@ fn switch(section: &Section<'_>, name: &str, position: Position) -> Checked<Swit
         capture,
         mirrors,
         meters,
-        flows: texts(section, "flows", MAX_FLOWS, "flows in the form of ovs-ofctl")?,
+        flows: texts(
+            section,
+            "flows",
+            MAX_FLOWS,
+            "flows in the form of ovs-ofctl",
+        )?,
         order: texts(section, "order", MAX_UPLINKS, "names of uplinks")?,
         spread: section.one_of(
             "spread",
@@ -427,7 +441,11 @@ pub(super) fn nics(
     ports.resize(switches.len(), 0);
     for (index, value) in tables(vm, "nic", MAX_NICS)?.into_iter().enumerate() {
         let section = table(&value, "[[vm.nic]]", NIC_KEYS)?;
-        let choices: Vec<_> = switches.iter().enumerate().map(|(at, s)| (s.name.as_str(), at)).collect();
+        let choices: Vec<_> = switches
+            .iter()
+            .enumerate()
+            .map(|(at, s)| (s.name.as_str(), at))
+            .collect();
         let number = match section.need("switch", "the name of a [[switch]]") {
             Ok(value) => value.one_of(&choices)?,
             // With one switch there is nothing to choose.
@@ -463,7 +481,11 @@ pub(super) fn nics(
         port.dhcp_guard = section.boolean("dhcp_guard", false)?;
         port.ra_guard = section.boolean("ra_guard", false)?;
         if let Some(value) = section.get("uplink") {
-            let names: Vec<_> = switch.uplinks.iter().map(|u| (u.port.name.as_str(), u.port.id)).collect();
+            let names: Vec<_> = switch
+                .uplinks
+                .iter()
+                .map(|u| (u.port.name.as_str(), u.port.id))
+                .collect();
             port.pinned = Some(value.one_of(&names)?);
         }
         let mac = match section.get("mac") {
@@ -526,8 +548,12 @@ fn shape(section: &Section<'_>, port: &mut PortConfig) -> Checked<()> {
             let learning = section.sub("learning", "[learning]", LEARNING_KEYS)?;
             let default = Learning::default();
             Some(Learning {
-                limit: learning.number("limit", 1..=u32::MAX)?.unwrap_or(default.limit),
-                ageing: learning.number("ageing", 1..=1_000_000)?.unwrap_or(default.ageing),
+                limit: learning
+                    .number("limit", 1..=u32::MAX)?
+                    .unwrap_or(default.limit),
+                ageing: learning
+                    .number("ageing", 1..=1_000_000)?
+                    .unwrap_or(default.ageing),
                 flood: learning.boolean("flood", default.flood)?,
             })
         }
@@ -544,9 +570,15 @@ fn rate(section: &Section<'_>, key: &'static str, name: &'static str) -> Checked
         return Ok(None);
     }
     let table = section.sub(key, name, RATE_KEYS)?;
-    let average = table.need("average", RATE_RULE)?.quantity(RATES, RATE_RULE)?;
-    let peak = table.get("peak").map(|value| value.quantity(RATES, RATE_RULE));
-    let burst = table.get("burst").map(|value| value.quantity(SIZES, SIZE_RULE));
+    let average = table
+        .need("average", RATE_RULE)?
+        .quantity(RATES, RATE_RULE)?;
+    let peak = table
+        .get("peak")
+        .map(|value| value.quantity(RATES, RATE_RULE));
+    let burst = table
+        .get("burst")
+        .map(|value| value.quantity(SIZES, SIZE_RULE));
     Ok(Some(Rate {
         average,
         peak: peak.transpose()?.unwrap_or(0),
@@ -574,12 +606,7 @@ fn vlans(section: &Section<'_>, key: &'static str) -> Checked<Vec<u16>> {
 }
 
 /// An array of texts, each with its place.
-fn texts(
-    section: &Section<'_>,
-    key: &'static str,
-    most: usize,
-    rule: &str,
-) -> Checked<Vec<Named>> {
+fn texts(section: &Section<'_>, key: &'static str, most: usize, rule: &str) -> Checked<Vec<Named>> {
     let Some(value) = section.get(key) else {
         return Ok(Vec::new());
     };
@@ -599,9 +626,12 @@ fn texts(
 /// A station address of our own for the card `index` of a VM: locally administered (IEEE 802
 /// §8.2.2), the same at every start, and by FNV-1a unlikely to be that of another.
 fn own_mac(vm: &str, index: usize) -> MacAddr {
-    let hash = vm.bytes().chain([index as u8]).fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-    });
+    let hash = vm
+        .bytes()
+        .chain([index as u8])
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+        });
     let [a, b, c, d, e, ..] = hash.to_be_bytes();
     MacAddr([0x02, a, b, c, d, e])
 }
@@ -618,7 +648,9 @@ impl Value<'_> {
         let text = self.text(rule)?;
         let choice = match text {
             "first" => Some(NicChoice::First),
-            _ => mac_from(text).map(NicChoice::Mac).or_else(|| address_from(text)),
+            _ => mac_from(text)
+                .map(NicChoice::Mac)
+                .or_else(|| address_from(text)),
         };
         choice.ok_or_else(|| self.wrong(rule))
     }
