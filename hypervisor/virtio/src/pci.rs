@@ -76,6 +76,8 @@ struct Registers {
     status: u8,
     isr: u8,
     generation: u8,
+    /// The configuration changed since the driver read of it.
+    changed: bool,
     offered_select: u32,
     accepted_select: u32,
     /// Features 0 to 63 as the driver wrote them.
@@ -98,6 +100,7 @@ impl Registers {
             status: 0,
             isr: 0,
             generation: 0,
+            changed: false,
             offered_select: 0,
             accepted_select: 0,
             accepted: 0,
@@ -282,7 +285,7 @@ impl<D: Device> VirtioPci<D> {
             self.registers.due |= queues;
         }
         if config {
-            self.registers.generation = self.registers.generation.wrapping_add(1);
+            self.registers.changed = true;
             self.registers.config_due |= live;
         }
         if broken {
@@ -493,6 +496,15 @@ impl<D: Device> VirtioPci<D> {
         }
     }
 
+    /// How many of `size` bytes at `offset` are in the device's configuration.
+    fn room(&self, offset: u32, size: u8) -> usize {
+        let room = self
+            .device
+            .config_size()
+            .saturating_sub(offset.saturating_sub(DEVICE));
+        usize::from(size.min(8)).min(room as usize)
+    }
+
     fn read_register(&mut self, offset: u32, size: u8) -> u64 {
         match offset {
             COMMON..ISR => {
@@ -502,11 +514,14 @@ impl<D: Device> VirtioPci<D> {
                 (both[1] << 32 | both[0]) >> (8 * (offset & 3))
             }
             ISR => self.read_isr().into(),
-            DEVICE..MSIX_TABLE => {
+            DEVICE..MSIX_TABLE if self.room(offset, size) != 0 => {
+                self.collect();
+                // Counted when it is read, so that 256 changes are not taken for none.
+                if core::mem::take(&mut self.registers.changed) {
+                    self.registers.generation = self.registers.generation.wrapping_add(1);
+                }
                 let mut bytes = [0; 8];
-                let room = self.device.config_size().saturating_sub(offset - DEVICE);
-                let length = usize::from(size).min(room as usize);
-                if let Some(bytes) = bytes.get_mut(..length) {
+                if let Some(bytes) = bytes.get_mut(..self.room(offset, size)) {
                     self.device.read_config(offset - DEVICE, bytes);
                 }
                 u64::from_le_bytes(bytes)
@@ -527,10 +542,8 @@ impl<D: Device> VirtioPci<D> {
                     self.set_common(offset, size, value as u32);
                 }
             }
-            DEVICE..MSIX_TABLE => {
-                let room = self.device.config_size().saturating_sub(offset - DEVICE);
-                let length = usize::from(size).min(room as usize);
-                if let Some(bytes) = value.to_le_bytes().get(..length) {
+            DEVICE..MSIX_TABLE if self.room(offset, size) != 0 => {
+                if let Some(bytes) = value.to_le_bytes().get(..self.room(offset, size)) {
                     self.device.write_config(offset - DEVICE, bytes);
                 }
             }
@@ -632,6 +645,8 @@ impl<D: Device> PciFunction for VirtioPci<D> {
         }
         loop {
             let vector = if core::mem::take(&mut self.registers.config_due) {
+                // This bit tells with messages, too (§4.1.4.5.1).
+                self.set_isr(self.registers.isr | ISR_CONFIG);
                 self.registers.config_vector
             } else if self.registers.due != 0 {
                 let index = self.registers.due.trailing_zeros();
@@ -675,3 +690,6 @@ impl<D: Device> PciFunction for VirtioPci<D> {
         self.msix.reset();
     }
 }
+
+#[cfg(test)]
+mod tests;
