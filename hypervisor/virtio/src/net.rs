@@ -7,7 +7,7 @@
 //! device's lock: `transmit` leaves its frames in the caller's buffer.
 //!
 //! What a guest leaves to its card (checksums, segmentation) is passed on as it is if the receiver
-//! negotiated that, and done on the way into its queue if not: see [`offload`](self::NetHeader).
+//! negotiated that, and done on the way into its queue if not: see [`NetHeader::finish`].
 
 mod control;
 mod frame;
@@ -23,11 +23,11 @@ use arch::{GuestMemory, Nanos};
 use serde::{Deserialize, Serialize};
 
 use crate::chain::{Chain, QueueError, Token};
-use crate::device::{Device, Signals};
+use crate::device::{Device, MAX_QUEUES, Signals};
 use crate::queue::Queue;
 use control::{Settings, Unwanted};
 use frame::flow_hash;
-use offload::{Segmenter, Work, completed, largest_packet};
+use offload::largest_packet;
 
 /// Feature bits (§5.1.3).
 pub mod feature {
@@ -104,7 +104,7 @@ pub mod feature {
         | HOST_USO
         | SPEED_DUPLEX;
     /// A feature, and those of which it needs one (§5.1.3.1).
-    pub(super) const NEEDS: [(u64, u64); 17] = [
+    pub(super) const NEEDS: [(u64, u64); 14] = [
         (GUEST_TSO4, GUEST_CSUM),
         (GUEST_TSO6, GUEST_CSUM),
         (GUEST_ECN, GUEST_TSO4 | GUEST_TSO6),
@@ -115,24 +115,20 @@ pub mod feature {
         (HOST_ECN, HOST_TSO4 | HOST_TSO6),
         (HOST_USO, CSUM),
         (CTRL_RX, CTRL_VQ),
-        (CTRL_RX_EXTRA, CTRL_VQ),
         (CTRL_VLAN, CTRL_VQ),
         (GUEST_ANNOUNCE, CTRL_VQ),
         (MQ, CTRL_VQ),
         (CTRL_MAC_ADDR, CTRL_VQ),
-        (CTRL_GUEST_OFFLOADS, CTRL_VQ),
-        (GUEST_ANNOUNCE, STATUS),
     ];
 }
 
-/// The most pairs of queues: with the control queue they are within [`MAX_QUEUES`].
-///
-/// [`MAX_QUEUES`]: crate::MAX_QUEUES
+/// The most pairs of queues.
 pub const MAX_PAIRS: u16 = 31;
+const _: () = assert!(2 * MAX_PAIRS < MAX_QUEUES);
 /// The longest frame: an IPv6 packet with all of its payload, and two tags.
 pub const MAX_FRAME: usize = ETHERNET + 8 + 40 + 65535;
 /// Room that [`NetDevice::transmit`] needs in its buffer for a frame.
-pub const FRAME_ROOM: usize = MAX_FRAME;
+pub const FRAME_ROOM: usize = NetHeader::SIZE + MAX_FRAME;
 
 /// Chains of one frame in mergeable buffers: 512 bytes each suffice for the longest.
 const MAX_BUFFERS: usize = 130;
@@ -585,12 +581,14 @@ impl NetDevice {
             done.chains += 1;
             match found {
                 Ok((header, length)) => {
-                    let (frame, rest) = core::mem::take(&mut buffer).split_at_mut(length);
+                    let (frame, rest) =
+                        core::mem::take(&mut buffer).split_at_mut(NetHeader::SIZE + length);
                     buffer = rest;
+                    let frame = frame.get(NetHeader::SIZE..).unwrap_or_default();
                     counters.out_frames += 1;
                     counters.out_bytes += length as u64;
                     if settings.pairs > 1 {
-                        // Answers come to the same pair (§5.1.6.5.6.1).
+                        // Answers come to the same pair (§5.1.6.5.6).
                         let flow = Frame::whole(frame).with_head(flow_hash) as usize % FLOWS;
                         if let Some(flow) = self.flows.get_mut(flow) {
                             *flow = pair as u8;
@@ -634,24 +632,10 @@ impl NetDevice {
             return Err(ReceiveDrop::LinkDown);
         }
         let pair = frame.with_head(|head| self.admit(header, head, frame.len()))?;
-        match header.work(self.state.settings.offloads) {
-            Work::Pass => self.put(mem, pair, header, frame),
-            Work::Checksum { start, offset } => {
-                let header = NetHeader::default();
-                completed(frame, start, offset, |frame| {
-                    self.put(mem, pair, &header, frame)
-                })
-                .unwrap_or(Err(ReceiveDrop::Malformed))
-            }
-            Work::Segment { gso, complete } => {
-                let mut segments =
-                    Segmenter::new(*frame, gso, complete).ok_or(ReceiveDrop::Malformed)?;
-                while let Some((header, segment)) = segments.next() {
-                    self.put(mem, pair, &header, &segment)?;
-                }
-                Ok(())
-            }
-        }
+        let offloads = self.state.settings.offloads;
+        header.finish(offloads, frame, |header, frame| {
+            self.put(mem, pair, header, frame)
+        })
     }
 
     /// Looks at the first bytes of a frame; gives the pair for it.
@@ -677,7 +661,7 @@ impl NetDevice {
                 }
             }
         };
-        // A queue that is being reset: any other (§5.1.6.5.6.1).
+        // A queue that is being reset: any other (§5.1.6.5.6).
         Some(chosen)
             .filter(there)
             .or_else(|| (0..settings.pairs).find(there))
@@ -819,7 +803,8 @@ impl NetDevice {
     }
 }
 
-/// Reads a chain of a transmit queue into `buffer`; gives its header and the frame's length.
+/// Reads a chain of a transmit queue into `buffer`; gives its header, checked, and the length of
+/// the frame behind it.
 fn read_frame(
     mem: &mut dyn GuestMemory,
     chain: &Chain,
@@ -827,27 +812,22 @@ fn read_frame(
     mtu: u16,
     buffer: &mut [u8],
 ) -> Result<Result<(NetHeader, usize), TransmitDrop>, QueueError> {
-    let length = usize::try_from(chain.readable_bytes()).unwrap_or(usize::MAX);
-    let Some(length) = length
-        .checked_sub(NetHeader::SIZE)
-        .filter(|&length| length >= ETHERNET)
-    else {
-        return Ok(Err(TransmitDrop::Short));
-    };
-    let Some(frame) = buffer.get_mut(..length).filter(|_| length <= MAX_FRAME) else {
+    let all = usize::try_from(chain.readable_bytes()).unwrap_or(usize::MAX);
+    let Some(bytes) = buffer.get_mut(..all).filter(|_| all <= FRAME_ROOM) else {
         return Ok(Err(TransmitDrop::Long));
     };
-    let mut header = [0; NetHeader::SIZE];
-    chain.read(mem, 0, &mut header)?;
-    chain.read(mem, NetHeader::SIZE as u64, frame)?;
-    let header = match NetHeader::check(header, features, frame) {
+    chain.read(mem, 0, bytes)?;
+    let Some((header, frame)) = bytes.split_first_chunk() else {
+        return Ok(Err(TransmitDrop::Short));
+    };
+    let header = match NetHeader::check(*header, features, frame) {
         Ok(header) => header,
         Err(error) => return Ok(Err(error.into())),
     };
-    Ok(match largest_packet(&header, frame, length) {
+    Ok(match largest_packet(&header, frame, frame.len()) {
         None => Err(TransmitDrop::Short),
         Some(packet) if packet > mtu.into() => Err(TransmitDrop::Long),
-        Some(_) => Ok((header, length)),
+        Some(_) => Ok((header, frame.len())),
     })
 }
 
@@ -1011,7 +991,8 @@ impl Device for SharedNet {
 
     fn wants_service(&self) -> bool {
         let net = self.0.lock();
-        net.ready() && net.state.notified & net.served() != 0
+        // What the driver is to hear of is collected after a service.
+        net.has_signals() || net.ready() && net.state.notified & net.served() != 0
     }
 
     fn serve(&mut self, mem: &mut dyn GuestMemory, _now: Nanos) {
@@ -1027,3 +1008,6 @@ impl Device for SharedNet {
         core::mem::take(&mut self.0.lock().state.signals)
     }
 }
+
+#[cfg(test)]
+mod tests;
