@@ -19,7 +19,11 @@ pub mod normal;
 mod policy;
 pub mod port;
 pub mod rate;
+#[cfg(any(test, feature = "simulate"))]
+pub mod simulate;
 pub mod switch;
+#[cfg(test)]
+mod tests;
 pub mod translate;
 pub mod uplink;
 
@@ -221,7 +225,7 @@ impl Header {
 }
 
 #[cfg(test)]
-mod tests {
+mod header_tests {
     use super::*;
 
     fn frame(tail: &[u8]) -> Vec<u8> {
