@@ -9,15 +9,26 @@ use core::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub mod cache;
+pub mod config;
+pub mod counters;
 pub mod edit;
 pub mod flow;
 pub mod key;
-pub mod meter;
+pub mod learn;
+pub mod mirror;
+pub mod normal;
 pub mod ofctl;
+mod policy;
+pub mod port;
 pub mod rate;
+pub mod switch;
 pub mod tables;
 pub mod trace;
 pub mod translate;
+pub mod uplink;
+
+pub use switch::{Decision, MAX_FRAME, MIN_FRAME, Switch};
 
 /// A MAC address.
 #[derive(
