@@ -223,13 +223,17 @@ pub const fn ipv4([a, b, c, d]: [u8; 4]) -> [u8; 16] {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d]
 }
 
-/// The transport header's place in a frame, as [`FlowKey::extract_with`] finds it.
+/// The headers' places in a frame, as [`FlowKey::extract_with`] finds them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Layout {
+pub(crate) struct Layout {
     /// Where the network header begins, 0 for none that is understood.
     pub network: usize,
     /// Where the transport header begins, 0 for none.
     pub transport: usize,
+    /// Where the packet ends; what follows in the frame is padding.
+    pub end: usize,
+    /// Whether IPv6's destination is a stop on the way to another (RFC 8200 §4.4).
+    pub routed: bool,
 }
 
 impl FlowKey {
@@ -276,16 +280,15 @@ impl FlowKey {
         let mut layout = Layout::default();
         match key.dl_type {
             ether::IPV4 | ether::IPV6 => {
-                layout.network = at.place;
                 let transport = if key.dl_type == ether::IPV4 {
-                    key.ipv4(at)
+                    key.ipv4(at, &mut layout)
                 } else {
-                    key.ipv6(at)
+                    key.ipv6(at, &mut layout)
                 };
                 if let Some(at) = transport
                     && key.nw_frag & FRAG_LATER == 0
                 {
-                    layout.transport = at.place;
+                    (layout.transport, layout.end) = (at.place, at.place + at.length);
                     let _ = key.transport(at);
                 }
             }
@@ -299,7 +302,7 @@ impl FlowKey {
     }
 
     /// Reads an IPv4 header; what is behind it.
-    fn ipv4<'a>(&mut self, mut at: Cursor<'a>) -> Option<Cursor<'a>> {
+    fn ipv4<'a>(&mut self, mut at: Cursor<'a>, layout: &mut Layout) -> Option<Cursor<'a>> {
         let head: &[u8; 20] = at.peek()?;
         let [
             first,
@@ -320,6 +323,7 @@ impl FlowKey {
             return None;
         }
         at.limit(total);
+        layout.network = at.place;
         self.nw_src = ipv4([s0, s1, s2, s3]);
         self.nw_dst = ipv4([d0, d1, d2, d3]);
         (self.nw_tos, self.nw_ttl, self.nw_proto) = (tos, ttl, protocol);
@@ -335,7 +339,8 @@ impl FlowKey {
     }
 
     /// Reads an IPv6 header and its extensions; what is behind them.
-    fn ipv6<'a>(&mut self, mut at: Cursor<'a>) -> Option<Cursor<'a>> {
+    fn ipv6<'a>(&mut self, mut at: Cursor<'a>, layout: &mut Layout) -> Option<Cursor<'a>> {
+        let place = at.place;
         let head: &[u8; 40] = at.pull()?;
         let (fixed, addresses) = head.split_first_chunk::<8>()?;
         let [first, second, _, _, high, low, next, limit] = *fixed;
@@ -344,6 +349,7 @@ impl FlowKey {
             return None;
         }
         at.limit(payload);
+        layout.network = place;
         let (source, destination) = addresses.split_first_chunk()?;
         self.nw_src = *source;
         self.nw_dst = *destination.first_chunk()?;
@@ -357,6 +363,8 @@ impl FlowKey {
                 _ => break,
             };
             let [following, length, high, low, ..]: [u8; 8] = *at.peek()?;
+            // A routing header's fourth byte counts the stops that are left.
+            layout.routed |= next == proto::ROUTING && low != 0;
             next = following;
             match units {
                 0 => {
@@ -473,6 +481,17 @@ impl FlowKey {
         let words: &mut [u64; KEY_WORDS] = zerocopy::transmute_mut!(&mut out);
         for (word, mask) in words.iter_mut().zip(mask.words()) {
             *word &= mask;
+        }
+        out
+    }
+
+    /// The bits of both.
+    #[must_use]
+    pub(crate) fn joined(&self, other: &Self) -> Self {
+        let mut out = *self;
+        let words: &mut [u64; KEY_WORDS] = zerocopy::transmute_mut!(&mut out);
+        for (word, other) in words.iter_mut().zip(other.words()) {
+            *word |= other;
         }
         out
     }

@@ -12,22 +12,28 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub mod cache;
 pub mod config;
 pub mod counters;
+pub mod edit;
+pub mod flow;
 pub mod key;
 pub mod learn;
 pub mod mirror;
 pub mod normal;
+pub mod ofctl;
 mod policy;
 pub mod port;
 pub mod rate;
 #[cfg(any(test, feature = "simulate"))]
 pub mod simulate;
 pub mod switch;
+pub mod tables;
 #[cfg(test)]
 mod tests;
+pub mod trace;
 pub mod translate;
 pub mod uplink;
 
-pub use switch::{Decision, MAX_FRAME, MIN_FRAME, Switch};
+pub use edit::MIN_FRAME;
+pub use switch::{Decision, MAX_FRAME, Switch};
 
 /// A MAC address.
 #[derive(

@@ -322,20 +322,25 @@ impl VlanRules {
         }))
     }
 
-    /// The tags with which a frame leaves that came in with `wire` and has `tags` within.
-    pub fn leave(&self, tags: Tags, wire: [Vlan; 2]) -> [Vlan; 2] {
+    /// The tags with which a frame leaves that came in with `wire` and has `tags` within; nothing
+    /// if its native tag would be taken off and the one behind would stand for its VLAN.
+    pub fn leave(&self, tags: Tags, wire: [Vlan; 2]) -> Option<[Vlan; 2]> {
         let [outer, inner] = tags.0;
+        let native = self.mode == VlanMode::NativeUntagged && outer.id() == self.tag;
+        if native && inner.id() != 0 {
+            return None;
+        }
         let mut out = match self.mode {
             VlanMode::Access => [Vlan::NONE; 2],
-            VlanMode::NativeUntagged if outer.id() == self.tag => [inner, Vlan::NONE],
             VlanMode::Dot1qTunnel => [inner, Vlan::NONE],
+            _ if native => [inner, Vlan::NONE],
             _ => [outer, inner],
         };
         if self.priority_tags != PriorityTags::Never {
             let [first, _] = &mut out;
             first.tci = first.tci & !Tags::PRIORITY | wire[0].tci & Tags::PRIORITY;
         }
-        out.map(|tag| {
+        Some(out.map(|tag| {
             let always = self.priority_tags == PriorityTags::Always && tag.tpid != 0;
             if tag.tci == 0 && !always {
                 return Vlan::NONE;
@@ -344,7 +349,7 @@ impl VlanRules {
                 tpid: if tag.tpid == 0 { ether::VLAN } else { tag.tpid },
                 tci: tag.tci | Vlan::PRESENT,
             }
-        })
+        }))
     }
 
     /// The VLANs in which the addresses of the port are announced: its own, or those of a trunk

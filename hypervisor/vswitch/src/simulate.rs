@@ -8,9 +8,10 @@ use arch::Nanos;
 use crate::cache::Cache;
 use crate::config::{ConfigError, SwitchConfig};
 use crate::counters::DropCause;
+use crate::edit::MIN_FRAME;
 use crate::key::Vlan;
 use crate::port::{PortConfig, PortKind};
-use crate::switch::{MIN_FRAME, Switch};
+use crate::switch::Switch;
 use crate::translate::Step;
 use crate::{MacAddr, PortId};
 
@@ -29,8 +30,8 @@ pub fn frame(to: MacAddr, from: MacAddr, tags: &[(u16, u16)], kind: u16, load: &
 
 /// Takes the steps of a decision that concern tags; calls `output` with each port and the frame as
 /// it leaves there.
-pub fn take(steps: &[Step], frame: &[u8], mut output: impl FnMut(PortId, &[u8])) {
-    let mut frame = frame.to_vec();
+pub fn take(steps: &[Step], whole: &[u8], mut output: impl FnMut(PortId, &[u8])) {
+    let mut frame = whole.to_vec();
     for step in steps {
         match step {
             Step::PushVlan(Vlan { tpid, tci }) => {
@@ -40,9 +41,15 @@ pub fn take(steps: &[Step], frame: &[u8], mut output: impl FnMut(PortId, &[u8]))
             }
             Step::PopVlan => {
                 frame.drain(12..16);
-                frame.resize(frame.len().max(MIN_FRAME), 0);
             }
-            Step::Output(port) => output(*port, &frame),
+            Step::Output(port) => {
+                let length = frame.len();
+                if length < whole.len() {
+                    frame.resize(length.max(MIN_FRAME), 0);
+                }
+                output(*port, &frame);
+                frame.truncate(length);
+            }
             Step::Set(_) | Step::Meter(_) => {}
         }
     }
@@ -220,8 +227,8 @@ impl Network {
         {
             let bytes = frame.get(..length).unwrap_or(&frame).to_vec();
             self.plug_in(Plug::Host(host, port), bytes);
+            self.settle(None, 0);
         }
-        self.settle(None, 0);
     }
 
     /// A frame leaves a host by an uplink: it comes in at the other end of the cable.
@@ -249,7 +256,9 @@ impl Network {
             }
             match at {
                 Plug::Hub(hub, from) => {
-                    for (port, (plug, whole)) in self.hubs.get(hub).into_iter().flatten().enumerate() {
+                    for (port, (plug, whole)) in
+                        self.hubs.get(hub).into_iter().flatten().enumerate()
+                    {
                         if port != from && *whole {
                             self.queue.push_back((*plug, frame.clone()));
                         }
@@ -259,7 +268,9 @@ impl Network {
                     let Some(host) = self.hosts.get_mut(number) else {
                         continue;
                     };
-                    let decision = host.switch.decide(&mut host.cache, port, &frame, frame.len(), self.now);
+                    let decision =
+                        host.switch
+                            .decide(&mut host.cache, port, &frame, frame.len(), self.now);
                     let mut outside = Vec::new();
                     take(decision.steps, &frame, |to, frame| {
                         if to.0 >= UPLINK {
@@ -300,7 +311,11 @@ impl Network {
         let others = of_vlan(vlan(number)) & !(1 << sender);
         let own = guest(host, number);
         let (target, source, meant) = match self.roll(16) {
-            0..8 => (guest(to_host, to), own, others & 1 << (to_host * GUESTS + to)),
+            0..8 => (
+                guest(to_host, to),
+                own,
+                others & 1 << (to_host * GUESTS + to),
+            ),
             8..11 => (MacAddr::BROADCAST, own, others),
             11..13 => (MacAddr([1, 0, 0x5e, 0, 0, 5]), own, others),
             13 => (MacAddr([0x52, 0x54, 9, 9, 9, 9]), own, 0),
@@ -319,7 +334,9 @@ impl Network {
     /// uplinks.
     pub fn run(&mut self, frames: u64) -> Report {
         let hubs = self.hubs.iter().flatten();
-        let uplinks = hubs.filter(|(plug, _)| matches!(plug, Plug::Host(..))).count();
+        let uplinks = hubs
+            .filter(|(plug, _)| matches!(plug, Plug::Host(..)))
+            .count();
         for count in 0..frames {
             if count % 1000 == 999 && uplinks > HOSTS {
                 self.flap();

@@ -6,6 +6,7 @@
 //! captures are applied to each frame after that.
 
 use alloc::collections::VecDeque;
+use alloc::string::ToString;
 use alloc::vec::Vec;
 use core::fmt;
 
@@ -14,22 +15,21 @@ use arch::Nanos;
 use crate::cache::{Cache, Hasher, Notes};
 use crate::config::{ConfigError, SwitchConfig};
 use crate::counters::{Counters, DropCause};
+use crate::edit::{Checksum, Editor, MIN_FRAME};
+use crate::flow::FlowMod;
 use crate::key::FlowKey;
 use crate::learn::{self, Table};
 use crate::mirror::{CAPTURE, Capture, Mirror, MirrorOutput, Target};
 use crate::normal::Pass;
 use crate::port::{Port, PortConfig, PortKind, VlanSet};
 use crate::rate::Bucket;
+use crate::tables::{FlowTables, TablesError};
 use crate::translate::{Emit, Normal, Step, Translation};
 use crate::uplink::{Home, Teaming};
 use crate::{MacAddr, PortId};
 
 /// The longest frame: 64 KiB of IP, as segmentation offload makes them, behind two tags.
 pub const MAX_FRAME: usize = 65_535 + 14 + 8;
-
-/// The shortest frame on the wire, without its check sequence; what gets shorter by untagging is
-/// padded to it (R9).
-pub const MIN_FRAME: usize = 60;
 
 /// What is done with a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -257,6 +257,7 @@ pub struct Switch {
     config: SwitchConfig,
     core: Core,
     meters: Vec<Meter>,
+    flows: FlowTables,
     capture: Option<Capture>,
     hasher: Hasher,
     /// Changes with everything that decisions rest on, and begins where no other switch does.
@@ -274,6 +275,7 @@ impl Switch {
     /// What is wrong with the configuration.
     pub fn new(config: SwitchConfig, secret: [u64; 2]) -> Result<Self, ConfigError> {
         config.check()?;
+        let flows = config.tables()?;
         let hasher = Hasher::new(secret);
         let name = config
             .name
@@ -282,6 +284,7 @@ impl Switch {
         Ok(Self {
             core: Core::new(&config, hasher.clone()),
             meters: meters(&config),
+            flows,
             capture: capture(&config),
             generation: hasher.hash(&[secret[0], name]),
             translation: Translation::default(),
@@ -300,6 +303,8 @@ impl Switch {
     /// What is wrong with the configuration; the one before stays.
     pub fn replace(&mut self, config: SwitchConfig) -> Result<(), ConfigError> {
         config.check()?;
+        let mut flows = config.tables()?;
+        flows.inherit(&self.flows);
         let before = self.core.homes();
         let mut core = Core::new(&config, self.hasher.clone());
         core.inherit(&self.core);
@@ -315,7 +320,7 @@ impl Switch {
         if config.capture_bytes != self.config.capture_bytes {
             self.capture = capture(&config);
         }
-        (self.core, self.meters, self.config) = (core, meters, config);
+        (self.core, self.meters, self.flows, self.config) = (core, meters, flows, config);
         self.changed();
         Ok(())
     }
@@ -362,34 +367,56 @@ impl Switch {
             return port.dropped(DropCause::Short);
         };
         let hash = cache.hash(&key);
-        let (steps, notes) = match cache.find(hash, &key, self.generation) {
-            Some(place) => {
-                let (steps, notes) = cache.get(place).unwrap_or_default();
-                if let Some(place) = notes.learned {
-                    self.core.learned.touch(place, now);
-                }
-                (steps, notes)
-            }
+        let found = cache.find(hash, &key, self.generation);
+        let (steps, hits, notes) = match found {
+            Some(place) => cache.get(place).unwrap_or_default(),
             None => {
                 let (notes, lasting) = self.translate(entry, &key, now, None);
-                let steps = self.translation.steps.as_slice();
+                let Translation { steps, hits, .. } = &self.translation;
                 if lasting {
-                    cache.insert(hash, &key, self.generation, steps, notes);
+                    cache.insert(hash, &key, self.generation, (steps, hits), notes);
                 }
-                (steps, notes)
+                (steps.as_slice(), hits.as_slice(), notes)
             }
         };
+        if let Some(place) = notes.learned {
+            self.core.learned.touch(place, now);
+        }
+        self.flows.count(hits, length);
         let mut finish = Finish {
             core: &mut self.core,
             meters: &mut self.meters,
             capture: self.capture.as_mut(),
             drop: notes.drop,
             header,
+            original: length,
             length,
-            popped: false,
             now,
         };
         finish.run(entry, steps, notes, &mut self.scratch)
+    }
+
+    /// Its flows, with what they counted.
+    #[must_use]
+    pub fn flows(&self) -> &FlowTables {
+        &self.flows
+    }
+
+    /// Makes all of those changes to the flows or none; how many flows were added, changed or
+    /// removed. The configuration in use has them from then on.
+    ///
+    /// # Errors
+    /// The flows there would be cannot be had.
+    pub fn change_flows(&mut self, changes: &[FlowMod]) -> Result<usize, TablesError> {
+        let count = self.flows.apply(changes)?;
+        let lines = self.flows.flows().iter();
+        self.config.flows = lines.map(|counted| counted.flow.to_string()).collect();
+        if self.config.flows.is_empty() {
+            // No line would stand for NORMAL.
+            self.config.flows.push("priority=0,actions=drop".into());
+        }
+        self.changed();
+        Ok(count)
     }
 
     /// Says what would be done with a frame of `key`, and why, stage by stage; nothing is learned
@@ -424,7 +451,7 @@ impl Switch {
         match pass.admit(key, now, &mut out) {
             Ok(()) => {
                 pass.begin(key, now, &mut out);
-                pass.normal(key, now, &mut out);
+                self.flows.run(&mut pass, key, now, &mut out);
             }
             Err(cause) => {
                 out.say(format_args!("not admitted: {}", cause.word()));
@@ -445,6 +472,7 @@ impl Switch {
             _ => false,
         };
         let notes = Notes {
+            hits: 0,
             drop: self.translation.drop,
             storm,
             careful: self.translation.steps.iter().any(careful),
@@ -665,9 +693,10 @@ struct Finish<'a> {
     capture: Option<&'a mut Capture>,
     drop: Option<DropCause>,
     header: &'a [u8],
-    /// The frame's, as it is after the steps so far.
+    /// The length with which it came.
+    original: usize,
+    /// The length after the steps so far.
     length: usize,
-    popped: bool,
     now: Nanos,
 }
 
@@ -689,14 +718,14 @@ impl Finish<'_> {
         let mut delivered = false;
         let steps = if notes.careful {
             scratch.clear();
-            for step in steps {
+            for (done, step) in steps.iter().enumerate() {
                 match step {
                     Step::Meter(id) if !self.meter(*id) => {
                         self.drop.get_or_insert(DropCause::Meter);
                         break;
                     }
                     Step::Meter(_) => {}
-                    Step::Output(CAPTURE) => self.keep(),
+                    Step::Output(CAPTURE) => self.keep(steps.get(..done).unwrap_or_default()),
                     Step::Output(id) if !self.may_receive(*id) => {
                         self.drop.get_or_insert(DropCause::EgressRate);
                     }
@@ -727,7 +756,7 @@ impl Finish<'_> {
 
     /// How long the frame is where it leaves.
     fn length(&self) -> usize {
-        if self.popped {
+        if self.length < self.original {
             self.length.max(MIN_FRAME)
         } else {
             self.length
@@ -738,10 +767,7 @@ impl Finish<'_> {
     fn count(&mut self, step: &Step) -> bool {
         match step {
             Step::PushVlan(_) => self.length += 4,
-            Step::PopVlan => {
-                self.length = self.length.saturating_sub(4);
-                self.popped = true;
-            }
+            Step::PopVlan => self.length = self.length.saturating_sub(4),
             Step::Output(id) => {
                 let length = self.length();
                 let Some(port) = self.core.port_mut(*id) else {
@@ -773,10 +799,14 @@ impl Finish<'_> {
         meter.is_some_and(|meter| meter.bucket.take(units(meter.frames), self.now))
     }
 
-    /// Captures the frame.
-    fn keep(&mut self) {
-        if let Some(capture) = &mut self.capture {
-            capture.push(self.now, [self.header, &[]], self.length);
-        }
+    /// Captures the frame, as the steps have left it.
+    fn keep(&mut self, done: &[Step]) {
+        let Some(capture) = &mut self.capture else {
+            return;
+        };
+        let mut editor = Editor::new(self.header, self.original, Checksum::Partial);
+        done.iter().for_each(|step| editor.apply(step));
+        let rest = self.header.get(editor.taken()..).unwrap_or_default();
+        capture.push(self.now, [editor.header(), rest], self.length);
     }
 }

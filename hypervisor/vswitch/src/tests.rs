@@ -83,9 +83,13 @@ impl World {
     /// A frame comes in: what leaves, or why it does not.
     pub fn give(&mut self, port: u16, frame: &[u8]) -> (Out, Option<DropCause>) {
         let (id, now) = (PortId(port), Nanos(self.now));
-        let decision = self.switch.decide(&mut self.cache, id, frame, frame.len(), now);
+        let decision = self
+            .switch
+            .decide(&mut self.cache, id, frame, frame.len(), now);
         let mut out = Vec::new();
-        take(decision.steps, frame, |port, frame| out.push((port.0, frame.to_vec())));
+        take(decision.steps, frame, |port, frame| {
+            out.push((port.0, frame.to_vec()))
+        });
         (out, decision.drop)
     }
 

@@ -5,13 +5,16 @@
 //! difference to what it looks like by then committed as steps, so one frame can leave several
 //! ports with different tags, and a change that no output follows costs nothing.
 
+use alloc::string::ToString;
 use alloc::vec::Vec;
 use core::fmt;
 
 use arch::Nanos;
 
 pub use crate::counters::DropCause;
-use crate::key::{FlowKey, Vlan, ether, proto};
+use crate::flow::{Action, Flow};
+use crate::key::{FRAG_LATER, FlowKey, Vlan, ether, ipv4, proto};
+use crate::tables::{FlowIndex, FlowTables};
 use crate::{MacAddr, PortId};
 
 /// One thing to do with a frame.
@@ -44,9 +47,9 @@ pub enum Field {
     NwTos(u8),
     /// Time to live or hop limit.
     NwTtl(u8),
-    /// Source port, or ICMP's type.
+    /// TCP's or UDP's source port.
     TpSrc(u16),
-    /// Destination port, or ICMP's code.
+    /// TCP's or UDP's destination port.
     TpDst(u16),
     /// ARP's operation.
     ArpOp(u8),
@@ -58,8 +61,6 @@ pub enum Field {
     ArpSha(MacAddr),
     /// ARP's target.
     ArpTha(MacAddr),
-    /// The address a neighbour message is about.
-    NdTarget([u8; 16]),
 }
 
 /// How many steps a frame can need; what would go beyond is not done.
@@ -70,6 +71,8 @@ pub const MAX_STEPS: usize = 4096;
 pub struct Translation {
     /// In order.
     pub steps: Vec<Step>,
+    /// The flows that decided it, for their counters.
+    pub hits: Vec<FlowIndex>,
     /// Why nothing, or less than asked, leaves.
     pub drop: Option<DropCause>,
 }
@@ -98,6 +101,8 @@ pub struct Emit<'a> {
     current: FlowKey,
     translation: &'a mut Translation,
     trace: Option<&'a mut dyn fmt::Write>,
+    /// How far lines of the trace are indented.
+    indent: usize,
 }
 
 impl<'a> Emit<'a> {
@@ -108,12 +113,14 @@ impl<'a> Emit<'a> {
         trace: Option<&'a mut dyn fmt::Write>,
     ) -> Self {
         translation.steps.clear();
+        translation.hits.clear();
         translation.drop = None;
         Self {
             base: key,
             current: key,
             translation,
             trace,
+            indent: 0,
         }
     }
 
@@ -139,8 +146,9 @@ impl<'a> Emit<'a> {
     /// Says a line of the trace, if somebody listens.
     pub fn say(&mut self, what: fmt::Arguments<'_>) {
         if let Some(trace) = &mut self.trace {
+            let indent = self.indent;
             // A listener that takes no more has what it wanted.
-            let _ = trace.write_fmt(what).and_then(|()| trace.write_char('\n'));
+            let _ = writeln!(trace, "{:indent$}{what}", "");
         }
     }
 
@@ -163,10 +171,9 @@ impl<'a> Emit<'a> {
                 self.set(from.nw_dst, to.nw_dst, Field::NwDst);
                 self.set(from.nw_tos, to.nw_tos, Field::NwTos);
                 self.set(from.nw_ttl, to.nw_ttl, Field::NwTtl);
-                self.set(from.tp_src, to.tp_src, Field::TpSrc);
-                self.set(from.tp_dst, to.tp_dst, Field::TpDst);
-                if to.nw_proto == proto::ICMPV6 {
-                    self.set(from.nd_target, to.nd_target, Field::NdTarget);
+                if matches!(to.nw_proto, proto::TCP | proto::UDP) {
+                    self.set(from.tp_src, to.tp_src, Field::TpSrc);
+                    self.set(from.tp_dst, to.tp_dst, Field::TpDst);
                 }
             }
             ether::ARP | ether::RARP => {
@@ -192,15 +199,194 @@ impl<'a> Emit<'a> {
     /// Pops what is not to stay, outermost first, and pushes what is to come: the innermost tags
     /// that are the same stay.
     fn retag(&mut self, from: [Vlan; 2], to: [Vlan; 2]) {
-        let count = |vlans: &[Vlan; 2]| vlans.iter().take_while(|v| v.present()).count();
-        let (had, wants) = (count(&from), count(&to));
-        let inner = from[..had].iter().rev().zip(to[..wants].iter().rev());
+        fn tags(vlans: &[Vlan; 2]) -> &[Vlan] {
+            match vlans {
+                [outer, _] if !outer.present() => &[],
+                [outer, inner] if !inner.present() => core::slice::from_ref(outer),
+                _ => vlans,
+            }
+        }
+        let (had, wants) = (tags(&from), tags(&to));
+        let inner = had.iter().rev().zip(wants.iter().rev());
         let same = inner.take_while(|(a, b)| a == b).count();
-        for _ in same..had {
+        for _ in same..had.len() {
             self.step(Step::PopVlan);
         }
-        for vlan in to[..wants - same].iter().rev() {
+        for vlan in wants.iter().rev().skip(same) {
             self.step(Step::PushVlan(*vlan));
+        }
+    }
+}
+
+impl FlowTables {
+    /// Decides what is done with a frame of `key`: runs the tables from table 0 on.
+    pub fn run(&self, normal: &mut impl Normal, key: &FlowKey, now: Nanos, out: &mut Emit<'_>) {
+        let tables = self;
+        let mut run = Run {
+            tables,
+            normal,
+            now,
+            out,
+        };
+        run.table(0, key.in_port);
+        if out.steps() == 0 {
+            out.drop(DropCause::Flow);
+        }
+    }
+}
+
+/// A frame's way through the tables.
+struct Run<'a, 'b, 'c, N> {
+    tables: &'a FlowTables,
+    normal: &'a mut N,
+    now: Nanos,
+    out: &'b mut Emit<'c>,
+}
+
+impl<N: Normal> Run<'_, '_, '_, N> {
+    /// Looks the frame up, as if it came from `port`, and does what its flow says. Tables lead to
+    /// later ones only ([`FlowTables`] sees to it), so this ends.
+    fn table(&mut self, table: u8, port: PortId) {
+        let key = FlowKey {
+            in_port: port,
+            ..self.out.current
+        };
+        let tables = self.tables;
+        let found = tables.lookup(table, &key);
+        let Some((index, flow)) = found.and_then(|i| Some((i, tables.flow(i)?))) else {
+            self.out.say(format_args!("{table:2}. No match."));
+            self.out.say(format_args!("    drop"));
+            return;
+        };
+        if self.out.trace.is_some() {
+            let matching = flow.matching.to_string();
+            let gap = if matching.is_empty() { "" } else { ", " };
+            let priority = flow.priority;
+            self.out.say(format_args!(
+                "{table:2}. {matching}{gap}priority {priority}"
+            ));
+        }
+        self.out.translation.hits.push(index);
+        self.out.indent += 4;
+        self.actions(flow);
+        self.out.indent -= 4;
+    }
+
+    fn actions(&mut self, flow: &Flow) {
+        if flow.actions.is_empty() {
+            self.out.say(format_args!("drop"));
+        }
+        let mut texts = flow.actions_text_parts(self.out.trace.is_some());
+        for action in &flow.actions {
+            if let Some(text) = texts.next() {
+                self.out.say(format_args!("{text}"));
+            }
+            if !self.action(action) {
+                break;
+            }
+        }
+    }
+
+    /// Does one action; whether the list goes on.
+    fn action(&mut self, action: &Action) -> bool {
+        let key = &mut self.out.current;
+        let [outer, inner] = &mut key.vlans;
+        match *action {
+            Action::Output(port) if port == key.in_port => {
+                self.out
+                    .say(format_args!(">> skipping output to input port"));
+            }
+            Action::Output(port) => self.output(port),
+            Action::InPort => {
+                let port = key.in_port;
+                self.output(port);
+            }
+            Action::Normal => {
+                let key = *key;
+                self.normal.normal(&key, self.now, self.out);
+            }
+            Action::Flood | Action::All => {
+                let in_port = key.in_port;
+                for port in self.normal.flood() {
+                    if port != in_port {
+                        self.output(port);
+                    }
+                }
+            }
+            Action::PushVlan(_) if inner.present() => {
+                self.out.drop(DropCause::Tags);
+                self.out
+                    .say(format_args!(">> a third tag cannot be put on, stopping"));
+                return false;
+            }
+            Action::PushVlan(tpid) => {
+                *inner = *outer;
+                *outer = Vlan {
+                    tpid,
+                    tci: Vlan::PRESENT,
+                };
+            }
+            Action::PopVlan => (*outer, *inner) = (*inner, Vlan::NONE),
+            Action::VlanVid(id) => outer.change(0xfff, id),
+            Action::VlanPcp(priority) => outer.change(0xe000, u16::from(priority) << 13),
+            Action::Set(field) => key.set(field),
+            Action::Dscp(dscp) => key.nw_tos = (dscp << 2) | (key.nw_tos & 3),
+            Action::Ecn(ecn) => key.nw_tos = (key.nw_tos & 0xfc) | ecn,
+            Action::DecTtl if key.nw_ttl > 1 => key.nw_ttl -= 1,
+            Action::DecTtl => {
+                self.out.drop(DropCause::TimeToLive);
+                self.out
+                    .say(format_args!(">> the time to live is over, stopping"));
+                return false;
+            }
+            Action::Meter(meter) => self.out.step(Step::Meter(meter)),
+            Action::Resubmit { port, table } => {
+                let port = port.unwrap_or(key.in_port);
+                self.table(table, port);
+            }
+            Action::Goto(table) => {
+                let port = key.in_port;
+                self.table(table, port);
+            }
+        }
+        true
+    }
+
+    fn output(&mut self, port: PortId) {
+        let key = self.out.current;
+        self.normal.output(port, &key, self.out);
+    }
+}
+
+impl Vlan {
+    /// Changes bits of the tag; if there is none, there is one then.
+    const fn change(&mut self, mask: u16, value: u16) {
+        if !self.present() {
+            self.tpid = ether::VLAN;
+        }
+        self.tci = (self.tci & !mask) | value | Self::PRESENT;
+    }
+}
+
+impl FlowKey {
+    /// Changes a field, as the step of that name changes the frame.
+    pub fn set(&mut self, field: Field) {
+        let has_ports = self.nw_frag & FRAG_LATER == 0;
+        match field {
+            Field::DlSrc(mac) => self.dl_src = mac,
+            Field::DlDst(mac) => self.dl_dst = mac,
+            Field::NwSrc(address) => self.nw_src = address,
+            Field::NwDst(address) => self.nw_dst = address,
+            Field::NwTos(tos) => self.nw_tos = tos,
+            Field::NwTtl(ttl) => self.nw_ttl = ttl,
+            Field::TpSrc(port) if has_ports => self.tp_src = port,
+            Field::TpDst(port) if has_ports => self.tp_dst = port,
+            Field::TpSrc(_) | Field::TpDst(_) => {}
+            Field::ArpOp(op) => self.nw_proto = op,
+            Field::ArpSpa(address) => self.nw_src = ipv4(address),
+            Field::ArpTpa(address) => self.nw_dst = ipv4(address),
+            Field::ArpSha(mac) => self.arp_sha = mac,
+            Field::ArpTha(mac) => self.arp_tha = mac,
         }
     }
 }

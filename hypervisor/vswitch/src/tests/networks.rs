@@ -10,9 +10,17 @@ fn clean(cabling: Cabling) -> Network {
     let mut network = Network::new(cabling, 0x5eed).unwrap();
     let report = network.run(FRAMES);
     assert_eq!(report.sent, FRAMES);
-    let bad = (report.duplicates, report.echoes, report.strays, report.missing);
+    let bad = (
+        report.duplicates,
+        report.echoes,
+        report.strays,
+        report.missing,
+    );
     assert_eq!(bad, (0, 0, 0, 0), "{cabling:?} {report:?}");
-    assert!(report.delivered > FRAMES && report.passages < 40, "{report:?}");
+    assert!(
+        report.delivered > FRAMES && report.passages < 40,
+        "{report:?}"
+    );
     let (rx, forwarded, dropped) = network.totals();
     assert_eq!(rx, forwarded + dropped);
     network
@@ -27,7 +35,11 @@ fn one_uplink_each_has_no_loop() {
 #[test]
 fn two_uplinks_in_one_switch_give_no_echo_and_no_duplicate() {
     let network = clean(Cabling::Double);
-    for cause in [DropCause::Echo, DropCause::PassiveUplink, DropCause::ReversePath] {
+    for cause in [
+        DropCause::Echo,
+        DropCause::PassiveUplink,
+        DropCause::ReversePath,
+    ] {
         assert!(network.dropped(cause) > 0, "{cause:?}");
     }
 }

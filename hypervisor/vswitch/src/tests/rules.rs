@@ -34,19 +34,29 @@ fn r1_holds_in_every_small_world() {
         (0..3).flat_map(move |guests| (0..128u32).map(move |options| (uplinks, guests, options)))
     }) {
         let option = |bit: u32| options >> bit & 1 != 0;
-        let learning = option(0).then_some(Learning { limit: 4, ageing: 9, flood: option(1) });
-        let mut ports: Vec<PortConfig> = (1..=guests).map(|id| with(vnic(id), |port| {
-            port.forged_source = option(0) || option(2);
-            port.learning = learning;
-            port.promiscuous = option(3);
-            port.pinned = (option(4) && uplinks == 2).then_some(PortId(UP2));
-            port.tag = option(5).then_some(5);
-        })).collect();
-        ports.extend((0..uplinks).map(|id| with(uplink(UP + id), |port| {
-            port.learning = learning;
-            port.vlan_mode = Some(VlanMode::NativeUntagged);
-            port.tag = option(5).then_some(5);
-        })));
+        let learning = option(0).then_some(Learning {
+            limit: 4,
+            ageing: 9,
+            flood: option(1),
+        });
+        let mut ports: Vec<PortConfig> = (1..=guests)
+            .map(|id| {
+                with(vnic(id), |port| {
+                    port.forged_source = option(0) || option(2);
+                    port.learning = learning;
+                    port.promiscuous = option(3);
+                    port.pinned = (option(4) && uplinks == 2).then_some(PortId(UP2));
+                    port.tag = option(5).then_some(5);
+                })
+            })
+            .collect();
+        ports.extend((0..uplinks).map(|id| {
+            with(uplink(UP + id), |port| {
+                port.learning = learning;
+                port.vlan_mode = Some(VlanMode::NativeUntagged);
+                port.tag = option(5).then_some(5);
+            })
+        }));
         let mut config = config(ports);
         config.teaming.reverse_path = option(6);
         if option(6) {
@@ -56,19 +66,33 @@ fn r1_holds_in_every_small_world() {
         for id in 1..=guests {
             let _ = world.switch.set_promiscuous(PortId(id.into()), option(3));
         }
-        let addresses = [vm(1), vm(2), OUTSIDE, NOBODY, ALL, GROUP, MacAddr([1, 0x80, 0xc2, 0, 0, 3])];
-        let tags: [&[(u16, u16)]; 5] = [
-            &[], &[(VLAN, 5)], &[(VLAN, 0x6000)], &[(VLAN, 4095)], &[(0x88a8, 5), (VLAN, 5)],
+        let addresses = [
+            vm(1),
+            vm(2),
+            OUTSIDE,
+            NOBODY,
+            ALL,
+            GROUP,
+            MacAddr([1, 0x80, 0xc2, 0, 0, 3]),
         ];
-        for (to, from, tags) in addresses.iter().flat_map(|to| {
-            addresses.iter().flat_map(move |from| tags.iter().map(move |tags| (*to, *from, *tags)))
-        }) {
+        let tags: [&[(u16, u16)]; 5] = [
+            &[],
+            &[(VLAN, 5)],
+            &[(VLAN, 0x6000)],
+            &[(VLAN, 4095)],
+            &[(0x88a8, 5), (VLAN, 5)],
+        ];
+        let all = addresses
+            .iter()
+            .flat_map(|to| addresses.iter().map(move |from| (*to, *from)));
+        let all =
+            all.flat_map(|(to, from)| tags.map(|tags| frame(to, from, tags, 0x0800, &[0; 46])));
+        for bytes in all {
             for id in (1..=u16::from(guests)).chain(UP..UP + uplinks) {
-                let bytes = frame(to, from, tags, 0x0800, &[0; 46]);
                 let (out, cause) = world.give(id, &bytes);
                 let outside = out.iter().filter(|(port, _)| *port >= UP).count();
-                assert!(outside == 0 || id < UP, "{options:b} {id} {to} {from} {tags:?}");
-                assert!(outside <= 1, "R10 {options:b} {id} {to} {from} {tags:?}");
+                assert!(outside == 0 || id < UP, "{options:b} {id} {bytes:x?}");
+                assert!(outside <= 1, "R10 {options:b} {id} {bytes:x?}");
                 assert!(out.iter().all(|(port, _)| *port != id));
                 assert_eq!(out.is_empty(), cause.is_some());
                 frames += 1;
@@ -84,10 +108,13 @@ fn r2_reserved_groups_are_not_relayed_either_way() {
         vnic(1),
         vnic(2),
         uplink(UP),
-        with(PortConfig::new(3, "management", PortKind::Management), |port| {
-            port.macs = vec![vm(3)];
-            port.lldp = true;
-        }),
+        with(
+            PortConfig::new(3, "management", PortKind::Management),
+            |port| {
+                port.macs = vec![vm(3)];
+                port.lldp = true;
+            },
+        ),
     ]);
     for last in 0..=15 {
         let group = MacAddr([1, 0x80, 0xc2, 0, 0, last]);
@@ -116,7 +143,11 @@ fn r3_unknown_unicast_goes_to_the_uplink_and_never_in() {
 fn learner(limit: u32) -> PortConfig {
     with(vnic(2), |port| {
         port.forged_source = true;
-        port.learning = Some(Learning { limit, ageing: 300, flood: false });
+        port.learning = Some(Learning {
+            limit,
+            ageing: 300,
+            flood: false,
+        });
     })
 }
 
@@ -157,7 +188,10 @@ fn r4_groups_come_in_by_the_active_uplink_alone() {
     let mut world = team();
     assert_eq!(world.switch.active_uplink(0), Some(PortId(UP)));
     assert_eq!(world.ports(UP, GROUP, OUTSIDE), [1, 2]);
-    assert_eq!(world.why(UP2, GROUP, OUTSIDE), Some(DropCause::PassiveUplink));
+    assert_eq!(
+        world.why(UP2, GROUP, OUTSIDE),
+        Some(DropCause::PassiveUplink)
+    );
     assert_eq!(world.why(UP2, ALL, OUTSIDE), Some(DropCause::PassiveUplink));
     world.switch.set_link(PortId(UP), false).unwrap();
     assert_eq!(world.ports(UP2, ALL, OUTSIDE), [1, 2]);
@@ -169,7 +203,10 @@ fn r4_the_active_uplink_is_one_that_carries_the_vlan() {
     let trunk = |id, vlans: &[u16]| with(uplink(id), |port| port.trunks = vlans.to_vec());
     let in_vlan = |id, tag| with(vnic(id), |port| port.tag = Some(tag));
     let mut world = World::new([
-        in_vlan(1, 5), in_vlan(2, 6), trunk(UP, &[5]), trunk(UP2, &[5, 6]),
+        in_vlan(1, 5),
+        in_vlan(2, 6),
+        trunk(UP, &[5]),
+        trunk(UP2, &[5, 6]),
     ]);
     let mut give = |port, vlan| {
         let (out, cause) = world.give(port, &frame(ALL, OUTSIDE, &[(VLAN, vlan)], 0x800, &[0; 46]));
@@ -216,7 +253,10 @@ fn r5_holds_for_learned_addresses() {
     let mut world = World::new([vnic(1), learner(2), uplink(UP)]);
     world.ports(2, ALL, nested);
     assert_eq!(world.why(UP, ALL, nested), Some(DropCause::Echo));
-    assert_eq!(world.why_not(UP, &gratuitous(nested)), Some(DropCause::Echo));
+    assert_eq!(
+        world.why_not(UP, &gratuitous(nested)),
+        Some(DropCause::Echo)
+    );
     world.now += 5 * SECOND;
     assert_eq!(world.why_not(UP, &gratuitous(nested)), None);
     assert_eq!(world.ports(1, nested, vm(1)), [UP]);
@@ -249,10 +289,16 @@ fn r7_guests_may_not_pretend() {
 fn r7_guests_may_not_change_their_address() {
     let mut world = World::new([vnic(1), with(vnic(2), |port| port.mac_change = true)]);
     let change = |world: &mut World, port, mac| world.switch.change_address(PortId(port), mac);
-    assert_eq!(change(&mut world, 1, NOBODY), Err(crate::switch::Refused::Policy(PortId(1))));
+    assert_eq!(
+        change(&mut world, 1, NOBODY),
+        Err(crate::switch::Refused::Policy(PortId(1)))
+    );
     assert_eq!(change(&mut world, 1, vm(1)), Ok(()));
     for mac in [vm(1), GROUP, MacAddr([0; 6])] {
-        assert_eq!(change(&mut world, 2, mac), Err(crate::switch::Refused::Address(mac)));
+        assert_eq!(
+            change(&mut world, 2, mac),
+            Err(crate::switch::Refused::Address(mac))
+        );
     }
     assert_eq!(world.ports(1, vm(2), vm(1)), [2]);
     assert_eq!(change(&mut world, 2, NOBODY), Ok(()));
@@ -288,8 +334,12 @@ fn r7_guests_send_no_bpdus() {
 }
 
 fn udp(from: MacAddr, ports: [u16; 2]) -> Vec<u8> {
-    let mut load = vec![0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
-    ports.iter().for_each(|port| load.extend(port.to_be_bytes()));
+    let mut load = vec![
+        0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
+    ];
+    ports
+        .iter()
+        .for_each(|port| load.extend(port.to_be_bytes()));
     load.extend([0, 26, 0, 0]);
     load.resize(46, 0);
     frame(ALL, from, &[], 0x0800, &load)
@@ -305,22 +355,59 @@ fn ipv6(from: MacAddr, next: u8, payload: &[u8]) -> Vec<u8> {
 
 #[test]
 fn r7_guards_against_servers_and_routers() {
-    let guarded = with(vnic(1), |port| (port.dhcp_guard, port.ra_guard) = (true, true));
+    let guarded = with(vnic(1), |port| {
+        (port.dhcp_guard, port.ra_guard) = (true, true)
+    });
     let mut world = World::new([guarded, vnic(2)]);
     let advertisement = [134, 0, 0, 0, 0, 0, 0, 0];
     let first = |kind| [58, 0, 0, 1, 0, 0, 0, 1, kind, 0, 0, 0, 0, 0, 0, 0];
     let dhcp = Some(DropCause::DhcpServer);
     let router = Some(DropCause::RouterAdvertisement);
-    let cases: [(&str, fn(MacAddr, &[u8]) -> Vec<u8>, Vec<u8>, Option<DropCause>); 9] = [
+    let cases: [(
+        &str,
+        fn(MacAddr, &[u8]) -> Vec<u8>,
+        Vec<u8>,
+        Option<DropCause>,
+    ); 9] = [
         ("answer", |mac, _| udp(mac, [67, 68]), vec![], dhcp),
         ("to a relay", |mac, _| udp(mac, [67, 67]), vec![], dhcp),
         ("question", |mac, _| udp(mac, [68, 67]), vec![], None),
-        ("RA", |mac, load| ipv6(mac, 58, load), advertisement.into(), router),
-        ("echo", |mac, load| ipv6(mac, 58, load), [128, 0, 0, 0, 0, 0, 0, 0].into(), None),
-        ("RA in a fragment", |mac, load| ipv6(mac, 44, load), first(134).into(), router),
-        ("echo in a fragment", |mac, load| ipv6(mac, 44, load), first(128).into(), None),
-        ("RA without its head", |mac, load| ipv6(mac, 44, load), first(134)[..8].into(), router),
-        ("cut off options", |mac, load| ipv6(mac, 60, load), vec![58, 9, 0, 0, 0, 0, 0, 0], router),
+        (
+            "RA",
+            |mac, load| ipv6(mac, 58, load),
+            advertisement.into(),
+            router,
+        ),
+        (
+            "echo",
+            |mac, load| ipv6(mac, 58, load),
+            [128, 0, 0, 0, 0, 0, 0, 0].into(),
+            None,
+        ),
+        (
+            "RA in a fragment",
+            |mac, load| ipv6(mac, 44, load),
+            first(134).into(),
+            router,
+        ),
+        (
+            "echo in a fragment",
+            |mac, load| ipv6(mac, 44, load),
+            first(128).into(),
+            None,
+        ),
+        (
+            "RA without its head",
+            |mac, load| ipv6(mac, 44, load),
+            first(134)[..8].into(),
+            router,
+        ),
+        (
+            "cut off options",
+            |mac, load| ipv6(mac, 60, load),
+            vec![58, 9, 0, 0, 0, 0, 0, 0],
+            router,
+        ),
     ];
     for (what, build, load, cause) in cases {
         assert_eq!(world.why_not(1, &build(vm(1), &load)), cause, "{what}");
@@ -370,13 +457,20 @@ fn r8_announcements_are_in_the_guests_vlans() {
         port.learning = Some(Learning::default());
     });
     let mut world = World::new([
-        with(vnic(1), |port| port.tag = Some(6)), trunk, nested, uplink(UP), uplink(UP2),
+        with(vnic(1), |port| port.tag = Some(6)),
+        trunk,
+        nested,
+        uplink(UP),
+        uplink(UP2),
     ]);
     world.give(3, &frame(OUTSIDE, NOBODY, &[(VLAN, 9)], 0x800, &[0; 46]));
     world.switch.set_link(PortId(UP), false).unwrap();
     let expected = [
-        (UP2, vm(1), Some(6)), (UP2, vm(2), Some(7)), (UP2, vm(2), Some(8)),
-        (UP2, vm(3), None), (UP2, NOBODY, Some(9)),
+        (UP2, vm(1), Some(6)),
+        (UP2, vm(2), Some(7)),
+        (UP2, vm(2), Some(8)),
+        (UP2, vm(3), None),
+        (UP2, NOBODY, Some(9)),
     ];
     assert_eq!(world.announced(), expected);
 }
@@ -394,13 +488,20 @@ fn r8_spread_by_port_uses_all_that_have_a_link() {
 
 #[test]
 fn r9_vlan_0_is_a_priority_and_4095_is_nothing() {
-    let mut world = World::new([with(vnic(1), |port| port.tag = Some(5)), with(vnic(2), |port| {
-        port.tag = Some(5);
-    }), uplink(UP)]);
+    let mut world = World::new([
+        with(vnic(1), |port| port.tag = Some(5)),
+        with(vnic(2), |port| {
+            port.tag = Some(5);
+        }),
+        uplink(UP),
+    ]);
     let tagged = |tci| frame(ALL, vm(1), &[(VLAN, tci)], 0x0800, &[1; 46]);
     let (out, _) = world.give(1, &tagged(0xa000));
     assert_eq!(out[0], (2, frame(ALL, vm(1), &[], 0x0800, &[1; 46])));
-    assert_eq!(out[1], (UP, frame(ALL, vm(1), &[(VLAN, 0xa005)], 0x0800, &[1; 46])));
+    assert_eq!(
+        out[1],
+        (UP, frame(ALL, vm(1), &[(VLAN, 0xa005)], 0x0800, &[1; 46]))
+    );
     assert_eq!(world.why_not(1, &tagged(4095)), Some(DropCause::Vlan4095));
     let inner = frame(ALL, OUTSIDE, &[(0x88a8, 5), (VLAN, 4095)], 0x0800, &[1; 46]);
     assert_eq!(world.why_not(UP, &inner), Some(DropCause::Vlan4095));

@@ -18,7 +18,12 @@ fn mode(id: u8, mode: VlanMode) -> PortConfig {
 type Tagged<'a> = &'a [(u16, u16)];
 
 /// What becomes of a broadcast with tags that comes in by port 1: its tags at port 2.
-fn through(from: VlanMode, to: VlanMode, tags: Tagged<'_>, tune: fn(&mut PortConfig)) -> Option<Vec<(u16, u16)>> {
+fn through(
+    from: VlanMode,
+    to: VlanMode,
+    tags: Tagged<'_>,
+    tune: fn(&mut PortConfig),
+) -> Option<Vec<(u16, u16)>> {
     let mut world = World::new([mode(1, from), with(mode(2, to), tune)]);
     let (out, cause) = world.give(1, &frame(ALL, vm(1), tags, 0x88b5, &[9; 60]));
     assert_eq!(out.is_empty(), cause.is_some());
@@ -44,8 +49,20 @@ fn every_mode_in_and_out() {
     // What came in, and how it leaves an access port, a trunk, a native tagged and a native
     // untagged one, and a tunnel.
     type Row<'a> = (VlanMode, Tagged<'a>, [Option<Tagged<'a>>; 5]);
-    let own = [Some(plain), Some(five), Some(five), Some(plain), Some(plain)];
-    let own_high = [Some(plain), Some(five_high), Some(five_high), Some(high_gone()), Some(plain)];
+    let own = [
+        Some(plain),
+        Some(five),
+        Some(five),
+        Some(plain),
+        Some(plain),
+    ];
+    let own_high = [
+        Some(plain),
+        Some(five_high),
+        Some(five_high),
+        Some(plain),
+        Some(plain),
+    ];
     let rows: [Row<'_>; 27] = [
         (Access, plain, own),
         (Access, high, own_high),
@@ -58,8 +75,16 @@ fn every_mode_in_and_out() {
         (Trunk, five, own),
         (Trunk, five_high, own_high),
         (Trunk, six, [NO, Some(six), Some(six), Some(six), NO]),
-        (Trunk, six_high, [NO, Some(six_high), Some(six_high), Some(six_high), NO]),
-        (Trunk, double, [NO, Some(double), Some(double), Some(double), NO]),
+        (
+            Trunk,
+            six_high,
+            [NO, Some(six_high), Some(six_high), Some(six_high), NO],
+        ),
+        (
+            Trunk,
+            double,
+            [NO, Some(double), Some(double), Some(double), NO],
+        ),
         (Trunk, &[(VLAN, 8)], [NO; 5]),
         (NativeTagged, plain, own),
         (NativeTagged, high, own_high),
@@ -69,13 +94,33 @@ fn every_mode_in_and_out() {
         (NativeUntagged, plain, own),
         (NativeUntagged, high, own_high),
         (NativeUntagged, five, own),
-        (NativeUntagged, double, [NO, Some(double), Some(double), Some(double), NO]),
+        (
+            NativeUntagged,
+            double,
+            [NO, Some(double), Some(double), Some(double), NO],
+        ),
         (NativeUntagged, &[(VLAN, 4094)], [NO; 5]),
-        (Dot1qTunnel, plain, [Some(plain), Some(&[(S, 5)]), Some(&[(S, 5)]), Some(plain), Some(plain)]),
+        (
+            Dot1qTunnel,
+            plain,
+            [
+                Some(plain),
+                Some(&[(S, 5)]),
+                Some(&[(S, 5)]),
+                Some(plain),
+                Some(plain),
+            ],
+        ),
         (
             Dot1qTunnel,
             six,
-            [NO, Some(&[(S, 5), (VLAN, 6)]), Some(&[(S, 5), (VLAN, 6)]), Some(six), Some(six)],
+            [
+                NO,
+                Some(&[(S, 5), (VLAN, 6)]),
+                Some(&[(S, 5), (VLAN, 6)]),
+                NO,
+                Some(six),
+            ],
         ),
         (
             Dot1qTunnel,
@@ -99,18 +144,19 @@ fn every_mode_in_and_out() {
     }
 }
 
-/// The priority of a tag that is taken off goes with it, unless the port has priority tags.
-const fn high_gone() -> Tagged<'static> {
-    &[]
-}
-
 #[test]
 fn priority_tags_when_the_port_wants_them() {
     let nonzero = |port: &mut PortConfig| port.priority_tags = PriorityTags::IfNonzero;
     let always = |port: &mut PortConfig| port.priority_tags = PriorityTags::Always;
     let (access, trunk) = (VlanMode::Access, VlanMode::Trunk);
     let high: Tagged<'_> = &[(VLAN, 0x6000)];
-    let cases: [(VlanMode, Tagged<'_>, VlanMode, fn(&mut PortConfig), Tagged<'_>); 8] = [
+    let cases: [(
+        VlanMode,
+        Tagged<'_>,
+        VlanMode,
+        fn(&mut PortConfig),
+        Tagged<'_>,
+    ); 8] = [
         (access, high, access, nonzero, high),
         (access, high, access, always, high),
         (access, &[], access, nonzero, &[]),
@@ -118,7 +164,13 @@ fn priority_tags_when_the_port_wants_them() {
         (trunk, &[(VLAN, 5)], access, nonzero, &[]),
         (trunk, &[(VLAN, 0)], trunk, always, &[(VLAN, 0)]),
         (trunk, &[(VLAN, 0)], trunk, nonzero, &[]),
-        (trunk, &[(VLAN, 0x6005)], VlanMode::NativeUntagged, nonzero, high),
+        (
+            trunk,
+            &[(VLAN, 0x6005)],
+            VlanMode::NativeUntagged,
+            nonzero,
+            high,
+        ),
     ];
     for (from, tags, to, tune, expected) in cases {
         let got = through(from, to, tags, tune);
@@ -132,16 +184,22 @@ fn a_tunnel_carries_the_customers_it_names() {
     let trunk = |tags| through(VlanMode::Trunk, VlanMode::Dot1qTunnel, tags, tune);
     assert_eq!(trunk(&[(0x88a8, 5), (VLAN, 6)]), Some(vec![(VLAN, 6)]));
     assert_eq!(trunk(&[(0x88a8, 5), (VLAN, 7)]), None);
-    let mut world = World::new([with(mode(1, VlanMode::Dot1qTunnel), tune), mode(2, VlanMode::Trunk)]);
-    let cause = |tags: Tagged<'_>| world.why_not(1, &frame(ALL, vm(1), tags, 0x88b5, &[9; 60]));
-    let causes: Vec<_> = [&[(VLAN, 6)], &[(VLAN, 7)]].map(|tags| tags as Tagged<'_>).into_iter().map(cause).collect();
+    let mut world = World::new([
+        with(mode(1, VlanMode::Dot1qTunnel), tune),
+        mode(2, VlanMode::Trunk),
+    ]);
+    let mut cause = |vlan| world.why_not(1, &frame(ALL, vm(1), &[(VLAN, vlan)], 0x88b5, &[9; 60]));
+    let causes = [6, 7].map(&mut cause);
     assert_eq!(causes, [None, Some(DropCause::Vlan)]);
 }
 
 #[test]
 fn the_mode_follows_from_the_tag() {
     assert_eq!(vnic(1).mode(), VlanMode::Trunk);
-    assert_eq!(with(vnic(1), |port| port.tag = Some(0)).mode(), VlanMode::Access);
+    assert_eq!(
+        with(vnic(1), |port| port.tag = Some(0)).mode(),
+        VlanMode::Access
+    );
 }
 
 #[test]
@@ -156,4 +214,31 @@ fn a_guest_in_another_vlan_is_not_there() {
     assert_eq!(out, [(UP, tagged)]);
     let tagged = frame(vm(2), OUTSIDE, &[(VLAN, 5)], 0x88b5, &[7; 46]);
     assert_eq!(world.why_not(UP, &tagged), Some(DropCause::Unknown));
+}
+
+/// A guest in the native VLAN of an uplink cannot name another with a second tag.
+#[test]
+fn no_hop_into_another_vlan() {
+    let native = |id: u16| {
+        with(uplink(id), |port| {
+            port.vlan_mode = Some(VlanMode::NativeUntagged);
+            port.tag = Some(5);
+        })
+    };
+    let mut world = World::new([
+        mode(1, VlanMode::Trunk),
+        mode(2, VlanMode::Access),
+        native(UP),
+    ]);
+    let tagged = |from, tags: Tagged<'_>| frame(OUTSIDE, vm(from), tags, 0x88b5, &[9; 60]);
+    let mut cause = |port: u8, tags: Tagged<'_>| world.why_not(port.into(), &tagged(port, tags));
+    assert_eq!(cause(1, &[(VLAN, 5)]), None);
+    assert_eq!(cause(1, &[(VLAN, 5), (VLAN, 6)]), Some(DropCause::Tags));
+    assert_eq!(cause(1, &[(VLAN, 6), (VLAN, 5)]), None);
+    assert_eq!(
+        cause(2, &[(VLAN, 0), (VLAN, 0), (VLAN, 6)]),
+        Some(DropCause::Tags)
+    );
+    let cut = &tagged(1, &[(VLAN, 5), (VLAN, 6)])[..19];
+    assert_eq!(world.why_not(1, cut), Some(DropCause::PartialTag));
 }
