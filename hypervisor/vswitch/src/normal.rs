@@ -155,8 +155,7 @@ impl<'a> Pass<'a> {
                 return Err(DropCause::Echo);
             }
             if !self.quiet {
-                self.core
-                    .forget(|other| other.mac == entry.mac && other.vlan == vlan);
+                self.core.forget_one(entry.mac, vlan);
                 self.changed = true;
             }
         }
@@ -311,7 +310,7 @@ impl<'a> Pass<'a> {
                     from.learned = from.learned.saturating_sub(1);
                 }
             }
-            Learned::Settling => self.lasting = false,
+            Learned::Later => self.lasting = false,
             Learned::Full => port.counters.not_learned += 1,
         }
     }
@@ -330,7 +329,10 @@ impl<'a> Pass<'a> {
             // Outside; by which uplink is not for it to say.
             return match self.core.ports.get(input) {
                 Some(from) if from.is(PortKind::Uplink) => Some(place),
-                _ => self.core.uplink_of(input, tags.vlan()),
+                _ => self.core.uplink_of(input, tags.vlan()).filter(|uplink| {
+                    let port = self.core.ports.get(*uplink);
+                    port.is_some_and(|port| port.vlan.includes(tags))
+                }),
             };
         }
         port.vlan.includes(tags).then_some(place)

@@ -367,6 +367,10 @@ impl VlanRules {
     }
 }
 
+/// How many of a guest's requests a second are heard. Each makes decisions that are kept void, for
+/// its neighbours, too.
+pub(crate) const REQUESTS: u64 = 4;
+
 /// A port at work.
 #[derive(Clone, Debug)]
 pub(crate) struct Port {
@@ -378,6 +382,10 @@ pub(crate) struct Port {
     pub ingress: Option<Limiter>,
     pub egress: Option<Limiter>,
     pub storm: Option<Bucket>,
+    /// What the guest asks of the switch.
+    pub requests: Bucket,
+    /// The address that the guest gave itself.
+    pub own_address: Option<MacAddr>,
     /// Mirrors that select what comes in by it, and what leaves by it, a bit each.
     pub mirror_src: u32,
     pub mirror_dst: u32,
@@ -405,6 +413,8 @@ impl Port {
             ingress: limiter(config.ingress),
             egress: limiter(config.egress),
             storm: storm.map(|limit| Bucket::new(limit, limit, now)),
+            requests: Bucket::new(REQUESTS, 4 * REQUESTS, now),
+            own_address: None,
             mirror_src: 0,
             mirror_dst: 0,
             up: true,
@@ -438,6 +448,8 @@ impl Port {
         self.sees_all = older.sees_all && self.config.promiscuous;
         (self.leaving, self.departed) = (older.leaving, older.departed);
         self.arrived = older.arrived;
+        self.requests = older.requests;
+        self.own_address = older.own_address.filter(|_| self.config.mac_change);
         let limiters = [
             (&mut self.ingress, &older.ingress),
             (&mut self.egress, &older.egress),

@@ -49,6 +49,9 @@ pub enum Refused {
     /// The policy says no.
     #[error("the policy of port {} does not allow it", .0.0)]
     Policy(PortId),
+    /// There were too many requests in the last seconds.
+    #[error("port {} asks too often", .0.0)]
+    TooOften(PortId),
     /// It is no station's address, or that of another port.
     #[error("{0} cannot be this port's address")]
     Address(MacAddr),
@@ -212,6 +215,14 @@ impl Core {
         any
     }
 
+    /// Forgets a learned address.
+    pub fn forget_one(&mut self, mac: MacAddr, vlan: u16) {
+        let entry = self.learned.remove(mac, vlan);
+        if let Some(port) = entry.and_then(|entry| self.port_mut(entry.port)) {
+            port.learned = port.learned.saturating_sub(1);
+        }
+    }
+
     /// Takes over what the switch knew and counted under another configuration, where it still
     /// holds: of ports with the same number, name and kind.
     fn inherit(&mut self, older: &Self) {
@@ -221,6 +232,14 @@ impl Core {
             });
             if let Some(older) = same {
                 port.inherit(older);
+            }
+        }
+        for place in 0..self.ports.len() {
+            let own = self.ports.get(place).and_then(|port| port.own_address);
+            let own = own.filter(|mac| self.owner(*mac).is_none());
+            if let (Some(own), Some(port)) = (own, self.ports.get_mut(place)) {
+                port.config.macs = alloc::vec![own];
+                self.index_addresses();
             }
         }
         for entry in older.learned.entries() {
@@ -268,7 +287,7 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// A switch of that configuration. The secret is random and known to nobody: it hides where
+    /// A switch of that configuration. Its name is no other switch's. The secret is random and known to nobody: it hides where
     /// addresses are in tables.
     ///
     /// # Errors
@@ -482,7 +501,8 @@ impl Switch {
     }
 
     /// The link of a port came or went. Where that gives guests another uplink, announcements are
-    /// ready after (R8).
+    /// ready after (R8). A guest's port has a link while its VM is there; whether the guest's driver
+    /// is ready is for its card to see: decisions that are kept are void after this.
     ///
     /// # Errors
     /// There is no such port.
@@ -506,51 +526,54 @@ impl Switch {
 
     /// Forgets learned addresses that have been silent for too long. Call it about once a second.
     pub fn tick(&mut self, now: Nanos) {
-        let (ports, places) = (&self.core.ports, &self.core.places);
-        let ageing: Vec<Nanos> = ports
-            .iter()
-            .map(|port| {
-                let seconds = port.config.learning.map_or(0, |learning| learning.ageing);
-                Nanos(u64::from(seconds) * 1_000_000_000)
-            })
-            .collect();
-        let places = places.clone();
+        let ageing = self.core.ports.iter().map(|port| {
+            let seconds = port.config.learning.map_or(0, |learning| learning.ageing);
+            (port.id(), u64::from(seconds) * 1_000_000_000)
+        });
+        let ageing: Vec<(PortId, u64)> = ageing.collect();
         let old = |entry: &learn::Entry| {
-            let place = places
-                .get(usize::from(entry.port.0))
-                .copied()
-                .unwrap_or(NOWHERE);
-            let ageing = ageing
-                .get(usize::from(place))
-                .copied()
-                .unwrap_or(Nanos::ZERO);
-            now.since(entry.seen) >= ageing.0
+            let found = ageing.binary_search_by_key(&entry.port, |(id, _)| *id);
+            let time = found.ok().and_then(|at| ageing.get(at));
+            now.since(entry.seen) >= time.map_or(0, |(_, time)| *time)
         };
         if self.core.forget(old) {
             self.changed();
         }
     }
 
+    /// Hears a request of a guest that changes something, unless there were too many.
+    fn request(
+        &mut self,
+        id: PortId,
+        allowed: fn(&PortConfig) -> bool,
+        now: Nanos,
+    ) -> Result<&mut Port, Refused> {
+        let port = self.core.port_mut(id).ok_or(Refused::NoPort(id))?;
+        let problem = match (allowed(&port.config), port.requests.take(1, now)) {
+            (true, true) => return Ok(port),
+            (false, _) => Refused::Policy(id),
+            (true, false) => Refused::TooOften(id),
+        };
+        port.counters.refused += 1;
+        Err(problem)
+    }
+
     /// The guest gives itself another address.
     ///
     /// # Errors
-    /// It may not (R7), or not this one.
-    pub fn change_address(&mut self, id: PortId, mac: MacAddr) -> Result<(), Refused> {
+    /// It may not (R7), or not this one, or asks too often.
+    pub fn change_address(&mut self, id: PortId, mac: MacAddr, now: Nanos) -> Result<(), Refused> {
         let owner = self.core.owner(mac);
-        let place = self.core.place(id).ok_or(Refused::NoPort(id))?;
-        let port = self.core.ports.get_mut(place).ok_or(Refused::NoPort(id))?;
-        if owner == Some(place) {
+        if owner.is_some() && owner == self.core.place(id) {
             return Ok(());
         }
-        if !port.config.mac_change || !port.is_local() {
-            port.counters.refused += 1;
-            return Err(Refused::Policy(id));
-        }
-        if owner.is_some() || !mac.is_station() {
+        let port = self.request(id, |config| config.mac_change, now)?;
+        if owner.is_some() || !mac.is_station() || !port.is_local() {
             port.counters.refused += 1;
             return Err(Refused::Address(mac));
         }
         port.config.macs = alloc::vec![mac];
+        port.own_address = Some(mac);
         self.core.index_addresses();
         self.core.forget(|entry| entry.mac == mac);
         self.changed();
@@ -560,15 +583,11 @@ impl Switch {
     /// The guest wants to see what is not for it, or no more.
     ///
     /// # Errors
-    /// It may not (R7).
-    pub fn set_promiscuous(&mut self, id: PortId, on: bool) -> Result<(), Refused> {
+    /// It may not (R7), or asks too often.
+    pub fn set_promiscuous(&mut self, id: PortId, on: bool, now: Nanos) -> Result<(), Refused> {
         let port = self.core.port_mut(id).ok_or(Refused::NoPort(id))?;
-        if on && !port.config.promiscuous {
-            port.counters.refused += 1;
-            return Err(Refused::Policy(id));
-        }
         if port.sees_all != on {
-            port.sees_all = on;
+            self.request(id, |config| config.promiscuous, now)?.sees_all = on;
             self.changed();
         }
         Ok(())

@@ -307,6 +307,24 @@ fn a_configuration_is_replaced_whole_or_not_at_all() {
 }
 
 #[test]
+fn an_address_that_the_guest_chose_outlives_a_configuration() {
+    let free = || with(vnic(1), |port| port.mac_change = true);
+    let mut world = World::new([free(), vnic(2)]);
+    world
+        .switch
+        .change_address(PortId(1), NOBODY, Nanos(1))
+        .unwrap();
+    world
+        .switch
+        .replace(config([free(), vnic(2), vnic(3)]))
+        .unwrap();
+    assert_eq!(world.ports(2, NOBODY, vm(2)), [1]);
+    world.switch.replace(config([vnic(1), vnic(2)])).unwrap();
+    assert_eq!(world.ports(2, vm(1), vm(2)), [1]);
+    assert_eq!(world.why(2, NOBODY, vm(2)), Some(DropCause::Unknown));
+}
+
+#[test]
 fn addresses_are_announced_where_another_configuration_moves_them() {
     let mut world = World::new([vnic(1), vnic(2), uplink(UP), uplink(UP2)]);
     let pinned = with(vnic(1), |port| port.pinned = Some(PortId(UP2)));

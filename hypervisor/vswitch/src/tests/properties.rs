@@ -213,8 +213,8 @@ impl World {
         match *event {
             Event::Frame(port, ref bytes) => return Some(self.give(port, bytes)),
             Event::Link(port, up) => drop(switch.set_link(PortId(port), up)),
-            Event::Promiscuous(port, on) => drop(switch.set_promiscuous(PortId(port), on)),
-            Event::Address(port, mac) => drop(switch.change_address(PortId(port), vm(mac))),
+            Event::Promiscuous(port, on) => drop(switch.set_promiscuous(PortId(port), on, now)),
+            Event::Address(port, mac) => drop(switch.change_address(PortId(port), vm(mac), now)),
             Event::Leaving(port) => drop(switch.leaving(PortId(port))),
             Event::Arrived(port) => drop(switch.arrived(PortId(port), now)),
             Event::Wait(time) => {

@@ -64,7 +64,9 @@ fn r1_holds_in_every_small_world() {
         }
         let mut world = World::of(config);
         for id in 1..=guests {
-            let _ = world.switch.set_promiscuous(PortId(id.into()), option(3));
+            let _ = world
+                .switch
+                .set_promiscuous(PortId(id.into()), option(3), Nanos(1));
         }
         let addresses = [
             vm(1),
@@ -288,7 +290,12 @@ fn r7_guests_may_not_pretend() {
 #[test]
 fn r7_guests_may_not_change_their_address() {
     let mut world = World::new([vnic(1), with(vnic(2), |port| port.mac_change = true)]);
-    let change = |world: &mut World, port, mac| world.switch.change_address(PortId(port), mac);
+    let change = |world: &mut World, port, mac| {
+        world.now += SECOND;
+        world
+            .switch
+            .change_address(PortId(port), mac, Nanos(world.now))
+    };
     assert_eq!(
         change(&mut world, 1, NOBODY),
         Err(crate::switch::Refused::Policy(PortId(1)))
@@ -313,15 +320,40 @@ fn r7_guests_may_not_change_their_address() {
 fn r7_guests_see_what_is_for_them() {
     let curious = with(vnic(3), |port| port.promiscuous = true);
     let mut world = World::new([vnic(1), vnic(2), curious, uplink(UP)]);
-    assert!(world.switch.set_promiscuous(PortId(2), true).is_err());
+    assert!(
+        world
+            .switch
+            .set_promiscuous(PortId(2), true, Nanos(1))
+            .is_err()
+    );
     assert_eq!(world.ports(1, vm(2), vm(1)), [2]);
-    world.switch.set_promiscuous(PortId(3), true).unwrap();
+    world
+        .switch
+        .set_promiscuous(PortId(3), true, Nanos(1))
+        .unwrap();
     assert_eq!(world.ports(1, vm(2), vm(1)), [2, 3]);
     assert_eq!(world.ports(1, vm(3), vm(1)), [3]);
     assert_eq!(world.ports(UP, NOBODY, OUTSIDE), [3]);
     assert_eq!(world.ports(1, ALL, vm(1)), [2, 3, UP]);
-    world.switch.set_promiscuous(PortId(3), false).unwrap();
+    world
+        .switch
+        .set_promiscuous(PortId(3), false, Nanos(1))
+        .unwrap();
     assert_eq!(world.ports(1, vm(2), vm(1)), [2]);
+}
+
+#[test]
+fn r7_guests_cannot_ask_without_end() {
+    let mut world = World::new([with(vnic(1), |port| port.promiscuous = true)]);
+    let mut ask = |on, now| {
+        world
+            .switch
+            .set_promiscuous(PortId(1), on, Nanos(now))
+            .is_ok()
+    };
+    let heard = (0..100).filter(|n| ask(n % 2 == 0, 0)).count();
+    assert!((8..100).contains(&heard), "{heard}");
+    assert!(ask(true, SECOND) && ask(false, SECOND));
 }
 
 #[test]
@@ -363,12 +395,8 @@ fn r7_guards_against_servers_and_routers() {
     let first = |kind| [58, 0, 0, 1, 0, 0, 0, 1, kind, 0, 0, 0, 0, 0, 0, 0];
     let dhcp = Some(DropCause::DhcpServer);
     let router = Some(DropCause::RouterAdvertisement);
-    let cases: [(
-        &str,
-        fn(MacAddr, &[u8]) -> Vec<u8>,
-        Vec<u8>,
-        Option<DropCause>,
-    ); 9] = [
+    type Build = fn(MacAddr, &[u8]) -> Vec<u8>;
+    let cases: [(&str, Build, Vec<u8>, Option<DropCause>); 9] = [
         ("answer", |mac, _| udp(mac, [67, 68]), vec![], dhcp),
         ("to a relay", |mac, _| udp(mac, [67, 67]), vec![], dhcp),
         ("question", |mac, _| udp(mac, [68, 67]), vec![], None),

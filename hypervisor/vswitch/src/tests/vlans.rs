@@ -150,13 +150,14 @@ fn priority_tags_when_the_port_wants_them() {
     let always = |port: &mut PortConfig| port.priority_tags = PriorityTags::Always;
     let (access, trunk) = (VlanMode::Access, VlanMode::Trunk);
     let high: Tagged<'_> = &[(VLAN, 0x6000)];
-    let cases: [(
+    type Case<'a> = (
         VlanMode,
-        Tagged<'_>,
+        Tagged<'a>,
         VlanMode,
         fn(&mut PortConfig),
-        Tagged<'_>,
-    ); 8] = [
+        Tagged<'a>,
+    );
+    let cases: [Case<'_>; 8] = [
         (access, high, access, nonzero, high),
         (access, high, access, always, high),
         (access, &[], access, nonzero, &[]),
