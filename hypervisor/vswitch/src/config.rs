@@ -1,13 +1,15 @@
 //! A switch as it is configured, and what is checked before any of it is used.
 
-use alloc::string::String;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
+use crate::flow::{Command, FlowMod};
 use crate::key::ether;
 use crate::learn::MAX_LEARNED;
 use crate::mirror::{MAX_MIRRORS, MirrorConfig, MirrorOutput};
 use crate::port::{PortConfig, PortKind};
 use crate::rate::Rate;
+use crate::tables::FlowTables;
 use crate::uplink::Teaming;
 use crate::{MacAddr, PortId};
 
@@ -45,6 +47,8 @@ pub struct SwitchConfig {
     pub capture_bytes: usize,
     /// Its meters.
     pub meters: Vec<MeterConfig>,
+    /// Its flows, each a line as for `ovs-ofctl add-flow`; none is `priority=0,actions=NORMAL`.
+    pub flows: Vec<String>,
 }
 
 /// Which part of a configuration is wrong.
@@ -58,6 +62,8 @@ pub enum Place {
     Mirror(String),
     /// A meter, by its number.
     Meter(u32),
+    /// A flow, counted from 1.
+    Flow(usize),
 }
 
 impl core::fmt::Display for Place {
@@ -67,6 +73,7 @@ impl core::fmt::Display for Place {
             Self::Port(name) => write!(f, "port {name}"),
             Self::Mirror(name) => write!(f, "mirror {name}"),
             Self::Meter(id) => write!(f, "meter {id}"),
+            Self::Flow(number) => write!(f, "flow {number}"),
         }
     }
 }
@@ -99,6 +106,9 @@ pub enum Problem {
     /// Something where it has no sense.
     #[error("only for {0}")]
     OnlyFor(&'static str),
+    /// The text of a flow, or flows that do not go together.
+    #[error("{0}")]
+    Flow(String),
 }
 
 /// A configuration that is refused.
@@ -176,7 +186,45 @@ impl SwitchConfig {
         for meter in &self.meters {
             check_meter(meter).map_err(at(Place::Meter(meter.id)))?;
         }
-        Ok(())
+        self.tables().map(|_| ())
+    }
+
+    /// The number of the port of that name.
+    #[must_use]
+    pub fn port_named(&self, name: &str) -> Option<PortId> {
+        let port = self.ports.iter().find(|port| port.name == name);
+        port.map(|port| port.id)
+    }
+
+    /// The flows.
+    ///
+    /// # Errors
+    /// One that is not understood or cannot be had.
+    pub fn tables(&self) -> Result<FlowTables, ConfigError> {
+        let wrong = |place: Place, problem: Problem| ConfigError {
+            place,
+            field: "flows",
+            problem,
+        };
+        let mut mods = Vec::with_capacity(self.flows.len());
+        for (number, line) in self.flows.iter().enumerate() {
+            let place = || Place::Flow(number + 1);
+            let parsed = FlowMod::parse(line, &|name| self.port_named(name));
+            let parsed =
+                parsed.map_err(|error| wrong(place(), Problem::Flow(error.to_string())))?;
+            if parsed.command != Command::Add {
+                return Err(wrong(place(), Problem::OnlyFor("flows that are added")));
+            }
+            mods.push(parsed);
+        }
+        let mut tables = match mods.is_empty() {
+            true => FlowTables::normal(),
+            false => FlowTables::new(),
+        };
+        let meters = self.meters.iter().map(|meter| meter.id).collect();
+        let made = tables.set_meters(meters).and_then(|()| tables.apply(&mods));
+        made.map_err(|error| wrong(Place::Switch, Problem::Flow(error.to_string())))?;
+        Ok(tables)
     }
 
     fn port(&self, field: &'static str, id: PortId, kind: Option<PortKind>) -> Checked {

@@ -64,11 +64,13 @@ pub enum DropCause {
     EgressRate,
     /// More than a meter lets pass.
     Meter,
+    /// A flow counts the time to live down, and it is over.
+    TimeToLive,
 }
 
 impl DropCause {
     /// How many there are.
-    pub const COUNT: usize = Self::Meter as usize + 1;
+    pub const COUNT: usize = Self::TimeToLive as usize + 1;
 
     /// Each, with the word for it.
     pub const ALL: [(Self, &'static str); Self::COUNT] = [
@@ -102,6 +104,7 @@ impl DropCause {
         (Self::IngressRate, "ingress-rate"),
         (Self::EgressRate, "egress-rate"),
         (Self::Meter, "meter"),
+        (Self::TimeToLive, "time-to-live"),
     ];
 
     /// The word for it.

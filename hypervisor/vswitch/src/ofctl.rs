@@ -12,9 +12,9 @@ use alloc::vec::Vec;
 use core::fmt::{self, Write};
 use core::net::{Ipv4Addr, Ipv6Addr};
 
+use crate::config::MeterConfig;
 use crate::flow::{Action, Command, DEFAULT_PRIORITY, Flow, FlowMod, LAST_TABLE, Match};
 use crate::key::{FRAG_ANY, FRAG_LATER, FlowKey, Vlan, ether, ipv4, proto};
-use crate::meter::{MeterConfig, Unit};
 use crate::translate::Field;
 use crate::{MacAddr, PortId};
 
@@ -95,6 +95,9 @@ pub enum Why {
         to: u8,
     },
 }
+
+/// The highest number of a meter (OpenFlow 1.3 §7.3.4.4).
+const MAX_METER: u32 = 0xffff_0000;
 
 type Result<T, E = Why> = core::result::Result<T, E>;
 
@@ -848,7 +851,7 @@ fn action(
             needs(Needs::Ip)?;
             plain(Action::DecTtl)?
         }
-        "meter" => Action::Meter(number(value, 1, 0xffff_0000)? as u32),
+        "meter" => Action::Meter(number(value, 1, MAX_METER.into())? as u32),
         "goto_table" => Action::Goto(later(value)?),
         "resubmit" => {
             let (from, to) = value.split_once(',').unwrap_or((value, ""));
@@ -1062,40 +1065,46 @@ impl From<FlowMod> for Flow {
     }
 }
 
-/// Reads a meter's text; see [`MeterConfig::parse`].
-pub(crate) fn parse_meter(text: &str) -> Result<MeterConfig, TextError> {
-    let (mut id, mut rate, mut burst, mut unit) = (None, None, 0, Unit::Kilobits);
-    let figure = |text: &str, low: u64, high: u64| number(text, low, high).map(|n| n as u32);
-    for word in (Words { text, at: 0 }) {
-        // `band=type=drop` begins the band; what follows is the band's.
-        let value = word.value;
-        let taken = match word.key {
-            "meter" => figure(value, 1, 0xffff_0000).map(|n| id = Some(n)),
-            "kbps" | "pktps" | "burst" | "stats" => {
-                if word.key == "pktps" {
-                    unit = Unit::Frames;
+impl MeterConfig {
+    /// Reads the text of a meter, as `ovs-ofctl add-meter` has it:
+    /// `meter=1,kbps,band=type=drop,rate=1000,burst_size=200`.
+    ///
+    /// # Errors
+    /// A word that is not understood, a number out of range, or no number or rate.
+    pub fn parse(text: &str) -> Result<Self, TextError> {
+        let (mut id, mut rate, mut burst, mut frames) = (None, None, None, false);
+        for word in (Words { text, at: 0 }) {
+            let figure = |high: u32| number(word.value, 1, high.into());
+            // `band=type=drop` begins the band; what follows is the band's.
+            let taken = match (word.key, word.value) {
+                ("meter", _) => figure(MAX_METER).map(|n| id = Some(n as u32)),
+                ("rate", _) => figure(u32::MAX).map(|n| rate = Some(n)),
+                ("burst_size", _) => figure(u32::MAX).map(|n| burst = Some(n)),
+                ("kbps" | "pktps", "") => {
+                    frames = word.key == "pktps";
+                    Ok(())
                 }
-                Ok(())
-            }
-            "rate" => figure(value, 1, u32::MAX.into()).map(|n| rate = Some(n)),
-            "burst_size" => figure(value, 1, u32::MAX.into()).map(|n| burst = n),
-            "band" | "bands" if value == "type=drop" => Ok(()),
-            "band" | "bands" => Err(form(value, "type=drop")),
-            "type" if value == "drop" => Ok(()),
-            _ => Err(Why::Unknown),
+                ("burst" | "stats", "") => Ok(()),
+                ("band" | "bands", "type=drop") | ("type", "drop") => Ok(()),
+                ("band" | "bands" | "type", value) => Err(form(value, "type=drop")),
+                _ => Err(Why::Unknown),
+            };
+            taken.map_err(|why| word.fail(why))?;
+        }
+        let missing = |key| {
+            let at = text.len();
+            Word { key, value: "", at }.fail(Why::Missing)
         };
-        taken.map_err(|why| word.fail(why))?;
+        let rate = rate.ok_or_else(|| missing("rate"))?;
+        let scale = if frames { 1 } else { 1000 };
+        Ok(Self {
+            id: id.ok_or_else(|| missing("meter"))?,
+            frames,
+            rate: rate * scale,
+            // Without a size, a second's worth.
+            burst: burst.unwrap_or(rate) * scale,
+        })
     }
-    let missing = |key| {
-        let at = text.len();
-        Word { key, value: "", at }.fail(Why::Missing)
-    };
-    Ok(MeterConfig {
-        id: id.ok_or_else(|| missing("meter"))?,
-        unit,
-        rate: rate.ok_or_else(|| missing("rate"))?,
-        burst,
-    })
 }
 
 /// Reads a frame given as a flow, for a trace: every field that is named has that value, every

@@ -11,11 +11,8 @@
 use alloc::vec::Vec;
 use core::cmp::Reverse;
 
-use arch::Nanos;
-
 use crate::flow::{Action, Command, Flow, FlowMod, LAST_TABLE};
 use crate::key::{FRAG_ANY, FlowKey};
-use crate::meter::{Meter, MeterConfig};
 
 /// How many flows a switch can have.
 pub const MAX_FLOWS: usize = 1 << 20;
@@ -62,9 +59,6 @@ pub enum TablesError {
         /// Its number.
         meter: u32,
     },
-    /// A meter defined twice.
-    #[error("meter {0} is there twice")]
-    MeterTwice(u32),
 }
 
 /// A flow with what it has seen.
@@ -79,7 +73,7 @@ pub struct Counted {
 }
 
 /// A flow's place among the flows, good until they change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowIndex(u32);
 
 /// Flows of one mask.
@@ -107,13 +101,14 @@ struct Table {
     groups: Vec<Group>,
 }
 
-/// The flows of a switch, by table, and its meters.
+/// The flows of a switch, by table.
 #[derive(Clone, Debug, Default)]
 pub struct FlowTables {
     /// In the order in which they were added.
     flows: Vec<Counted>,
     tables: Vec<Table>,
-    meters: Vec<Meter>,
+    /// The numbers of the meters that there are.
+    meters: Vec<u32>,
 }
 
 impl FlowTables {
@@ -197,6 +192,25 @@ impl FlowTables {
         }
     }
 
+    /// Takes over what `older` counted for flows that are here, too.
+    pub(crate) fn inherit(&mut self, older: &Self) {
+        let place = |flow: &Flow| {
+            let words = (*flow.matching.mask().words(), *flow.matching.key().words());
+            (flow.table, flow.priority, words)
+        };
+        let mut order: Vec<&Counted> = older.flows.iter().collect();
+        order.sort_by_cached_key(|counted| place(&counted.flow));
+        for own in &mut self.flows {
+            let wanted = place(&own.flow);
+            let found = order.binary_search_by(|counted| place(&counted.flow).cmp(&wanted));
+            if let Some(old) = found.ok().and_then(|at| order.get(at))
+                && old.flow == own.flow
+            {
+                (own.packets, own.bytes) = (old.packets, old.bytes);
+            }
+        }
+    }
+
     /// Makes all changes, one after the other, or none; how many flows were added, changed or
     /// removed.
     ///
@@ -225,38 +239,17 @@ impl FlowTables {
         Ok(changed)
     }
 
-    /// Gives the switch these meters instead of those it has; of those that stay as they are, the
-    /// buckets stay as full as they are.
+    /// Says which meters there are.
     ///
     /// # Errors
-    /// A number occurs twice, or a flow's meter would be gone.
-    pub fn set_meters(&mut self, meters: &[MeterConfig], now: Nanos) -> Result<(), TablesError> {
-        let mut made: Vec<Meter> = Vec::with_capacity(meters.len());
-        for config in meters {
-            if made.iter().any(|m| m.config().id == config.id) {
-                return Err(TablesError::MeterTwice(config.id));
-            }
-            let same = self.meters.iter().find(|m| m.config() == config);
-            made.push(same.cloned().unwrap_or_else(|| Meter::new(*config, now)));
-        }
-        let old = core::mem::replace(&mut self.meters, made);
+    /// A flow's meter would be gone.
+    pub fn set_meters(&mut self, meters: Vec<u32>) -> Result<(), TablesError> {
+        let old = core::mem::replace(&mut self.meters, meters);
         let checked = self.check(&self.flows);
         if checked.is_err() {
             self.meters = old;
         }
         checked
-    }
-
-    /// The meters.
-    #[must_use]
-    pub fn meters(&self) -> &[Meter] {
-        &self.meters
-    }
-
-    /// Whether a meter lets a frame of `bytes` pass. One that is not there lets none.
-    pub fn meter_passes(&mut self, id: u32, bytes: usize, now: Nanos) -> bool {
-        let meter = self.meters.iter_mut().find(|m| m.config().id == id);
-        meter.is_some_and(|m| m.passes(bytes, now))
     }
 
     /// Whether these flows can be had.
@@ -279,7 +272,7 @@ impl FlowTables {
                         lookups = lookups.saturating_add(more);
                         depth = depth.max(deeper + 1);
                     }
-                    Action::Meter(meter) if !self.meters.iter().any(|m| m.config().id == meter) => {
+                    Action::Meter(meter) if !self.meters.contains(&meter) => {
                         let table = flow.table;
                         return Err(TablesError::NoMeter { table, meter });
                     }

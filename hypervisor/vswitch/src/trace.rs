@@ -9,32 +9,23 @@ use arch::Nanos;
 
 use crate::flow::Match;
 use crate::key::{FlowKey, Vlan, ether, proto};
-use crate::tables::FlowTables;
-use crate::translate::{Field, Normal, Step, Translation, translate};
+use crate::switch::Switch;
+use crate::translate::{Field, Step};
 
-/// Traces a frame of `key`.
-pub fn trace(tables: &FlowTables, normal: &mut impl Normal, key: &FlowKey, now: Nanos) -> String {
-    let mut text = String::new();
-    let mut translation = Translation::default();
-    // Writing to a string does not fail.
-    let _ = writeln!(text, "Flow: {}\n", KeyText(key));
-    translate(
-        tables,
-        normal,
-        key,
-        now,
-        &mut translation,
-        Some(&mut text as &mut dyn fmt::Write),
-    );
-    if let Some(cause) = translation.drop {
-        let _ = writeln!(text, "\nDrop: {cause:?}");
+impl Switch {
+    /// Traces a frame of `key`, as `ofproto/trace` does.
+    pub fn trace(&mut self, key: &FlowKey, now: Nanos) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "Flow: {}\n", KeyText(key));
+        let decision = self.explain(key, now, &mut text);
+        let steps = decision.steps;
+        if let Some(cause) = decision.drop {
+            let _ = writeln!(text, "\nDrop: {}", cause.word());
+        }
+        let _ = writeln!(text, "\nDatapath actions: {}", Datapath { key, steps });
+        text
     }
-    let actions = Datapath {
-        key,
-        steps: &translation.steps,
-    };
-    let _ = writeln!(text, "\nDatapath actions: {actions}");
-    text
 }
 
 /// A key as the match of all that is in it.

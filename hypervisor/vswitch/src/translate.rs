@@ -218,40 +218,32 @@ impl<'a> Emit<'a> {
     }
 }
 
-/// Decides what is done with a frame of `key`: runs the flow tables from table 0 on, and writes the
-/// steps into `translation`. `trace`, if given, gets a line for each thing that happens.
-pub fn translate<'a>(
-    tables: &FlowTables,
-    normal: &mut impl Normal,
-    key: &FlowKey,
-    now: Nanos,
-    translation: &'a mut Translation,
-    trace: Option<&'a mut dyn fmt::Write>,
-) {
-    let mut out = Emit::new(*key, translation, trace);
-    normal.begin(key, now, &mut out);
-    let mut run = Run {
-        tables,
-        normal,
-        now,
-        out,
-    };
-    run.table(0, key.in_port);
-    let out = run.out;
-    if out.translation.steps.is_empty() {
-        out.translation.drop.get_or_insert(DropCause::Flow);
+impl FlowTables {
+    /// Decides what is done with a frame of `key`: runs the tables from table 0 on.
+    pub fn run(&self, normal: &mut impl Normal, key: &FlowKey, now: Nanos, out: &mut Emit<'_>) {
+        let tables = self;
+        let mut run = Run {
+            tables,
+            normal,
+            now,
+            out,
+        };
+        run.table(0, key.in_port);
+        if out.steps() == 0 {
+            out.drop(DropCause::Flow);
+        }
     }
 }
 
 /// A frame's way through the tables.
-struct Run<'a, 'b, N> {
+struct Run<'a, 'b, 'c, N> {
     tables: &'a FlowTables,
     normal: &'a mut N,
     now: Nanos,
-    out: Emit<'b>,
+    out: &'b mut Emit<'c>,
 }
 
-impl<N: Normal> Run<'_, '_, N> {
+impl<N: Normal> Run<'_, '_, '_, N> {
     /// Looks the frame up, as if it came from `port`, and does what its flow says. Tables lead to
     /// later ones only ([`FlowTables`] sees to it), so this ends.
     fn table(&mut self, table: u8, port: PortId) {
@@ -311,7 +303,7 @@ impl<N: Normal> Run<'_, '_, N> {
             }
             Action::Normal => {
                 let key = *key;
-                self.normal.normal(&key, self.now, &mut self.out);
+                self.normal.normal(&key, self.now, self.out);
             }
             Action::Flood | Action::All => {
                 let in_port = key.in_port;
@@ -322,7 +314,7 @@ impl<N: Normal> Run<'_, '_, N> {
                 }
             }
             Action::PushVlan(_) if inner.present() => {
-                self.out.drop(DropCause::TooManyTags);
+                self.out.drop(DropCause::Tags);
                 self.out
                     .say(format_args!(">> a third tag cannot be put on, stopping"));
                 return false;
@@ -362,7 +354,7 @@ impl<N: Normal> Run<'_, '_, N> {
 
     fn output(&mut self, port: PortId) {
         let key = self.out.current;
-        self.normal.output(port, &key, &mut self.out);
+        self.normal.output(port, &key, self.out);
     }
 }
 
