@@ -8,10 +8,6 @@ pub enum DropCause {
     Flow,
     /// More steps than [`MAX_STEPS`](crate::translate::MAX_STEPS).
     TooManySteps,
-    /// A third tag was to be put on, and keys hold two.
-    TooManyTags,
-    /// The time to live is over.
-    TimeToLive,
     /// It came in by, or is to leave by, a port that is not there.
     NoPort,
     /// The link of the port is down.
@@ -76,8 +72,6 @@ impl DropCause {
     pub const ALL: [(Self, &'static str); Self::COUNT] = [
         (Self::Flow, "flow"),
         (Self::TooManySteps, "too-many-steps"),
-        (Self::TooManyTags, "too-many-tags"),
-        (Self::TimeToLive, "time-to-live"),
         (Self::NoPort, "no-port"),
         (Self::LinkDown, "link-down"),
         (Self::Short, "short"),

@@ -16,7 +16,6 @@ pub mod edit;
 pub mod flow;
 pub mod key;
 pub mod learn;
-pub mod meter;
 pub mod mirror;
 pub mod normal;
 pub mod ofctl;

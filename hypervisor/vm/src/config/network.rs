@@ -249,6 +249,7 @@ impl Switch {
             mirrors,
             capture_bytes: usize::try_from(self.capture).unwrap_or(0),
             meters: self.meters.clone(),
+            flows: self.flows.iter().map(|(flow, _)| flow.clone()).collect(),
             ports,
         };
         config.check().map_err(|wrong| {
@@ -261,6 +262,11 @@ impl Switch {
                     let mut mirrors = self.mirrors.iter();
                     let at = mirrors.find(|mirror| mirror.config.name == *name);
                     at.map(|mirror| mirror.position)
+                }
+                Place::Flow(number) => {
+                    let at = number.checked_sub(1);
+                    let flow = at.and_then(|at| self.flows.get(at));
+                    flow.map(|(_, position)| *position)
                 }
                 Place::Switch | Place::Meter(_) => None,
             };
