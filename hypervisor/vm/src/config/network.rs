@@ -679,3 +679,172 @@ fn address_from(text: &str) -> Option<NicChoice> {
     let (bus, device, function) = (hex(bus)?, hex(device)?, hex(function)?);
     (device < 32 && function < 8).then_some(NicChoice::Address(bus, device, function))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Config, parse};
+    use vswitch::PortId;
+    use super::*;
+
+    const FULL: &str = r#"
+[[switch]]
+name = "lan"
+flows = ["priority=10,arp,actions=normal", "priority=0,actions=normal"]
+order = ["up"]
+spread = "by-port"
+reverse_path = false
+[[switch.uplink]]
+name = "up"
+nic = "00:03.0"
+trunks = [5, 9]
+[[switch.uplink]]
+nic = "52:54:00:12:34:56"
+[[switch.mirror]]
+name = "watch"
+select_src_port = ["a"]
+output_port = "probe"
+[[switch.meter]]
+id = 1
+packets = 1000
+[[vm]]
+name = "a"
+kind = "linux"
+kernel = "k"
+memory = "64MiB"
+[[vm.nic]]
+tag = 5
+queues = 2
+mtu = 9000
+ingress = { average = "10Mbit", peak = "1Gbit", burst = "64KiB" }
+learning = { limit = 4 }
+forged_source = true
+uplink = "up"
+[[vm.nic]]
+name = "probe"
+kind = "mirror"
+[[vm]]
+name = "b"
+kind = "linux"
+kernel = "k"
+memory = "64MiB"
+[[vm.nic]]
+switch = "lan"
+mac = "02:00:00:00:00:07"
+vlan_mode = "native-untagged"
+tag = 9
+"#;
+
+    fn assemble(text: &str) -> Result<SwitchConfig, String> {
+        let config: Config = parse(text, "t.toml").map_err(|error| error.to_string())?;
+        if let Some(Err(error)) = config.vms.iter().find(|vm| vm.is_err()) {
+            return Err(error.to_string());
+        }
+        let nics = config.vms.iter().flatten().flat_map(|vm| &vm.nics);
+        let switch = config.switches.first().expect("a switch");
+        switch
+            .assemble(0, "t.toml", nics)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_switch_is_what_its_text_says() {
+        let switch = assemble(FULL).expect("it is sound");
+        let ports: Vec<_> = switch
+            .ports
+            .iter()
+            .map(|p| (p.id.0, p.name.as_str()))
+            .collect();
+        assert_eq!(
+            ports,
+            [(1, "up"), (2, "uplink1"), (3, "a"), (4, "probe"), (5, "b")]
+        );
+        let [up, _, a, probe, b] = switch.ports.as_slice() else {
+            panic!()
+        };
+        assert_eq!(
+            (up.kind, up.protected, &up.trunks[..]),
+            (PortKind::Uplink, true, &[5, 9][..])
+        );
+        assert_eq!(
+            (a.tag, a.mode(), a.pinned),
+            (Some(5), VlanMode::Access, Some(PortId(1)))
+        );
+        let rate = Rate {
+            average: 10_000_000,
+            peak: 1_000_000_000,
+            burst: 65536,
+        };
+        assert_eq!((a.ingress, a.egress), (Some(rate), None));
+        assert_eq!(
+            a.learning,
+            Some(Learning {
+                limit: 4,
+                ..Learning::default()
+            })
+        );
+        assert_eq!((probe.kind, probe.macs.len()), (PortKind::Mirror, 0));
+        assert_eq!(b.macs, [MacAddr([2, 0, 0, 0, 0, 7])]);
+        assert!(
+            a.macs.iter().all(|mac| mac.is_station()),
+            "an address of its own"
+        );
+        assert_eq!(switch.mirrors[0].select_src, [PortId(3)]);
+        assert_eq!(switch.mirrors[0].output, MirrorOutput::Port(PortId(4)));
+        assert_eq!(switch.teaming.order, [PortId(1)]);
+    }
+
+    #[test]
+    fn mistakes_have_place_and_remedy() {
+        for (from, to, want) in [
+            ("switch = \"lan\"", "switch = \"lam\"", "one of \"lan\""),
+            ("tag = 9", "tag = 4095", "a number from 0 to 4094"),
+            ("nic = \"00:03.0\"", "nic = \"00:33.0\"", "a PCI address"),
+            (
+                "02:00:00:00:00:07",
+                "03:00:00:00:00:07",
+                "a station's address",
+            ),
+            (
+                "uplink = \"up\"",
+                "uplink = \"down\"",
+                "one of \"up\", \"uplink1\"",
+            ),
+            ("\"10Mbit\"", "\"10MB\"", "a rate such as"),
+            (
+                "[\"a\"]",
+                "[\"c\"]",
+                "has no port `c`; it has up, uplink1, a, probe, b",
+            ),
+            (
+                "output_port = \"probe\"",
+                "output_port = \"b\"",
+                "t.toml:14:1",
+            ),
+            ("priority=10,arp", "priority=10,arq", "t.toml:4:10"),
+            (
+                "packets = 1000",
+                "packets = 1000\nrate = \"1Mbit\"",
+                "left out beside `packets`",
+            ),
+            ("name = \"probe\"", "name = \"a\"", "a is there twice"),
+            (
+                "[[switch.meter]]",
+                "[[switch.metre]]",
+                "did you mean `meter`?",
+            ),
+            ("queues = 2", "queues = 99", "a number from 1 to 8"),
+        ] {
+            assert!(FULL.contains(from), "{from}");
+            let error = assemble(&FULL.replacen(from, to, 1)).expect_err(to);
+            assert!(error.contains(want), "{to}: {error}");
+        }
+    }
+
+    #[test]
+    fn own_addresses_differ_and_stay() {
+        let all = [own_mac("a", 0), own_mac("a", 1), own_mac("b", 0)];
+        assert!(all[0] != all[1] && all[0] != all[2] && all[1] != all[2]);
+        assert_eq!(all[0], own_mac("a", 0));
+        assert!(all.iter().all(|mac| mac.is_station() && mac.0[0] == 2));
+    }
+}
