@@ -1022,3 +1022,6 @@ impl Device for SharedNet {
         core::mem::take(&mut self.0.lock().state.signals)
     }
 }
+
+#[cfg(test)]
+mod tests;
