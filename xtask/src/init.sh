@@ -8,6 +8,13 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 hostname linux
+# The drivers of virtio, where there is a device for them.
+if grep -qs 0x1af4 /sys/bus/pci/devices/*/vendor; then
+    for module in virtio virtio_ring virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci \
+        virtio-rng virtio_console failover net_failover virtio_net; do
+        insmod "/lib/modules/$module.ko"
+    done
+fi
 echo
 echo "Linux $(uname -r) is up after $(cut -d' ' -f1 /proc/uptime) s. Leave with poweroff."
 # poweroff, reboot and halt signal process 1, which is this script.

@@ -19,9 +19,19 @@ use crate::toolchain::Workspace;
 const KERNEL: &str = "linux-image-cloud-amd64";
 /// The package with the guest's whole userspace.
 const BUSYBOX: &str = "busybox-static";
-/// The kernel's modules that go with it, in the order in which they are loaded; they are in
-/// `/lib/modules`, for whoever wants them.
+/// The kernel's modules that go with it, in the order in which they are loaded. They are in
+/// `/lib/modules`; the first process loads those of virtio.
 const MODULES: &[&str] = &[
+    "drivers/virtio/virtio.ko",
+    "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio_pci_modern_dev.ko",
+    "drivers/virtio/virtio_pci_legacy_dev.ko",
+    "drivers/virtio/virtio_pci.ko",
+    "drivers/char/hw_random/virtio-rng.ko",
+    "drivers/char/virtio_console.ko",
+    "net/core/failover.ko",
+    "drivers/net/net_failover.ko",
+    "drivers/net/virtio_net.ko",
     "drivers/watchdog/watchdog.ko",
     "drivers/watchdog/wdat_wdt.ko",
 ];

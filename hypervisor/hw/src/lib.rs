@@ -9,6 +9,7 @@ mod apic;
 mod clock;
 mod direct_map;
 pub mod power;
+mod random;
 mod rtc;
 mod screen;
 mod serial;
@@ -19,6 +20,7 @@ pub use apic::{
 };
 pub use clock::{ClockError, TscFrequency, calibrate, rdtsc, rdtsc_ordered, tsc_is_invariant};
 pub use direct_map::DirectMap;
+pub use random::random_seed;
 pub use rtc::wall_clock;
 pub use screen::{Framebuffer, Screen};
 pub use serial::{ComPort, Serial, SerialError};

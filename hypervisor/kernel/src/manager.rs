@@ -308,6 +308,7 @@ impl Manager {
                 let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);
                 [result.eax, result.ebx, result.ecx, result.edx]
             },
+            random_seed: hw::random_seed(),
             apic_access_page: backend.apic_access_page(),
             still_waiting: cores::watch_while_waiting,
         };

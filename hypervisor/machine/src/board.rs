@@ -11,7 +11,7 @@
 use alloc::{boxed::Box, vec, vec::Vec};
 use core::ops::Range;
 
-use arch::{Nanos, Vector};
+use arch::{GuestMemory, Nanos, Vector};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -142,6 +142,10 @@ pub struct Board {
     extint: bool,
     actions: Actions,
     acting: bool,
+    /// A function has something for [`Board::serve`].
+    serving: bool,
+    /// The guest printed last at a console behind PCI: what is typed goes there.
+    pci_console: bool,
     deadlines: [Nanos; TIMED],
     next: Nanos,
 }
@@ -194,6 +198,8 @@ impl Board {
             extint: false,
             actions: Actions::default(),
             acting: false,
+            serving: false,
+            pci_console: false,
             deadlines: [Nanos::NEVER; TIMED],
             next: Nanos::NEVER,
         };
@@ -233,6 +239,7 @@ impl Board {
         devices.fast_reset = false;
         self.actions = Actions::default();
         self.acting = false;
+        self.pci_console = false;
         self.carry_all(now);
     }
 
@@ -775,16 +782,21 @@ impl Board {
         self.set_deadline(Timed::Hpet, deadline);
     }
 
-    fn carry_pci(&mut self) {
+    /// Carries on what plugged functions have to tell. To be called after one of them was given
+    /// something from outside of the board.
+    pub fn carry_pci(&mut self) {
         if self.pci.is_empty() {
             return;
         }
-        for (line, level) in self.pci.interrupts().into_iter().enumerate() {
-            self.set_intx(line, level);
-        }
+        // What makes a message may make a level instead.
         let apic = &mut self.apic;
         self.pci
             .take_messages(|msi| _ = apic.msi(msi.address, msi.data));
+        for (line, level) in self.pci.interrupts().into_iter().enumerate() {
+            self.set_intx(line, level);
+        }
+        self.serving = self.pci.wants_service();
+        self.acting |= self.serving;
         self.set_deadline(Timed::Pci, self.pci.next_event());
     }
 
@@ -826,7 +838,21 @@ impl Board {
         self.extint | self.acting
     }
 
-    /// Whether [`Board::take_actions`] has something.
+    /// Whether [`Board::serve`] has something to do.
+    #[inline]
+    #[must_use]
+    pub const fn wants_service(&self) -> bool {
+        self.serving
+    }
+
+    /// Does a bounded amount of what functions need the guest's memory for: doorbells that were
+    /// rung, bytes that were typed.
+    pub fn serve(&mut self, mem: &mut dyn GuestMemory, now: Nanos) {
+        self.pci.serve(mem, now);
+        self.carry_pci();
+    }
+
+    /// Whether [`Board::take_actions`] or [`Board::serve`] has something.
     #[inline]
     #[must_use]
     pub const fn has_actions(&self) -> bool {
@@ -835,7 +861,7 @@ impl Board {
 
     /// What was asked for since the last call.
     pub const fn take_actions(&mut self) -> Actions {
-        self.acting = false;
+        self.acting = self.serving;
         core::mem::replace(
             &mut self.actions,
             Actions {
@@ -848,15 +874,28 @@ impl Board {
         )
     }
 
-    /// Hands what the guest printed (first serial port, debug console) to `print`, in pieces.
+    /// Hands what the guest printed (first serial port, debug console, consoles behind PCI) to
+    /// `print`, in pieces.
     pub fn console_output(&mut self, print: &mut impl FnMut(&[u8])) {
+        self.pci_console &= !self.devices.uart.has_output();
         self.devices.uart.take_output(print);
         self.devices.debug.take_output(print);
         self.carry_uart();
+        if self.pci.take_output(print) {
+            self.pci_console = true;
+            self.carry_pci();
+        }
     }
 
-    /// Types at the first serial port; gives how many bytes there is room for.
+    /// Types where the guest printed last: at the first serial port, or a console behind PCI.
+    /// Gives how many bytes there is room for.
     pub fn console_input(&mut self, bytes: &[u8], now: Nanos) -> usize {
+        if self.pci_console
+            && let Some(taken) = self.pci.push_input(bytes)
+        {
+            self.carry_pci();
+            return taken;
+        }
         let taken = self.devices.uart.push_input(bytes, now);
         self.carry_uart();
         taken

@@ -72,6 +72,12 @@ pub const PM_BLOCK: Range<u16> = 0x600..0x640;
 pub const WATCHDOG: Range<u16> = 0x640..0x654;
 /// Its device number on bus 0.
 pub const WATCHDOG_DEVICE: u8 = 29;
+/// The console's place on the bus.
+pub const CONSOLE_DEVICE: u8 = 1;
+/// The entropy device's place on the bus.
+pub const RNG_DEVICE: u8 = 2;
+/// Where network devices begin on the bus.
+pub const FIRST_NET_DEVICE: u8 = 3;
 /// Reset control register.
 pub const RESET: u16 = 0xcf9;
 /// Written to [`RESET`]: a full reset.

@@ -80,10 +80,16 @@ pub trait Device: Send {
     fn serve(&mut self, mem: &mut dyn GuestMemory, now: Nanos);
     /// What the driver is to hear of since the last call.
     fn take_signals(&mut self) -> Signals;
-    /// Hands what a console printed to `print`, in pieces.
-    fn take_output(&mut self, _print: &mut dyn FnMut(&[u8])) {}
-    /// Types at a console; gives how many bytes it took.
-    fn push_input(&mut self, _bytes: &[u8]) -> usize {
-        0
+    /// Whether [`Device::take_output`] has something.
+    fn has_output(&self) -> bool {
+        false
+    }
+    /// Hands what a console printed to `print`, in pieces, and says whether there was anything.
+    fn take_output(&mut self, _print: &mut dyn FnMut(&[u8])) -> bool {
+        false
+    }
+    /// Types at a console; gives how many bytes it took, `None` if it is none.
+    fn push_input(&mut self, _bytes: &[u8]) -> Option<usize> {
+        None
     }
 }

@@ -10,10 +10,13 @@
 extern crate alloc;
 
 mod chain;
+pub mod console;
 mod device;
 pub mod net;
 mod packed;
+pub mod pci;
 mod queue;
+pub mod rng;
 mod split;
 
 pub use chain::{Buffer, Chain, MAX_CHAIN, QueueError, Token};

@@ -23,7 +23,7 @@ use arch::{GuestMemory, Nanos};
 use serde::{Deserialize, Serialize};
 
 use crate::chain::{Chain, QueueError, Token};
-use crate::device::{Device, Signals};
+use crate::device::{Device, MAX_QUEUES, Signals};
 use crate::queue::Queue;
 use control::{Settings, Unwanted};
 use frame::flow_hash;
@@ -125,10 +125,9 @@ pub mod feature {
     ];
 }
 
-/// The most pairs of queues: with the control queue they are within [`MAX_QUEUES`].
-///
-/// [`MAX_QUEUES`]: crate::MAX_QUEUES
+/// The most pairs of queues.
 pub const MAX_PAIRS: u16 = 31;
+const _: () = assert!(2 * MAX_PAIRS < MAX_QUEUES);
 /// The longest frame: an IPv6 packet with all of its payload, and two tags.
 pub const MAX_FRAME: usize = ETHERNET + 8 + 40 + 65535;
 /// Room that [`NetDevice::transmit`] needs in its buffer for a frame.

@@ -95,6 +95,14 @@ impl PackedQueue {
         at(self.layout.descriptors, 16 * u64::from(place))
     }
 
+    /// The flags of the next descriptor, if it is available.
+    pub(crate) fn waiting(&self, mem: &mut dyn GuestMemory) -> Result<Option<u16>, QueueError> {
+        let Cursor { place, wrap } = self.available;
+        let flags = u16::from_le_bytes(read(mem, at(self.descriptor(place)?, 14)?)?);
+        let available = (flags & DESC_AVAIL != 0) == wrap && (flags & DESC_USED != 0) != wrap;
+        Ok(available.then_some(flags))
+    }
+
     pub(crate) fn pop(
         &mut self,
         mem: &mut dyn GuestMemory,
@@ -102,12 +110,9 @@ impl PackedQueue {
     ) -> Result<bool, QueueError> {
         let size = self.layout.size;
         let mut cursor = self.available;
-        let first = self.descriptor(cursor.place)?;
-        let flags = u16::from_le_bytes(read(mem, at(first, 14)?)?);
-        let wrap = |bit| (flags & bit != 0) == cursor.wrap;
-        if !wrap(DESC_AVAIL) || wrap(DESC_USED) {
+        let Some(flags) = self.waiting(mem)? else {
             return Ok(false);
-        }
+        };
         // The rest is read after the flags that tell of it (§2.8.21.1).
         fence(Ordering::Acquire);
         chain.clear();

@@ -71,6 +71,17 @@ impl Queue {
         }
     }
 
+    /// Whether [`Queue::pop`] would find one.
+    ///
+    /// # Errors
+    /// A ring has no memory behind it.
+    pub fn has_next(&self, mem: &mut dyn GuestMemory) -> Result<bool, QueueError> {
+        match self {
+            Self::Split(queue) => Ok(queue.waiting(mem)? != 0),
+            Self::Packed(queue) => Ok(queue.waiting(mem)?.is_some()),
+        }
+    }
+
     /// How far the queue has been taken from.
     #[must_use]
     pub const fn position(&self) -> Position {

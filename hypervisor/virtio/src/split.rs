@@ -59,20 +59,25 @@ impl SplitQueue {
         (index & self.layout.size.wrapping_sub(1)).into()
     }
 
+    /// How many chains are available.
+    pub(crate) fn waiting(&self, mem: &mut dyn GuestMemory) -> Result<u16, QueueError> {
+        let index = u16::from_le_bytes(read(mem, at(self.layout.driver, 2)?)?);
+        let waiting = index.wrapping_sub(self.next_available);
+        if waiting > self.layout.size {
+            return Err(QueueError::Overrun(waiting));
+        }
+        Ok(waiting)
+    }
+
     pub(crate) fn pop(
         &mut self,
         mem: &mut dyn GuestMemory,
         chain: &mut Chain,
     ) -> Result<bool, QueueError> {
-        let available = self.layout.driver;
-        let index = u16::from_le_bytes(read(mem, at(available, 2)?)?);
-        let waiting = index.wrapping_sub(self.next_available);
-        if waiting == 0 {
+        if self.waiting(mem)? == 0 {
             return Ok(false);
         }
-        if waiting > self.layout.size {
-            return Err(QueueError::Overrun(waiting));
-        }
+        let available = self.layout.driver;
         // The entry is read after the index that tells of it (§2.7.13.1).
         fence(Ordering::Acquire);
         let slot = self.slot(self.next_available);

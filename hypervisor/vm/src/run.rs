@@ -347,7 +347,21 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             return None;
         }
         board.console_output(&mut |bytes| host.output(bytes));
+        let mut wanted = false;
+        while board.wants_service() && !wanted {
+            let now = self.vm.time_at(host.tsc());
+            let Ok(mut memory) = self.vm.memory() else {
+                return Some(Stop::Ordered);
+            };
+            board.serve(&mut *memory, now);
+            drop(memory);
+            board.console_output(&mut |bytes| host.output(bytes));
+            wanted = board.wants_service() && host.interrupted();
+        }
         let actions = board.take_actions();
+        // Where the core is wanted, the rest comes before the next entry.
+        let rest = board.wants_service();
+        self.attention.set(Attention::ACTIONS, rest);
         self.vm.board_done(&board);
         drop(board);
         let end = if let Some(code) = actions.exit_code {
@@ -359,7 +373,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         } else if actions.reset.is_some() {
             End::Reset
         } else {
-            return None;
+            return rest.then_some(Stop::Preempted);
         };
         Some(Stop::Ended(end))
     }

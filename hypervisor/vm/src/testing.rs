@@ -203,6 +203,7 @@ impl Machine {
                 ..Enabled::default()
             },
             host_cpuid: &cpuid,
+            random_seed: [7; 32],
             apic_access_page: None,
             still_waiting: || {},
         };

@@ -1,11 +1,12 @@
 //! One VM: its configuration made into an address space, a virtual PC and vCPUs.
 
 use crate::bundle::{Bundle, BundleError};
-use crate::config::{Class, ImageName, VmConfig};
+use crate::config::{Class, Devices, ImageName, VmConfig};
 use crate::dump::{Dump, Interrupts};
 use crate::exits::{Counts, Exits};
 use crate::layout::MemoryLayout;
 use crate::load::{self, Boot, EntryState, Image, LoadError};
+use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -23,8 +24,10 @@ use machine::cpuid::{CpuidConfig, CpuidPolicy, Enabled};
 use machine::emulate::CodePage;
 use machine::map;
 use machine::msr::MsrState;
+use machine::pci::{DeviceFunction, PciFunction};
 use memory::{AddressSpace, Format, MapError, Region, RegionError, RegionKind};
 use spin::{Mutex, MutexGuard};
+use virtio::{console::Console, pci::VirtioPci, rng::Rng};
 
 /// What a running vCPU needs of the core it runs on.
 pub trait Host {
@@ -155,6 +158,8 @@ pub struct VmSetup<'a, P, F> {
     pub enabled: Enabled,
     /// The machine's CPUID.
     pub host_cpuid: &'a dyn Fn(u32, u32) -> [u32; 4],
+    /// Random, for the VM's source of random bytes.
+    pub random_seed: [u8; 32],
     /// A page to map at the local APIC's address (VMX), if the hardware wants one.
     pub apic_access_page: Option<HostPhysAddr>,
     /// Called from time to time by a core that waits for what another one holds of the VM.
@@ -185,6 +190,27 @@ fn image<'a>(bundle: &Bundle<'a>, image: &'a ImageName) -> Result<Image<'a>, Bun
         name: &image.name,
         data: bundle.get(&image.name)?,
     })
+}
+
+/// The columns and rows of a console that nobody knows the size of.
+const CONSOLE_SIZE: (u16, u16) = (80, 25);
+
+/// Plugs in what the configuration asks for.
+fn plug_devices(board: &mut Board, devices: &Devices, seed: [u8; 32]) {
+    let mut plug = |device, function: Option<Box<dyn PciFunction>>| {
+        if let (Some(place), Some(function)) = (DeviceFunction::new(device, 0), function) {
+            // Each has its own place.
+            let _ = board.pci.plug(place, function);
+        }
+    };
+    if devices.virtio_console {
+        let console = VirtioPci::new(Console::new(CONSOLE_SIZE.0, CONSOLE_SIZE.1));
+        plug(map::CONSOLE_DEVICE, console.map(|f| Box::new(f) as _));
+    }
+    if devices.rng {
+        let rng = VirtioPci::new(Rng::new(seed));
+        plug(map::RNG_DEVICE, rng.map(|f| Box::new(f) as _));
+    }
 }
 
 /// What a VM costs the host besides its RAM and the tables that map it, with room to spare:
@@ -305,7 +331,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             },
         );
         let high_ram = config.memory.saturating_sub(map::LOW_RAM_END);
-        let board = Board::new(&BoardConfig {
+        let mut board = Board::new(&BoardConfig {
             vcpus: config.vcpus,
             low_ram: config.memory - high_ram,
             high_ram,
@@ -315,6 +341,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             debug_console: config.devices.debug_console,
             watchdog: config.devices.watchdog,
         });
+        plug_devices(&mut board, &config.devices, setup.random_seed);
         let rsdp = acpi::install(
             &AcpiConfig {
                 vcpus: config.vcpus,

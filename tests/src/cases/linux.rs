@@ -243,6 +243,49 @@ pub(super) const CASES: &[Case] = &[
         end: Ending::Dialogue,
         ..LINUX
     },
+    // The kernel's own drivers find the devices on the bus: random bytes come, by MSI-X and then by
+    // INTx; what goes to the second console is shown.
+    Case {
+        name: "virtio",
+        load: Load::Bundle {
+            config: &[r#"
+[[vm]]
+name = "linux"
+kind = "linux"
+kernel = "vmlinuz"
+initrd = "initrd.cpio"
+cmdline = "console=ttyS0"
+memory = "256MiB"
+devices.rng = true
+devices.virtio_console = true
+"#],
+            files: FILES,
+            spoil: None,
+        },
+        steps: &[
+            UP,
+            PROMPT,
+            Send("cat /sys/class/misc/hw_random/rng_current\n"),
+            Expect(r"^virtio_rng\.0"),
+            PROMPT,
+            Send("head -c 5000 /dev/hwrng | wc -c\n"),
+            Expect("^5000$"),
+            PROMPT,
+            Send("grep virtio /proc/interrupts; echo is-$?\n"),
+            Expect("PCI-MSI.* virtio[0-9]-input"),
+            Expect("^is-0$"),
+            PROMPT,
+            Send("echo by-the-other >/dev/hvc0\n"),
+            Expect("^by-the-other"),
+            PROMPT,
+            Send("dmesg; echo is-$?\n"),
+            Expect("^is-0$"),
+            Refuse(FAULTS),
+            PROMPT,
+            Send("poweroff\n"),
+        ],
+        ..LINUX
+    },
     // The kernel's own driver for ACPI's watchdog table drives ours: nothing happens while somebody
     // strokes it, and the VM has crashed when nobody does.
     Case {

@@ -17,6 +17,7 @@ const HEADER_TYPE: u16 = 0x0e;
 const BARS: u16 = 0x10;
 const CAPABILITIES: u16 = 0x34;
 const FIRST_CAPABILITY: u16 = 0x40;
+const INTERRUPT_LINE: u16 = 0x3c;
 const INTERRUPT_PIN: u16 = 0x3d;
 
 /// Command register: decode ports.
@@ -31,6 +32,8 @@ pub const COMMAND_INTX_OFF: u16 = 1 << 10;
 const COMMAND_WRITABLE: u16 = 0x0547;
 /// Parity, aborts, system error: cleared by writing 1.
 const STATUS_CLEARABLE: u16 = 0xf900;
+/// INTx is asserted, or would be.
+const STATUS_INTERRUPT: u32 = 1 << 3;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 
 /// What a base address register decodes.
@@ -225,6 +228,13 @@ impl ConfigSpace {
         self.get(COMMAND, 2) as u16
     }
 
+    /// Says in the status register whether an interrupt by INTx is pending.
+    pub fn set_interrupt_status(&mut self, pending: bool) {
+        let status = self.get(STATUS, 1) & !STATUS_INTERRUPT;
+        let interrupt = if pending { STATUS_INTERRUPT } else { 0 };
+        self.set(STATUS, 1, status | interrupt);
+    }
+
     /// The interrupt pin, 1 to 4, if the function uses one.
     #[must_use]
     pub fn interrupt_pin(&self) -> Option<u8> {
@@ -260,6 +270,30 @@ impl ConfigSpace {
             };
             (command & enable != 0 && base != 0 && fits).then_some((index, ports, base..end))
         })
+    }
+
+    /// Places its memory as firmware does, from `next` on, which is moved behind it, to below
+    /// `end`; and says to which input of the 8259A pair its pin goes.
+    pub fn assign(&mut self, next: &mut u64, end: u64, irq: u8) {
+        for (index, bar) in (0u16..).zip(self.bars) {
+            let Some(Bar { kind, size }) = bar else {
+                continue;
+            };
+            let place = next.checked_next_multiple_of(size);
+            let Some(place) = place.filter(|at| kind != BarKind::Io && *at <= end - size.min(end))
+            else {
+                continue;
+            };
+            let offset = BARS + 4 * index;
+            self.write(offset, 4, place as u32);
+            if kind == BarKind::Memory64 {
+                self.write(offset + 4, 4, (place >> 32) as u32);
+            }
+            *next = place.saturating_add(size);
+        }
+        if self.interrupt_pin().is_some() {
+            self.write(INTERRUPT_LINE, 1, irq.into());
+        }
     }
 
     /// Whether a write to these bytes can change what [`ConfigSpace::decoded`] gives.

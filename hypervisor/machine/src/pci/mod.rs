@@ -19,7 +19,7 @@ pub use region::{Overlap, RegionMap};
 use alloc::{boxed::Box, vec::Vec};
 use core::ops::Range;
 
-use arch::Nanos;
+use arch::{GuestMemory, Nanos};
 use serde::{Deserialize, Serialize};
 
 use crate::map;
@@ -70,6 +70,8 @@ pub trait PciFunction: Send {
     fn fixed_ports(&self) -> Option<Range<u64>> {
         None
     }
+    /// A guest is about to read these bytes of the configuration space.
+    fn config_reading(&mut self, _offset: u16, _size: u8) {}
     /// A guest wrote these bytes of the configuration space.
     fn config_written(&mut self, _offset: u16, _size: u8) {}
     /// Reads `size` (1, 2, 4, 8) bytes in what base address register `bar` (or [`FIXED_PORTS`])
@@ -94,6 +96,20 @@ pub trait PciFunction: Send {
     /// Whether it is a watchdog that ran out since it was asked last.
     fn take_expiry(&mut self) -> bool {
         false
+    }
+    /// Whether [`PciFunction::serve`] has something to do.
+    fn wants_service(&self) -> bool {
+        false
+    }
+    /// Does a bounded amount of what it needs the guest's memory for.
+    fn serve(&mut self, _mem: &mut dyn GuestMemory, _now: Nanos) {}
+    /// Hands what a console printed to `print`, in pieces, and says whether there was anything.
+    fn take_output(&mut self, _print: &mut dyn FnMut(&[u8])) -> bool {
+        false
+    }
+    /// Types at a console; gives how many bytes it took, `None` if it is none that is in use.
+    fn push_input(&mut self, _bytes: &[u8]) -> Option<usize> {
+        None
     }
     /// RST#.
     fn reset(&mut self);
@@ -196,8 +212,21 @@ impl Pci {
                 function.config_mut().set_multifunction();
             }
         }
-        self.place();
+        self.assign();
         Ok(())
+    }
+
+    /// Gives each function its place in memory, as firmware does, without letting it decode yet.
+    fn assign(&mut self) {
+        let mut next = map::PCI_WINDOW.start;
+        for (place, function) in &mut self.functions {
+            let config = function.config_mut();
+            let pin = config.interrupt_pin().map_or(0, |pin| pin - 1);
+            let line = map::pci_intx_line(place.device(), pin);
+            let irq = map::PCI_INTX_PIC.get(line).copied().unwrap_or(0);
+            config.assign(&mut next, map::PCI_WINDOW.end, irq);
+        }
+        self.place();
     }
 
     /// The plugged functions, in ascending order of place.
@@ -215,7 +244,7 @@ impl Pci {
             function.reset();
             function.config_mut().reset();
         }
-        self.place();
+        self.assign();
     }
 
     /// The root's own state, for saving.
@@ -293,9 +322,10 @@ impl Pci {
             (0, DeviceFunction::HOST_BRIDGE) => self.state.bridge.get(register, size),
             (0, _) => self
                 .functions
-                .iter()
-                .find(|&&(other, _)| other == place)
+                .iter_mut()
+                .find(|(other, _)| *other == place)
                 .map_or(absent, |(_, function)| {
+                    function.config_reading(register, size);
                     function.config().get(register, size)
                 }),
             _ => absent,
@@ -410,6 +440,36 @@ impl Pci {
     pub fn take_expiry(&mut self) -> bool {
         let functions = self.functions.iter_mut();
         functions.fold(false, |any, (_, function)| function.take_expiry() || any)
+    }
+
+    /// Whether a function has something for [`Pci::serve`].
+    #[must_use]
+    pub fn wants_service(&self) -> bool {
+        let mut functions = self.functions.iter();
+        functions.any(|(_, function)| function.wants_service())
+    }
+
+    /// Lets each function that wants to do a bounded amount of what it needs memory for.
+    pub fn serve(&mut self, mem: &mut dyn GuestMemory, now: Nanos) {
+        for (_, function) in &mut self.functions {
+            if function.wants_service() {
+                function.serve(mem, now);
+            }
+        }
+    }
+
+    /// Hands what consoles printed to `print`, in pieces, and says whether there was anything.
+    pub fn take_output(&mut self, print: &mut dyn FnMut(&[u8])) -> bool {
+        let functions = self.functions.iter_mut();
+        functions.fold(false, |any, (_, function)| {
+            function.take_output(print) || any
+        })
+    }
+
+    /// Types at the first console in use; gives how many bytes it took, `None` if there is none.
+    pub fn push_input(&mut self, bytes: &[u8]) -> Option<usize> {
+        let mut functions = self.functions.iter_mut();
+        functions.find_map(|(_, function)| function.push_input(bytes))
     }
 
     /// Levels of the four interrupt lines: a device's pins are swizzled by its number

@@ -36,6 +36,8 @@ struct Entry {
 pub struct MsixTable {
     entries: Vec<Entry>,
     capability: u16,
+    /// Some entry may be pending.
+    waiting: bool,
 }
 
 impl MsixTable {
@@ -66,6 +68,7 @@ impl MsixTable {
         Some(Self {
             entries: vec![entry; vectors.into()],
             capability,
+            waiting: false,
         })
     }
 
@@ -73,6 +76,17 @@ impl MsixTable {
     pub fn reset(&mut self) {
         for entry in &mut self.entries {
             (entry.control, entry.pending) = (MASKED, false);
+        }
+        self.waiting = false;
+    }
+
+    /// The number of a vector, or 0xffff if there is none of this number.
+    #[must_use]
+    pub fn vector(&self, number: u16) -> u16 {
+        if usize::from(number) < self.entries.len() {
+            number
+        } else {
+            u16::MAX
         }
     }
 
@@ -144,17 +158,21 @@ impl MsixTable {
             return Some(entry.message());
         }
         entry.pending = true;
+        self.waiting = true;
         None
     }
 
     /// A message that was pending and may be sent by now. Asked after each write to the table or
     /// to the capability until there is none.
     pub fn take_unmasked(&mut self, config: &ConfigSpace) -> Option<Msi> {
-        if !self.open(config) {
+        if !self.waiting || !self.open(config) {
             return None;
         }
-        let mut waiting = self.entries.iter_mut();
-        let entry = waiting.find(|entry| entry.pending && entry.control & MASKED == 0)?;
+        let mut pending = self.entries.iter_mut().filter(|entry| entry.pending);
+        let Some(entry) = pending.find(|entry| entry.control & MASKED == 0) else {
+            self.waiting = self.entries.iter().any(|entry| entry.pending);
+            return None;
+        };
         entry.pending = false;
         Some(entry.message())
     }

@@ -127,9 +127,13 @@ impl<'a> Frame<'a> {
     /// Copies the first bytes; gives how many.
     pub(super) fn copy_head(&self, head: &mut [u8; HEAD]) -> usize {
         let mut length = 0;
-        for (to, from) in head.iter_mut().zip(self.pieces().flatten()) {
-            *to = *from;
-            length += 1;
+        for piece in self.pieces() {
+            let room = head.get_mut(length..).unwrap_or_default();
+            let now = room.len().min(piece.len());
+            if let (Some(to), Some(from)) = (room.get_mut(..now), piece.get(..now)) {
+                to.copy_from_slice(from);
+            }
+            length += now;
         }
         length
     }

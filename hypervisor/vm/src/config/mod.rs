@@ -73,7 +73,14 @@ const VM_KEYS: &[&str] = &[
     "devices",
 ];
 const REALTIME_KEYS: &[&str] = &["budget", "period"];
-const DEVICE_KEYS: &[&str] = &["debug_exit", "debug_console", "success_code", "watchdog"];
+const DEVICE_KEYS: &[&str] = &[
+    "debug_exit",
+    "debug_console",
+    "success_code",
+    "watchdog",
+    "rng",
+    "virtio_console",
+];
 
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -291,6 +298,10 @@ pub struct Devices {
     pub success_code: u32,
     /// A watchdog timer that the guest may start.
     pub watchdog: bool,
+    /// A source of random bytes (virtio-rng).
+    pub rng: bool,
+    /// A console besides the serial port (virtio-console).
+    pub virtio_console: bool,
 }
 
 impl Default for Devices {
@@ -300,6 +311,8 @@ impl Default for Devices {
             debug_console: false,
             success_code: 1,
             watchdog: false,
+            rng: false,
+            virtio_console: false,
         }
     }
 }
@@ -600,6 +613,8 @@ fn vm<'a>(value: &Value<'a>, index: usize, taken: &mut Taken<'a>) -> Checked<VmC
                 .get("success_code")
                 .map_or(Ok(1), |value| value.success_code())?,
             watchdog: devices.boolean("watchdog", false)?,
+            rng: devices.boolean("rng", false)?,
+            virtio_console: devices.boolean("virtio_console", false)?,
         },
         position,
     })

@@ -5,6 +5,9 @@ use super::*;
 const OK: u8 = 0;
 const ERR: u8 = 1;
 
+/// Memory that no buffer is in.
+const SPARE: u64 = 0x8_0000;
+
 const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 7];
 const GROUP: [u8; 6] = [1, 0, 0x5e, 0, 0, 1];
 const ALL_STATIONS: [u8; 6] = [0xff; 6];
@@ -77,7 +80,10 @@ fn address_tables() {
     // More than fit: all of that kind.
     assert_eq!(guest.command(1, 0, &table(&[[2; 6]; 65], &[])), OK);
     assert_eq!(heard(&mut guest), [true, true, false, true]);
-    assert_eq!(guest.command(1, 0, &table(&[[2; 6]; 64], &[[1; 6]; 65])), OK);
+    assert_eq!(
+        guest.command(1, 0, &table(&[[2; 6]; 64], &[[1; 6]; 65])),
+        OK
+    );
     assert_eq!(heard(&mut guest), [true, false, true, true]);
     // A reset empties it.
     guest.net.reset();
@@ -87,7 +93,12 @@ fn address_tables() {
 #[test]
 fn own_address() {
     let mut guest = Guest::new(EVERYTHING);
-    for (mac, want) in [(&GROUP[..], ERR), (&[0; 6], ERR), (&OTHER[..5], ERR), (&OTHER, OK)] {
+    for (mac, want) in [
+        (&GROUP[..], ERR),
+        (&[0; 6], ERR),
+        (&OTHER[..5], ERR),
+        (&OTHER, OK),
+    ] {
         assert_eq!(guest.command(1, 1, mac), want);
     }
     let mut mac = [0; 6];
@@ -151,7 +162,10 @@ fn announcing() {
     // Who cannot is not asked, nor who has no link.
     let mut guest = Guest::new(EVERYTHING & !feature::GUEST_ANNOUNCE);
     guest.device().announce();
-    assert_eq!((guest.status(), guest.net.take_signals().config), (1, false));
+    assert_eq!(
+        (guest.status(), guest.net.take_signals().config),
+        (1, false)
+    );
     assert_eq!(guest.command(3, 0, &[]), ERR);
     let mut guest = Guest::new(EVERYTHING);
     guest.device().set_link(false);
@@ -161,13 +175,26 @@ fn announcing() {
 
 #[test]
 fn pairs() {
-    let config = NetConfig { pairs: 4, ..NetConfig::new(MAC) };
+    let config = NetConfig {
+        pairs: 4,
+        ..NetConfig::new(MAC)
+    };
     let mut guest = Guest::with(config, EVERYTHING | feature::MQ);
-    for (data, want) in [(&[2, 0][..], OK), (&[4, 0], OK), (&[0, 0], ERR), (&[5, 0], ERR), (&[2], ERR)] {
+    for (data, want) in [
+        (&[2, 0][..], OK),
+        (&[4, 0], OK),
+        (&[0, 0], ERR),
+        (&[5, 0], ERR),
+        (&[2], ERR),
+    ] {
         assert_eq!(guest.command(4, 0, data), want);
     }
     assert_eq!(guest.device().state.settings.pairs, 4);
-    assert_eq!(guest.command(4, 1, &[0; 64]), ERR, "receive-side scaling is not offered");
+    assert_eq!(
+        guest.command(4, 1, &[0; 64]),
+        ERR,
+        "receive-side scaling is not offered"
+    );
     let mut guest = Guest::with(config, EVERYTHING);
     assert_eq!(guest.command(4, 0, &[2, 0]), ERR);
     assert_eq!(guest.device().control_queue(), 2);
@@ -221,7 +248,10 @@ fn what_is_not_negotiated_or_known_is_refused() {
             _ => vec![1, 0],
         };
         assert_eq!(Guest::new(bare).command(class, command, &data), ERR);
-        assert_eq!(Guest::new(bare | feature).command(class, command, &data), OK);
+        assert_eq!(
+            Guest::new(bare | feature).command(class, command, &data),
+            OK
+        );
     }
     let mut guest = Guest::new(EVERYTHING);
     for class in 0..=255 {
@@ -238,26 +268,34 @@ fn what_is_not_negotiated_or_known_is_refused() {
 #[test]
 fn a_command_that_cannot_be_answered_is_not_done() {
     let mut guest = Guest::new(EVERYTHING);
-    guest.ram.put(BUFFERS, &[0, 0, 1]);
-    assert_eq!(guest.control(&[(BUFFERS, 3, false)]), Some(0));
+    guest.ram.put(SPARE, &[0, 0, 1]);
+    assert_eq!(guest.control(&[(SPARE, 3, false)]), Some(0));
     assert_eq!(heard(&mut guest), [true, false, false, true]);
     // A command in single bytes, an answer with room to spare.
-    let parts = [(BUFFERS, 1, false), (BUFFERS + 1, 1, false), (BUFFERS + 2, 1, false), (BUFFERS + 9, 5, true)];
+    let parts = [
+        (SPARE, 1, false),
+        (SPARE + 1, 1, false),
+        (SPARE + 2, 1, false),
+        (SPARE + 9, 5, true),
+    ];
     assert_eq!(guest.control(&parts), Some(1));
+    assert_eq!(guest.net.take_signals().queues, bit(2));
     assert_eq!(heard(&mut guest), [true; 4]);
-    assert!(guest.net.take_signals().queues & bit(2) != 0);
     // A command outside of memory: the driver broke the rules.
-    assert_eq!(guest.control(&[(MEMORY, 3, false), (BUFFERS, 1, true)]), None);
+    assert_eq!(guest.control(&[(MEMORY, 3, false), (SPARE, 1, true)]), None);
     assert!(guest.net.take_signals().broken && !guest.device().ready());
-    assert!(matches!(guest.device().fault(), Some(QueueError::Buffer(_))));
+    assert!(matches!(
+        guest.device().fault(),
+        Some(QueueError::Buffer(_))
+    ));
 }
 
 #[test]
 fn many_commands_are_done_some_at_a_time() {
     let mut guest = Guest::new(EVERYTHING);
-    guest.ram.put(BUFFERS, &[0, 0, 1]);
+    guest.ram.put(SPARE, &[0, 0, 1]);
     for _ in 0..40 {
-        guest.offer(2, &[(BUFFERS, 3, false), (BUFFERS + 8, 1, true)]);
+        guest.offer(2, &[(SPARE, 3, false), (SPARE + 8, 1, true)]);
     }
     guest.net.notify(2);
     let mut rounds = 0;

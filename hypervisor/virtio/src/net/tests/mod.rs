@@ -77,6 +77,18 @@ struct Ring {
 }
 
 impl Ring {
+    const fn new(base: u64, packed: bool) -> Self {
+        Self {
+            base,
+            packed,
+            next: 0,
+            used: 0,
+            wrap: true,
+            used_wrap: true,
+            pending: VecDeque::new(),
+        }
+    }
+
     fn layout(&self) -> QueueLayout {
         let at = |offset| GuestPhysAddr::new(self.base + offset);
         QueueLayout {
@@ -120,9 +132,10 @@ impl Ring {
             self.pending.push_back((id, places, parts.to_vec()));
         } else {
             // Descriptors are handed out round and round; all rings here are given back in order.
-            let first = self.pending.back().map_or(self.used_wrap as u16, |last| {
-                (last.0 + last.1) % SIZE
-            });
+            let first = self
+                .pending
+                .back()
+                .map_or(0, |last| (last.0 + last.1) % SIZE);
             for (n, &part) in parts.iter().enumerate() {
                 let place = (first + n as u16) % SIZE;
                 let more = u16::from(n + 1 < parts.len());
@@ -200,15 +213,7 @@ impl Guest {
         let mut guest = Self {
             ram: Ram(vec![0; MEMORY as usize]),
             rings: (0..net.queues())
-                .map(|index| Ring {
-                    base: 0x1_0000 + RING * u64::from(index),
-                    packed,
-                    next: 0,
-                    used: 0,
-                    wrap: true,
-                    used_wrap: packed,
-                    pending: VecDeque::new(),
-                })
+                .map(|index| Ring::new(0x1_0000 + RING * u64::from(index), packed))
                 .collect(),
             net,
             features,
@@ -225,6 +230,15 @@ impl Guest {
         let layout = self.rings[usize::from(index)].layout();
         let queue = Queue::new(layout, self.features).unwrap();
         self.net.attach(index, queue);
+    }
+
+    /// Sets a ring up anew, as after a reset of its queue.
+    pub fn renew(&mut self, index: u16) {
+        let old = &self.rings[usize::from(index)];
+        let new = Ring::new(old.base, old.packed);
+        self.ram.put(new.base, &[0; RING as usize]);
+        self.rings[usize::from(index)] = new;
+        self.attach(index);
     }
 
     pub fn device(&self) -> spin::MutexGuard<'_, NetDevice> {
@@ -393,7 +407,8 @@ impl Guest {
 /// A frame to an address.
 pub fn frame_to(to: [u8; 6], length: usize) -> Vec<u8> {
     let mut frame = [&to[..], &[2, 0, 0, 0, 0, 9], &[0x88, 0xb5]].concat();
-    frame.extend((0..length.saturating_sub(14)).map(|n| n as u8));
+    frame.extend((14..length).map(|n| n as u8));
+    frame.truncate(length);
     frame
 }
 
