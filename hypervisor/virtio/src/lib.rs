@@ -18,6 +18,10 @@ pub mod pci;
 mod queue;
 pub mod rng;
 mod split;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use chain::{Buffer, Chain, MAX_CHAIN, QueueError, Token};
 pub use device::{Device, MAX_QUEUES, Signals, features};

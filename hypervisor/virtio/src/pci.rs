@@ -76,6 +76,8 @@ struct Registers {
     status: u8,
     isr: u8,
     generation: u8,
+    /// The configuration changed since the driver read of it.
+    changed: bool,
     offered_select: u32,
     accepted_select: u32,
     /// Features 0 to 63 as the driver wrote them.
@@ -98,6 +100,7 @@ impl Registers {
             status: 0,
             isr: 0,
             generation: 0,
+            changed: false,
             offered_select: 0,
             accepted_select: 0,
             accepted: 0,
@@ -282,7 +285,7 @@ impl<D: Device> VirtioPci<D> {
             self.registers.due |= queues;
         }
         if config {
-            self.registers.generation = self.registers.generation.wrapping_add(1);
+            self.registers.changed = true;
             self.registers.config_due |= live;
         }
         if broken {
@@ -503,6 +506,11 @@ impl<D: Device> VirtioPci<D> {
             }
             ISR => self.read_isr().into(),
             DEVICE..MSIX_TABLE => {
+                self.collect();
+                // Counted when it is read, so that 256 changes are not taken for none.
+                if core::mem::take(&mut self.registers.changed) {
+                    self.registers.generation = self.registers.generation.wrapping_add(1);
+                }
                 let mut bytes = [0; 8];
                 let room = self.device.config_size().saturating_sub(offset - DEVICE);
                 let length = usize::from(size).min(room as usize);
@@ -632,6 +640,8 @@ impl<D: Device> PciFunction for VirtioPci<D> {
         }
         loop {
             let vector = if core::mem::take(&mut self.registers.config_due) {
+                // This bit tells with messages, too (§4.1.4.5.1).
+                self.set_isr(self.registers.isr | ISR_CONFIG);
                 self.registers.config_vector
             } else if self.registers.due != 0 {
                 let index = self.registers.due.trailing_zeros();
