@@ -7,7 +7,7 @@
 //! device's lock: `transmit` leaves its frames in the caller's buffer.
 //!
 //! What a guest leaves to its card (checksums, segmentation) is passed on as it is if the receiver
-//! negotiated that, and done on the way into its queue if not: see [`offload`](self::NetHeader).
+//! negotiated that, and done on the way into its queue if not: see [`NetHeader::finish`].
 
 mod control;
 mod frame;
@@ -27,7 +27,7 @@ use crate::device::{Device, MAX_QUEUES, Signals};
 use crate::queue::Queue;
 use control::{Settings, Unwanted};
 use frame::flow_hash;
-use offload::{Segmenter, Work, completed, largest_packet};
+use offload::largest_packet;
 
 /// Feature bits (§5.1.3).
 pub mod feature {
@@ -131,7 +131,7 @@ const _: () = assert!(2 * MAX_PAIRS < MAX_QUEUES);
 /// The longest frame: an IPv6 packet with all of its payload, and two tags.
 pub const MAX_FRAME: usize = ETHERNET + 8 + 40 + 65535;
 /// Room that [`NetDevice::transmit`] needs in its buffer for a frame.
-pub const FRAME_ROOM: usize = MAX_FRAME;
+pub const FRAME_ROOM: usize = NetHeader::SIZE + MAX_FRAME;
 
 /// Chains of one frame in mergeable buffers: 512 bytes each suffice for the longest.
 const MAX_BUFFERS: usize = 130;
@@ -579,8 +579,10 @@ impl NetDevice {
             done.chains += 1;
             match found {
                 Ok((header, length)) => {
-                    let (frame, rest) = core::mem::take(&mut buffer).split_at_mut(length);
+                    let (frame, rest) =
+                        core::mem::take(&mut buffer).split_at_mut(NetHeader::SIZE + length);
                     buffer = rest;
+                    let frame = frame.get(NetHeader::SIZE..).unwrap_or_default();
                     counters.out_frames += 1;
                     counters.out_bytes += length as u64;
                     if settings.pairs > 1 {
@@ -628,24 +630,10 @@ impl NetDevice {
             return Err(ReceiveDrop::LinkDown);
         }
         let pair = frame.with_head(|head| self.admit(header, head, frame.len()))?;
-        match header.work(self.state.settings.offloads) {
-            Work::Pass => self.put(mem, pair, header, frame),
-            Work::Checksum { start, offset } => {
-                let header = NetHeader::default();
-                completed(frame, start, offset, |frame| {
-                    self.put(mem, pair, &header, frame)
-                })
-                .unwrap_or(Err(ReceiveDrop::Malformed))
-            }
-            Work::Segment { gso, complete } => {
-                let mut segments =
-                    Segmenter::new(*frame, gso, complete).ok_or(ReceiveDrop::Malformed)?;
-                while let Some((header, segment)) = segments.next() {
-                    self.put(mem, pair, &header, &segment)?;
-                }
-                Ok(())
-            }
-        }
+        let offloads = self.state.settings.offloads;
+        header.finish(offloads, frame, |header, frame| {
+            self.put(mem, pair, header, frame)
+        })
     }
 
     /// Looks at the first bytes of a frame; gives the pair for it.
@@ -813,7 +801,8 @@ impl NetDevice {
     }
 }
 
-/// Reads a chain of a transmit queue into `buffer`; gives its header and the frame's length.
+/// Reads a chain of a transmit queue into `buffer`; gives its header, checked, and the length of
+/// the frame behind it.
 fn read_frame(
     mem: &mut dyn GuestMemory,
     chain: &Chain,
@@ -821,27 +810,22 @@ fn read_frame(
     mtu: u16,
     buffer: &mut [u8],
 ) -> Result<Result<(NetHeader, usize), TransmitDrop>, QueueError> {
-    let length = usize::try_from(chain.readable_bytes()).unwrap_or(usize::MAX);
-    let Some(length) = length
-        .checked_sub(NetHeader::SIZE)
-        .filter(|&length| length >= ETHERNET)
-    else {
-        return Ok(Err(TransmitDrop::Short));
-    };
-    let Some(frame) = buffer.get_mut(..length).filter(|_| length <= MAX_FRAME) else {
+    let all = usize::try_from(chain.readable_bytes()).unwrap_or(usize::MAX);
+    let Some(bytes) = buffer.get_mut(..all).filter(|_| all <= FRAME_ROOM) else {
         return Ok(Err(TransmitDrop::Long));
     };
-    let mut header = [0; NetHeader::SIZE];
-    chain.read(mem, 0, &mut header)?;
-    chain.read(mem, NetHeader::SIZE as u64, frame)?;
-    let header = match NetHeader::check(header, features, frame) {
+    chain.read(mem, 0, bytes)?;
+    let Some((header, frame)) = bytes.split_first_chunk() else {
+        return Ok(Err(TransmitDrop::Short));
+    };
+    let header = match NetHeader::check(*header, features, frame) {
         Ok(header) => header,
         Err(error) => return Ok(Err(error.into())),
     };
-    Ok(match largest_packet(&header, frame, length) {
+    Ok(match largest_packet(&header, frame, frame.len()) {
         None => Err(TransmitDrop::Short),
         Some(packet) if packet > mtu.into() => Err(TransmitDrop::Long),
-        Some(_) => Ok((header, length)),
+        Some(_) => Ok((header, frame.len())),
     })
 }
 
@@ -1005,7 +989,8 @@ impl Device for SharedNet {
 
     fn wants_service(&self) -> bool {
         let net = self.0.lock();
-        net.ready() && net.state.notified & net.served() != 0
+        // What the driver is to hear of is collected after a service.
+        net.has_signals() || net.ready() && net.state.notified & net.served() != 0
     }
 
     fn serve(&mut self, mem: &mut dyn GuestMemory, _now: Nanos) {

@@ -10,8 +10,8 @@
 //! could place at will would change addresses behind the switch's back; so it is either that of the
 //! transport header, or so far behind it that it can only be in a tunnel's inner packet.
 
-use super::feature;
 use super::frame::{Frame, HEAD, ICMP, ICMPV6, Ip, Layout, TCP, UDP, be16, link};
+use super::{ReceiveDrop, feature};
 
 /// The checksum is to be completed.
 const NEEDS_CSUM: u8 = 1;
@@ -106,7 +106,7 @@ pub enum HeaderError {
 
 /// What has to happen before a receiver gets a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Work {
+enum Work {
     /// Nothing: the receiver takes it as it is.
     Pass,
     /// Completing the checksum.
@@ -210,8 +210,36 @@ impl NetHeader {
         Some(self)
     }
 
-    /// What a receiver with these offloads needs done.
-    pub(super) fn work(&self, offloads: u64) -> Work {
+    /// Does to a frame what a receiver with these offloads (GUEST_… feature bits; none: a wire)
+    /// did not take over, and hands over what comes of it: the frame, or its segments.
+    ///
+    /// # Errors
+    /// The frame is not what this header says, or the first error of `give`.
+    pub fn finish(
+        &self,
+        offloads: u64,
+        frame: &Frame<'_>,
+        mut give: impl FnMut(&Self, &Frame<'_>) -> Result<(), ReceiveDrop>,
+    ) -> Result<(), ReceiveDrop> {
+        match self.work(offloads) {
+            Work::Pass => give(self, frame),
+            Work::Checksum { start, offset } => {
+                let header = Self::default();
+                completed(frame, start, offset, |frame| give(&header, frame))
+                    .unwrap_or(Err(ReceiveDrop::Malformed))
+            }
+            Work::Segment { gso, complete } => {
+                let mut segments =
+                    Segmenter::new(*frame, gso, complete).ok_or(ReceiveDrop::Malformed)?;
+                while let Some((header, segment)) = segments.next() {
+                    give(&header, &segment)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn work(&self, offloads: u64) -> Work {
         let takes = |wanted: u64| offloads & wanted == wanted;
         match (self.gso, self.checksum) {
             (Some(gso), _) if !takes(gso.wanted()) => Work::Segment {

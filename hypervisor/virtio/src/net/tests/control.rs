@@ -6,7 +6,7 @@ const OK: u8 = 0;
 const ERR: u8 = 1;
 
 /// Memory that no buffer is in.
-const SPARE: u64 = 0x8_0000;
+const SPARE: u64 = 0x1000;
 
 const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 7];
 const GROUP: [u8; 6] = [1, 0, 0x5e, 0, 0, 1];
@@ -301,11 +301,12 @@ fn many_commands_are_done_some_at_a_time() {
     let mut rounds = 0;
     while guest.net.wants_service() {
         guest.net.serve(&mut guest.ram, Nanos::ZERO);
+        assert_eq!(guest.net.take_signals().queues, bit(2));
         rounds += 1;
     }
     assert_eq!(rounds, 3);
     let ring = &mut guest.rings[2];
-    assert_eq!(std::iter::from_fn(|| ring.take(&guest.ram)).count(), 40);
+    assert_eq!(std::iter::from_fn(|| ring.take(&mut guest.ram)).count(), 40);
 }
 
 #[test]

@@ -6,180 +6,44 @@ mod path;
 
 use std::collections::VecDeque;
 
-use arch::{GuestMemory, GuestPhysAddr, MemoryFault, Nanos};
+use arch::Nanos;
 
 use super::*;
 use crate::device::{Signals, features};
-use crate::queue::QueueLayout;
-
-pub struct Ram(Vec<u8>);
-
-impl GuestMemory for Ram {
-    fn read(&mut self, addr: GuestPhysAddr, buf: &mut [u8]) -> Result<(), MemoryFault> {
-        let start = addr.as_u64() as usize;
-        let from = self.0.get(start..start.saturating_add(buf.len()));
-        buf.copy_from_slice(from.ok_or(MemoryFault::NotRam(addr))?);
-        Ok(())
-    }
-    fn write(&mut self, addr: GuestPhysAddr, data: &[u8]) -> Result<(), MemoryFault> {
-        let start = addr.as_u64() as usize;
-        let to = self.0.get_mut(start..start.saturating_add(data.len()));
-        to.ok_or(MemoryFault::NotRam(addr))?.copy_from_slice(data);
-        Ok(())
-    }
-    fn compare_exchange(
-        &mut self,
-        addr: GuestPhysAddr,
-        _: u8,
-        _: u64,
-        _: u64,
-    ) -> Result<u64, MemoryFault> {
-        Err(MemoryFault::NotRam(addr))
-    }
-}
-
-impl Ram {
-    fn u16(&self, at: u64) -> u16 {
-        u16::from_le_bytes(self.bytes(at, 2).try_into().unwrap())
-    }
-    fn bytes(&self, at: u64, length: u64) -> &[u8] {
-        &self.0[at as usize..(at + length) as usize]
-    }
-    fn put(&mut self, at: u64, bytes: &[u8]) {
-        self.write(GuestPhysAddr::new(at), bytes).unwrap();
-    }
-}
+use crate::testing;
+pub use crate::testing::{Part, Ram, Random};
 
 /// Entries of each ring.
 const SIZE: u16 = 256;
-/// Bytes of guest memory for each ring.
-const RING: u64 = 0x4000;
+/// Where the rings are, and how much memory each has.
+const RINGS: u64 = 0x4_0000;
+const RING: u64 = 0x4_0000;
 /// Where buffers start.
-const BUFFERS: u64 = 0x10_0000;
-const MEMORY: u64 = 0x80_0000;
+const BUFFERS: u64 = 0x40_0000;
+const MEMORY: u64 = 0x100_0000;
 pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub const EVERYTHING: u64 = feature::ALL & !feature::MQ | features::VERSION_1;
 
-/// A buffer that the driver describes: place, length, whether the device writes it.
-type Part = (u64, u32, bool);
-
-/// The driver's side of a ring.
+/// The driver's side of a ring, and the buffers on the way.
 struct Ring {
-    base: u64,
-    packed: bool,
-    /// Split: index of the available ring. Packed: the next place.
-    next: u16,
-    used: u16,
-    wrap: bool,
-    used_wrap: bool,
-    /// Chains on the way: the first descriptor (or id), places, buffers.
-    pending: VecDeque<(u16, u16, Vec<Part>)>,
+    driver: testing::Driver,
+    pending: VecDeque<(u16, Vec<Part>)>,
 }
 
 impl Ring {
-    const fn new(base: u64, packed: bool) -> Self {
+    fn new(index: u16, negotiated: u64) -> Self {
         Self {
-            base,
-            packed,
-            next: 0,
-            used: 0,
-            wrap: true,
-            used_wrap: true,
+            driver: testing::Driver::new(RINGS + RING * u64::from(index), SIZE, negotiated),
             pending: VecDeque::new(),
         }
     }
 
-    fn layout(&self) -> QueueLayout {
-        let at = |offset| GuestPhysAddr::new(self.base + offset);
-        QueueLayout {
-            size: SIZE,
-            descriptors: at(0),
-            driver: at(0x1000),
-            device: at(0x2000),
-        }
-    }
-
-    fn describe(&self, ram: &mut Ram, place: u16, part: Part, third: u16, fourth: u16) {
-        let at = self.base + 16 * u64::from(place);
-        ram.put(at, &part.0.to_le_bytes());
-        ram.put(at + 8, &part.1.to_le_bytes());
-        ram.put(at + 12, &third.to_le_bytes());
-        ram.put(at + 14, &fourth.to_le_bytes());
-    }
-
-    fn offer(&mut self, ram: &mut Ram, parts: &[Part]) {
-        let places = parts.len() as u16;
-        if self.packed {
-            let (first, id) = (self.next, self.next);
-            let mut head_flags = 0;
-            for (n, &part) in parts.iter().enumerate() {
-                let more = u16::from(n + 1 < parts.len());
-                let turn = if self.wrap { 1 << 7 } else { 1 << 15 };
-                let flags = more | u16::from(part.2) << 1 | turn;
-                self.describe(ram, self.next, part, id, flags);
-                if n == 0 {
-                    head_flags = flags;
-                }
-                self.next += 1;
-                if self.next == SIZE {
-                    (self.next, self.wrap) = (0, !self.wrap);
-                }
-            }
-            ram.put(
-                self.base + 16 * u64::from(first) + 14,
-                &head_flags.to_le_bytes(),
-            );
-            self.pending.push_back((id, places, parts.to_vec()));
-        } else {
-            // Descriptors are handed out round and round; all rings here are given back in order.
-            let first = self
-                .pending
-                .back()
-                .map_or(0, |last| (last.0 + last.1) % SIZE);
-            for (n, &part) in parts.iter().enumerate() {
-                let place = (first + n as u16) % SIZE;
-                let more = u16::from(n + 1 < parts.len());
-                let flags = more | u16::from(part.2) << 1;
-                self.describe(ram, place, part, flags, (place + 1) % SIZE);
-            }
-            let slot = self.base + 0x1004 + 2 * u64::from(self.next % SIZE);
-            ram.put(slot, &first.to_le_bytes());
-            self.next = self.next.wrapping_add(1);
-            ram.put(self.base + 0x1002, &self.next.to_le_bytes());
-            self.pending.push_back((first, places, parts.to_vec()));
-        }
-    }
-
     /// The next chain that was given back: its buffers and the bytes written.
-    fn take(&mut self, ram: &Ram) -> Option<(Vec<Part>, u32)> {
-        let (id, length) = if self.packed {
-            let at = self.base + 16 * u64::from(self.used);
-            let flags = ram.u16(at + 14);
-            let bit = |n: u16| flags & 1 << n != 0;
-            if bit(7) != self.used_wrap || bit(15) != self.used_wrap {
-                return None;
-            }
-            (ram.u16(at + 12), ram.bytes(at + 8, 4))
-        } else {
-            if ram.u16(self.base + 0x2002) == self.used {
-                return None;
-            }
-            let at = self.base + 0x2004 + 8 * u64::from(self.used % SIZE);
-            (ram.u16(at), ram.bytes(at + 4, 4))
-        };
-        let length = u32::from_le_bytes(length.try_into().unwrap());
-        let (first, places, parts) = self.pending.pop_front().unwrap();
+    fn take(&mut self, ram: &mut Ram) -> Option<(Vec<Part>, u32)> {
+        let (id, written) = self.driver.take(ram)?;
+        let (first, parts) = self.pending.pop_front().unwrap();
         assert_eq!(id, first, "given back in order");
-        if self.packed {
-            self.used += places;
-            if self.used >= SIZE {
-                self.used -= SIZE;
-                self.used_wrap = !self.used_wrap;
-            }
-        } else {
-            self.used = self.used.wrapping_add(1);
-        }
-        Some((parts, length))
+        Some((parts, written))
     }
 }
 
@@ -209,11 +73,10 @@ impl Guest {
         let mut net = SharedNet(Arc::new(spin::Mutex::new(NetDevice::new(config).unwrap())));
         assert!(net.accepts(features), "{features:#x}");
         net.start(features);
-        let packed = features & features::RING_PACKED != 0;
         let mut guest = Self {
-            ram: Ram(vec![0; MEMORY as usize]),
+            ram: Ram::new(MEMORY as usize),
             rings: (0..net.queues())
-                .map(|index| Ring::new(0x1_0000 + RING * u64::from(index), packed))
+                .map(|index| Ring::new(index, features))
                 .collect(),
             net,
             features,
@@ -227,17 +90,14 @@ impl Guest {
     }
 
     pub fn attach(&mut self, index: u16) {
-        let layout = self.rings[usize::from(index)].layout();
-        let queue = Queue::new(layout, self.features).unwrap();
+        let queue = self.rings[usize::from(index)].driver.queue();
         self.net.attach(index, queue);
     }
 
     /// Sets a ring up anew, as after a reset of its queue.
     pub fn renew(&mut self, index: u16) {
-        let old = &self.rings[usize::from(index)];
-        let new = Ring::new(old.base, old.packed);
-        self.ram.put(new.base, &[0; RING as usize]);
-        self.rings[usize::from(index)] = new;
+        self.rings[usize::from(index)] = Ring::new(index, self.features);
+        self.ram.put(RINGS + RING * u64::from(index), &[0; 0x4000]);
         self.attach(index);
     }
 
@@ -255,7 +115,10 @@ impl Guest {
     }
 
     fn offer(&mut self, queue: u16, parts: &[Part]) {
-        self.rings[usize::from(queue)].offer(&mut self.ram, parts);
+        let ring = &mut self.rings[usize::from(queue)];
+        let indirect = parts.len() > 1 && parts.len() <= 32;
+        let id = ring.driver.offer(&mut self.ram, parts, indirect).unwrap();
+        ring.pending.push_back((id, parts.to_vec()));
     }
 
     /// Sends bytes (header and frame) in buffers of the lengths given, and one with the rest.
@@ -304,7 +167,7 @@ impl Guest {
     /// How many chains of a transmit queue came back.
     pub fn sent(&mut self, pair: u16) -> usize {
         let ring = &mut self.rings[usize::from(tx(pair))];
-        std::iter::from_fn(|| ring.take(&self.ram))
+        std::iter::from_fn(|| ring.take(&mut self.ram))
             .inspect(|&(_, written)| assert_eq!(written, 0))
             .count()
     }
@@ -339,12 +202,12 @@ impl Guest {
     pub fn received(&mut self, pair: u16) -> Vec<Received> {
         let ring = &mut self.rings[usize::from(rx(pair))];
         let mut take = || {
-            let (parts, written) = ring.take(&self.ram)?;
+            let (parts, written) = ring.take(&mut self.ram)?;
             let room: u32 = parts.iter().map(|part| part.1).sum();
             let mut bytes = Vec::new();
             for (at, length, writable) in parts {
                 assert!(writable);
-                bytes.extend_from_slice(self.ram.bytes(at, length.into()));
+                bytes.extend_from_slice(&self.ram.bytes[at as usize..][..length as usize]);
             }
             bytes.truncate(written as usize);
             Some((bytes, written == room))
@@ -383,7 +246,7 @@ impl Guest {
             (answer, 1, true),
         ];
         assert_eq!(self.control(&parts), Some(1));
-        self.ram.bytes(answer, 1)[0]
+        self.ram.bytes[answer as usize]
     }
 
     /// Puts a chain into the control queue; the bytes written, if it came back.
@@ -394,7 +257,7 @@ impl Guest {
         assert!(self.net.wants_service());
         self.net.serve(&mut self.ram, Nanos::ZERO);
         let ring = &mut self.rings[usize::from(index)];
-        ring.take(&self.ram).map(|(_, written)| written)
+        ring.take(&mut self.ram).map(|(_, written)| written)
     }
 
     pub fn status(&mut self) -> u16 {
@@ -410,19 +273,4 @@ pub fn frame_to(to: [u8; 6], length: usize) -> Vec<u8> {
     frame.extend((14..length).map(|n| n as u8));
     frame.truncate(length);
     frame
-}
-
-/// Numbers that look random, the same every time.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
 }
