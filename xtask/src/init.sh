@@ -10,7 +10,7 @@ mount -t tmpfs tmp /tmp
 hostname linux
 # The drivers of virtio, where there is a device for them.
 if grep -qs 0x1af4 /sys/bus/pci/devices/*/vendor; then
-    for module in virtio virtio_ring virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci \
+    for module in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci \
         virtio-rng virtio_console failover net_failover virtio_net; do
         insmod "/lib/modules/$module.ko"
     done

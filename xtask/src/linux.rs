@@ -22,8 +22,8 @@ const BUSYBOX: &str = "busybox-static";
 /// The kernel's modules that go with it, in the order in which they are loaded. They are in
 /// `/lib/modules`; the first process loads those of virtio.
 const MODULES: &[&str] = &[
-    "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_pci_modern_dev.ko",
     "drivers/virtio/virtio_pci_legacy_dev.ko",
     "drivers/virtio/virtio_pci.ko",

@@ -250,3 +250,152 @@ impl Device for Console {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Driver, Ram, kinds};
+
+    struct World {
+        ram: Ram,
+        console: Console,
+        receive: Driver,
+        transmit: Driver,
+    }
+
+    const DATA: u64 = 0x4_0000;
+
+    fn world(kind: u64) -> World {
+        let receive = Driver::new(0x1_0000, 8, kind);
+        let transmit = Driver::new(0x2_0000, 8, kind);
+        let mut console = Console::new(80, 25);
+        console.start(kind);
+        console.attach(0, receive.queue());
+        console.attach(1, transmit.queue());
+        World {
+            ram: Ram::new(0x8_0000),
+            console,
+            receive,
+            transmit,
+        }
+    }
+
+    impl World {
+        /// Serves until nothing is left, and gives what was printed.
+        fn serve(&mut self) -> Vec<u8> {
+            let mut printed = Vec::new();
+            while self.console.wants_service() {
+                self.console.serve(&mut self.ram, Nanos::ZERO);
+                self.console.take_output(&mut |piece| printed.extend(piece));
+            }
+            printed
+        }
+    }
+
+    use std::vec::Vec;
+
+    #[test]
+    fn what_the_driver_writes_is_printed_whole() {
+        for kind in kinds() {
+            let mut world = world(kind);
+            let text: Vec<u8> = (0..5000u32).map(|n| n as u8).collect();
+            world.ram.put(DATA, &text);
+            let parts = [(DATA, 700, false), (DATA + 700, 4300, false)];
+            world.transmit.want_interrupt(&mut world.ram, true);
+            world.transmit.offer(&mut world.ram, &parts, true).unwrap();
+            world
+                .transmit
+                .offer(&mut world.ram, &[(DATA, 5, false)], false);
+            world.console.notify(1);
+            let printed = world.serve();
+            assert_eq!(printed.len(), 5005);
+            assert!(printed.starts_with(&text) && printed.ends_with(&text[..5]));
+            assert_eq!(world.console.take_signals().queues, 2);
+            for _ in 0..2 {
+                assert_eq!(world.transmit.take(&mut world.ram).unwrap().1, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_typed_comes_when_there_is_room() {
+        for kind in kinds() {
+            let mut world = world(kind);
+            assert_eq!(world.console.push_input(b"hello"), Some(5));
+            world.serve();
+            world.receive.want_interrupt(&mut world.ram, true);
+            world
+                .receive
+                .offer(&mut world.ram, &[(DATA, 3, true)], false);
+            world
+                .receive
+                .offer(&mut world.ram, &[(DATA + 16, 16, true)], false);
+            world.console.notify(0);
+            world.serve();
+            assert_eq!(world.console.take_signals().queues, 1);
+            assert_eq!(world.receive.take(&mut world.ram).unwrap().1, 3);
+            assert_eq!(world.receive.take(&mut world.ram).unwrap().1, 2);
+            assert_eq!(world.ram.get(DATA), *b"hel");
+            assert_eq!(world.ram.get(DATA + 16), *b"lo\0");
+            assert_eq!(
+                world.console.push_input(&[7; 300]),
+                Some(256),
+                "so many wait"
+            );
+            assert_eq!(world.console.push_input(b"x"), Some(0));
+        }
+    }
+
+    #[test]
+    fn the_emergency_register_prints_without_a_driver() {
+        let mut console = Console::new(80, 25);
+        for byte in b"help" {
+            console.write_config(EMERGENCY, &[*byte, 0, 0, 0]);
+        }
+        console.write_config(0, &[9; 8]);
+        let mut printed: Vec<u8> = Vec::new();
+        assert!(console.has_output());
+        assert!(console.take_output(&mut |piece| printed.extend(piece)));
+        assert_eq!(printed, b"help");
+        assert_eq!(console.push_input(b"x"), None, "nobody reads");
+    }
+
+    #[test]
+    fn its_size_is_in_the_configuration_and_may_change() {
+        let mut console = Console::new(80, 25);
+        let mut bytes = [0; 12];
+        console.read_config(0, &mut bytes);
+        assert_eq!(bytes, [80, 0, 25, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        console.resize(0x120, 50);
+        assert!(console.take_signals().config);
+        console.read_config(1, &mut bytes[..2]);
+        assert_eq!(bytes[..2], [1, 50]);
+    }
+
+    #[test]
+    fn a_reset_forgets_what_was_under_way() {
+        let mut world = world(0);
+        let parts = [(DATA, 3000, false)];
+        world.transmit.offer(&mut world.ram, &parts, false).unwrap();
+        world.console.push_input(b"old");
+        world.console.serve(&mut world.ram, Nanos::ZERO);
+        world.console.reset();
+        world.console.take_output(&mut |_| {});
+        assert!(!world.console.wants_service());
+        let mut fresh = Driver::new(0x3_0000, 8, 0);
+        world.console.attach(1, fresh.queue());
+        fresh.offer(&mut world.ram, &[(DATA, 4, false)], false);
+        assert_eq!(world.serve().len(), 4);
+    }
+
+    #[test]
+    fn broken_rings_stop_it() {
+        let mut world = world(0);
+        world
+            .transmit
+            .offer(&mut world.ram, &[(1 << 40, 4, false)], false);
+        world.serve();
+        assert!(world.console.take_signals().broken);
+        assert_eq!(world.console.push_input(b"x"), None);
+    }
+}

@@ -496,6 +496,15 @@ impl<D: Device> VirtioPci<D> {
         }
     }
 
+    /// How many of `size` bytes at `offset` are in the device's configuration.
+    fn room(&self, offset: u32, size: u8) -> usize {
+        let room = self
+            .device
+            .config_size()
+            .saturating_sub(offset.saturating_sub(DEVICE));
+        usize::from(size.min(8)).min(room as usize)
+    }
+
     fn read_register(&mut self, offset: u32, size: u8) -> u64 {
         match offset {
             COMMON..ISR => {
@@ -505,16 +514,14 @@ impl<D: Device> VirtioPci<D> {
                 (both[1] << 32 | both[0]) >> (8 * (offset & 3))
             }
             ISR => self.read_isr().into(),
-            DEVICE..MSIX_TABLE => {
+            DEVICE..MSIX_TABLE if self.room(offset, size) != 0 => {
                 self.collect();
                 // Counted when it is read, so that 256 changes are not taken for none.
                 if core::mem::take(&mut self.registers.changed) {
                     self.registers.generation = self.registers.generation.wrapping_add(1);
                 }
                 let mut bytes = [0; 8];
-                let room = self.device.config_size().saturating_sub(offset - DEVICE);
-                let length = usize::from(size).min(room as usize);
-                if let Some(bytes) = bytes.get_mut(..length) {
+                if let Some(bytes) = bytes.get_mut(..self.room(offset, size)) {
                     self.device.read_config(offset - DEVICE, bytes);
                 }
                 u64::from_le_bytes(bytes)
@@ -535,10 +542,8 @@ impl<D: Device> VirtioPci<D> {
                     self.set_common(offset, size, value as u32);
                 }
             }
-            DEVICE..MSIX_TABLE => {
-                let room = self.device.config_size().saturating_sub(offset - DEVICE);
-                let length = usize::from(size).min(room as usize);
-                if let Some(bytes) = value.to_le_bytes().get(..length) {
+            DEVICE..MSIX_TABLE if self.room(offset, size) != 0 => {
+                if let Some(bytes) = value.to_le_bytes().get(..self.room(offset, size)) {
                     self.device.write_config(offset - DEVICE, bytes);
                 }
             }
@@ -685,3 +690,6 @@ impl<D: Device> PciFunction for VirtioPci<D> {
         self.msix.reset();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -177,3 +177,77 @@ impl Device for Rng {
         core::mem::take(&mut self.signals)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::features;
+    use crate::testing::{Driver, Ram, kinds};
+
+    #[test]
+    fn the_key_stream_is_that_of_the_standard() {
+        // RFC 8439 §2.3.2.
+        let generator = Generator::new(core::array::from_fn(|n| n as u8));
+        let block = generator.block([1, 0x0900_0000, 0x4a00_0000, 0]);
+        assert_eq!(
+            block[..4],
+            [0xe4e7_f110, 0x1559_3bd1, 0x1fdd_0f50, 0xc471_20a3]
+        );
+        assert_eq!(
+            block[12..],
+            [0xd19c_12b5, 0xb94e_16de, 0xe883_d0cb, 0x4e3c_50a2]
+        );
+    }
+
+    #[test]
+    fn no_two_calls_give_the_same() {
+        let mut generator = Generator::new([1; 32]);
+        let mut seen = std::collections::HashSet::new();
+        for length in [1usize, 32, 64, 65, 256, 32] {
+            let mut bytes = vec![0; length];
+            generator.fill(&mut bytes);
+            assert!(seen.insert(bytes.clone()) && (length < 8 || bytes.iter().any(|b| *b != 0)));
+        }
+    }
+
+    #[test]
+    fn each_buffer_gets_bytes_and_says_how_many() {
+        for kind in kinds() {
+            let mut ram = Ram::new(0x8_0000);
+            let mut driver = Driver::new(0x1_0000, 64, kind);
+            let mut rng = Rng::new([3; 32]);
+            rng.start(kind);
+            rng.attach(0, driver.queue());
+            driver.want_interrupt(&mut ram, true);
+            for (n, length) in [1u32, 16, 256, 5000].into_iter().enumerate() {
+                let at = 0x4_0000 + 0x2000 * n as u64;
+                let parts = [(at, length.min(7), true), (at + 7, length.max(7) - 7, true)];
+                driver.offer(&mut ram, &parts, true).unwrap();
+            }
+            rng.notify(0);
+            rng.serve(&mut ram, Nanos::ZERO);
+            assert!(!rng.wants_service());
+            assert_eq!(rng.take_signals().queues, 1);
+            for (n, want) in [1, 16, 256, 256].into_iter().enumerate() {
+                assert_eq!(driver.take(&mut ram).unwrap().1, want);
+                let bytes: [u8; 512] = ram.get(0x4_0000 + 0x2000 * n as u64);
+                let (given, rest) = bytes.split_at(want as usize);
+                assert!(given.iter().any(|b| *b != 0) && rest.iter().all(|b| *b == 0));
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_without_room_breaks_the_rules() {
+        let mut ram = Ram::new(0x8_0000);
+        let mut driver = Driver::new(0x1_0000, 64, features::VERSION_1);
+        let mut rng = Rng::new([3; 32]);
+        rng.attach(0, driver.queue());
+        driver.offer(&mut ram, &[(0x4_0000, 8, false)], false);
+        rng.serve(&mut ram, Nanos::ZERO);
+        assert!(rng.take_signals().broken && !rng.wants_service());
+        rng.reset();
+        rng.notify(0);
+        assert!(!rng.wants_service(), "no queue");
+    }
+}
