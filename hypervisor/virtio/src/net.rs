@@ -104,7 +104,7 @@ pub mod feature {
         | HOST_USO
         | SPEED_DUPLEX;
     /// A feature, and those of which it needs one (§5.1.3.1).
-    pub(super) const NEEDS: [(u64, u64); 17] = [
+    pub(super) const NEEDS: [(u64, u64); 14] = [
         (GUEST_TSO4, GUEST_CSUM),
         (GUEST_TSO6, GUEST_CSUM),
         (GUEST_ECN, GUEST_TSO4 | GUEST_TSO6),
@@ -115,13 +115,10 @@ pub mod feature {
         (HOST_ECN, HOST_TSO4 | HOST_TSO6),
         (HOST_USO, CSUM),
         (CTRL_RX, CTRL_VQ),
-        (CTRL_RX_EXTRA, CTRL_VQ),
         (CTRL_VLAN, CTRL_VQ),
         (GUEST_ANNOUNCE, CTRL_VQ),
         (MQ, CTRL_VQ),
         (CTRL_MAC_ADDR, CTRL_VQ),
-        (CTRL_GUEST_OFFLOADS, CTRL_VQ),
-        (GUEST_ANNOUNCE, STATUS),
     ];
 }
 
@@ -586,7 +583,7 @@ impl NetDevice {
                     counters.out_frames += 1;
                     counters.out_bytes += length as u64;
                     if settings.pairs > 1 {
-                        // Answers come to the same pair (§5.1.6.5.6.1).
+                        // Answers come to the same pair (§5.1.6.5.6).
                         let flow = Frame::whole(frame).with_head(flow_hash) as usize % FLOWS;
                         if let Some(flow) = self.flows.get_mut(flow) {
                             *flow = pair as u8;
@@ -659,7 +656,7 @@ impl NetDevice {
                 }
             }
         };
-        // A queue that is being reset: any other (§5.1.6.5.6.1).
+        // A queue that is being reset: any other (§5.1.6.5.6).
         Some(chosen)
             .filter(there)
             .or_else(|| (0..settings.pairs).find(there))

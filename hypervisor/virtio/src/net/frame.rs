@@ -145,17 +145,19 @@ pub(super) fn be16(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(*field))
 }
 
-/// The length of the Ethernet header with its tags, and the type behind it.
+/// The length of the Ethernet header with its tags, and the type behind it. What stands behind
+/// [`MAX_TAGS`] is not looked into.
 pub(super) fn link(head: &[u8]) -> Option<(usize, u16)> {
     let mut at = ETHERNET - 2;
-    for _ in 0..=MAX_TAGS {
-        let kind = be16(head, at)?;
+    let mut kind = be16(head, at)?;
+    for _ in 0..MAX_TAGS {
         if kind != TPID && kind != SERVICE_TPID {
-            return Some((at + 2, kind));
+            break;
         }
         at += 4;
+        kind = be16(head, at)?;
     }
-    None
+    Some((at + 2, kind))
 }
 
 /// The VLAN that a customer tag names; 0 is a priority tag.
@@ -278,5 +280,8 @@ pub(super) fn flow_hash(head: &[u8]) -> u32 {
         }
         None => both(head.get(..12).unwrap_or_default()),
     };
-    (hash ^ hash >> 15).wrapping_mul(0x2c1b_3c6d)
+    // Every bit counts in every bit.
+    let hash = (hash ^ hash >> 16).wrapping_mul(0x85eb_ca6b);
+    let hash = (hash ^ hash >> 13).wrapping_mul(0xc2b2_ae35);
+    hash ^ hash >> 16
 }

@@ -1,6 +1,9 @@
 //! Frames out of and into the queues: what passes, what is dropped and why, who is told when.
 
+use machine::pci::PciFunction;
+
 use super::*;
+use crate::pci::VirtioPci;
 
 const PLAIN: [u8; 12] = [0; 12];
 const BASIC: u64 = features::VERSION_1 | feature::MAC | feature::STATUS | feature::MTU;
@@ -219,7 +222,7 @@ fn every_cause_to_drop_a_frame_for_the_guest() {
             ReceiveDrop::Long,
         ),
         (
-            |guest| guest.stock(0, 1, 71),
+            |guest| guest.stock(0, 2, 71),
             frame_to(MAC, 60),
             ReceiveDrop::Long,
         ),
@@ -397,6 +400,14 @@ fn what_the_receiver_took_over_is_passed_on_and_the_rest_is_done() {
     assert_eq!(guest.command(5, 0, &[0; 8]), 0);
     assert_eq!(guest.receive(&header, &frame), Ok(()));
     assert_eq!(guest.device().counters().in_frames, 4);
+    guest.stock(0, 8, 8000);
+    assert_eq!(guest.command(5, 0, &feature::GUEST_TSO4.to_le_bytes()), 0);
+    assert_eq!(
+        guest.receive(&header, &frame),
+        Ok(()),
+        "not without its checksum"
+    );
+    assert_eq!(guest.device().counters().in_frames, 8);
     assert_eq!(
         guest.receive(&header, &frame[..50]),
         Err(ReceiveDrop::Malformed)
@@ -452,9 +463,18 @@ fn a_driver_without_filters_gets_everything() {
     }
     // The MTU counts without tags.
     let mut tagged = frame_to(MAC, 1514);
-    tagged.splice(12..12, [0x81, 0, 0, 5]);
+    for tags in 1..=3 {
+        tagged.splice(12..12, [0x81, 0, 0, 5]);
+        guest.stock(0, 1, 2000);
+        assert_eq!(guest.hear(&tagged), Ok(()), "{tags}");
+    }
+    // Of many, three are looked at.
+    let mut tagged = frame_to(MAC, 60);
+    (0..9).for_each(|_| drop(tagged.splice(12..12, [0x81, 0, 0, 5])));
     guest.stock(0, 1, 2000);
     assert_eq!(guest.hear(&tagged), Ok(()));
+    // A tag cut off.
+    assert_eq!(guest.hear(&tagged[..16]), Err(ReceiveDrop::Malformed));
 }
 
 #[test]
@@ -629,6 +649,10 @@ fn what_is_offered_and_what_goes_together() {
         [1024, 1024, 64]
     );
     assert!(one.accepts(0) && one.accepts(feature::ALL));
+    let function = VirtioPci::new(one.clone()).unwrap();
+    let config = function.config();
+    assert_eq!(config.get(0, 4), 0x1041_1af4);
+    assert_eq!(config.get(8, 4) >> 8, 0x02_0000);
     for (feature, needs) in feature::NEEDS {
         assert!(!one.accepts(feature), "{feature:#x}");
         assert!(!one.accepts(feature::ALL & !needs), "{feature:#x}");
