@@ -827,11 +827,11 @@ fn read_frame(
 }
 
 /// Writes a frame behind its header into the next chain of a receive queue, or with `merge` into as
-/// many as it takes (§5.1.6.4), and stages them. Nothing is given back if it does not work out.
+/// many as it takes, and stages them. Nothing is given back if it does not work out.
 fn write_frame(
     mem: &mut dyn GuestMemory,
     queue: &mut Queue,
-    [first, more]: [&mut Chain; 2],
+    [first, next]: [&mut Chain; 2],
     header: [u8; NetHeader::SIZE],
     frame: &Frame<'_>,
     merge: bool,
@@ -840,45 +840,58 @@ fn write_frame(
         return Ok(Err(ReceiveDrop::NoBuffer));
     }
     let total = (NetHeader::SIZE + frame.len()) as u64;
-    if !merge && first.writable_bytes() < total {
-        return Ok(Err(ReceiveDrop::Long));
+    if first.writable_bytes() < total {
+        return match merge {
+            true => spread_frame(mem, queue, [first, next], header, frame),
+            false => Ok(Err(ReceiveDrop::Long)),
+        };
     }
+    let mut at = first.write(mem, 0, &header)?;
+    for piece in frame.pieces() {
+        at += first.write(mem, at as u64, piece)?;
+    }
+    queue.stage(mem, first.token(), at as u32)?;
+    Ok(Ok(()))
+}
+
+/// Writes a frame into several chains, each but the last up to its end (§5.1.6.4.1). The first is
+/// taken already, and needed to the end: only then it is known how many there are.
+fn spread_frame(
+    mem: &mut dyn GuestMemory,
+    queue: &mut Queue,
+    [first, next]: [&mut Chain; 2],
+    header: [u8; NetHeader::SIZE],
+    frame: &Frame<'_>,
+) -> Result<Result<(), ReceiveDrop>, QueueError> {
     let mut full = [(Token::default(), 0); MAX_BUFFERS];
     let mut count = 0;
-    let mut chain = &mut *first;
-    // The second chain is filled again and again; the first is needed to the end.
-    let mut spare = Some(more);
-    let mut first_kept: Option<&mut Chain> = None;
-    let mut at = 0u64;
+    let mut at = 0;
     for mut piece in core::iter::once(&header[..]).chain(frame.pieces()) {
         while !piece.is_empty() {
-            if at == chain.writable_bytes() {
-                let Some(slot) = full.get_mut(count) else {
-                    return Ok(Err(ReceiveDrop::Long));
-                };
-                *slot = (chain.token(), at as u32);
-                count += 1;
-                if let Some(more) = spare.take() {
-                    first_kept = Some(core::mem::replace(&mut chain, more));
-                }
-                if !take_buffer(mem, queue, chain)? {
-                    return Ok(Err(ReceiveDrop::NoBuffer));
-                }
-                at = 0;
+            let chain = if count == 0 { &mut *first } else { &mut *next };
+            if at < chain.writable_bytes() {
+                let written = chain.write(mem, at, piece)?;
+                at += written as u64;
+                piece = piece.get(written..).unwrap_or_default();
+                continue;
             }
-            let written = chain.write(mem, at, piece)?;
-            at += written as u64;
-            piece = piece.get(written..).unwrap_or_default();
+            let Some(slot) = full.get_mut(count) else {
+                return Ok(Err(ReceiveDrop::Long));
+            };
+            *slot = (chain.token(), at as u32);
+            (count, at) = (count + 1, 0);
+            if !take_buffer(mem, queue, next)? {
+                return Ok(Err(ReceiveDrop::NoBuffer));
+            }
         }
     }
-    if let Some(first) = first_kept {
-        let buffers = count as u16 + 1;
-        first.write(mem, NUM_BUFFERS, &buffers.to_le_bytes())?;
-    }
+    let buffers = count as u16 + 1;
+    first.write(mem, NUM_BUFFERS, &buffers.to_le_bytes())?;
     for &(token, written) in full.iter().take(count) {
         queue.stage(mem, token, written)?;
     }
-    queue.stage(mem, chain.token(), at as u32)?;
+    let last = if count == 0 { first } else { next };
+    queue.stage(mem, last.token(), at as u32)?;
     Ok(Ok(()))
 }
 
