@@ -1,4 +1,4 @@
-//! The network device (virtio 1.2 §5.1): one vNIC.
+//! The network device (virtio 1.2 §5.1; UDP segmentation as in 1.3 §5.1): one vNIC.
 //!
 //! A [`NetDevice`] is shared by the guest's PCI function ([`SharedNet`]), which negotiates and
 //! serves the control queue, and by who moves frames: [`NetDevice::transmit`] takes frames out of a
@@ -103,7 +103,7 @@ pub mod feature {
         | CTRL_MAC_ADDR
         | HOST_USO
         | SPEED_DUPLEX;
-    /// A feature, and those of which it needs one (§5.1.3.1).
+    /// A feature, and those of which it needs one (§5.1.3.1); each behind what it needs.
     pub(super) const NEEDS: [(u64, u64); 14] = [
         (GUEST_TSO4, GUEST_CSUM),
         (GUEST_TSO6, GUEST_CSUM),
@@ -926,8 +926,18 @@ impl Device for SharedNet {
 
     fn features(&self) -> u64 {
         let config = self.0.lock().config;
-        let several = config.pairs > 1;
-        config.offer & feature::ALL & if several { u64::MAX } else { !feature::MQ }
+        let one = if config.pairs > 1 { 0 } else { feature::MQ };
+        // Nothing without what it needs (§2.2.2); what needs it in turn stands further down.
+        feature::NEEDS.iter().fold(
+            config.offer & feature::ALL & !one,
+            |offer, &(feature, needs)| {
+                if offer & needs == 0 {
+                    offer & !feature
+                } else {
+                    offer
+                }
+            },
+        )
     }
 
     fn accepts(&self, features: u64) -> bool {

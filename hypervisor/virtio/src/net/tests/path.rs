@@ -649,6 +649,13 @@ fn what_is_offered_and_what_goes_together() {
         [1024, 1024, 64]
     );
     assert!(one.accepts(0) && one.accepts(feature::ALL));
+    // What needs something that is not offered is not offered either.
+    let bare = NetConfig {
+        offer: !(feature::CSUM | feature::GUEST_CSUM | feature::CTRL_VQ),
+        ..NetConfig::new(MAC)
+    };
+    let bare = make(bare).unwrap().features();
+    assert!(one.accepts(bare) && bare & (feature::HOST_ECN | feature::GUEST_ECN) == 0);
     let function = VirtioPci::new(one.clone()).unwrap();
     let config = function.config();
     assert_eq!(config.get(0, 4), 0x1041_1af4);
