@@ -15,6 +15,8 @@ mod device;
 mod packed;
 pub mod pci;
 mod queue;
+#[cfg(test)]
+mod requirements;
 pub mod rng;
 mod split;
 #[cfg(test)]
