@@ -243,8 +243,9 @@ pub(super) const CASES: &[Case] = &[
         end: Ending::Dialogue,
         ..LINUX
     },
-    // The kernel's own drivers find the devices on the bus: random bytes come, by MSI-X and then by
-    // INTx; what goes to the second console is shown.
+    // The kernel's own drivers find the devices on the bus: random bytes come, with messages and,
+    // in the case after it, by the interrupt line; what goes to the second console is shown, and
+    // what is typed while that one spoke last comes out of it.
     Case {
         name: "virtio",
         load: Load::Bundle {
@@ -275,10 +276,43 @@ devices.virtio_console = true
             Expect("PCI-MSI.* virtio[0-9]-input"),
             Expect("^is-0$"),
             PROMPT,
-            Send("echo by-the-other >/dev/hvc0\n"),
+            Send("echo by-the-other >/dev/hvc0; head -n 1 /dev/hvc0\n"),
             Expect("^by-the-other"),
+            Send("typed-there\n"),
+            Expect("^typed-there"),
             PROMPT,
             Send("dmesg; echo is-$?\n"),
+            Expect("^is-0$"),
+            Refuse(FAULTS),
+            PROMPT,
+            Send("poweroff\n"),
+        ],
+        ..LINUX
+    },
+    Case {
+        name: "virtio-by-line",
+        load: Load::Bundle {
+            config: &[r#"
+[[vm]]
+name = "linux"
+kind = "linux"
+kernel = "vmlinuz"
+initrd = "initrd.cpio"
+cmdline = "console=ttyS0 pci=nomsi"
+memory = "256MiB"
+devices.rng = true
+"#],
+            files: FILES,
+            spoil: None,
+        },
+        steps: &[
+            UP,
+            PROMPT,
+            Send("head -c 5000 /dev/hwrng | wc -c\n"),
+            Expect("^5000$"),
+            PROMPT,
+            Send("grep virtio /proc/interrupts; echo is-$?\n"),
+            Expect("IO-APIC +18-fasteoi +virtio0"),
             Expect("^is-0$"),
             Refuse(FAULTS),
             PROMPT,

@@ -1121,3 +1121,58 @@ fn exits_are_counted_by_reason_and_told_at_the_end_of_a_turn() {
         .sum();
     assert_eq!(exits.total(), sum);
 }
+
+#[test]
+fn a_doorbell_is_served_before_the_next_entry() {
+    const BAR: u64 = 0xd000_0000;
+    const RING: u64 = 0x30_0000;
+    const DATA: u64 = 0x31_0000;
+    let mut world = World::new();
+    let mut board = world.cpu.vm().board().unwrap();
+    let place = machine::pci::DeviceFunction::new(2, 0).unwrap();
+    let rng = virtio::pci::VirtioPci::new(virtio::rng::Rng::new([1; 32])).unwrap();
+    board.pci.plug(place, Box::new(rng)).unwrap();
+    let config = map::ECAM.start + (2 << 15);
+    for (at, size, value) in [
+        (config + 0x10, 4, BAR),
+        (config + 0x04, 2, 6),
+        (BAR + 0x14, 1, 3),
+        (BAR + 0x08, 4, 1),
+        (BAR + 0x0c, 4, 1),
+        (BAR + 0x14, 1, 0xb),
+        (BAR + 0x18, 2, 8),
+        (BAR + 0x20, 8, RING),
+        (BAR + 0x28, 8, RING + 0x1000),
+        (BAR + 0x30, 8, RING + 0x2000),
+        (BAR + 0x1c, 2, 1),
+        (BAR + 0x14, 1, 0xf),
+    ] {
+        board.mmio_write(at, size, value, Nanos::ZERO);
+    }
+    drop(board);
+    assert_eq!(world.run(&[]), PREEMPTED);
+    let put = |world: &World, at, bytes: &[u8]| {
+        let mut memory = world.memory();
+        memory.write(GuestPhysAddr::new(at), bytes).unwrap();
+    };
+    put(&world, RING, &DATA.to_le_bytes());
+    put(&world, RING + 8, &[16, 0, 0, 0, 2, 0, 0, 0]);
+    put(&world, RING + 0x1002, &[1, 0]);
+    world.code(b"\x66\x89\x07");
+    world.gprs()[Gpr::Rdi] = BAR + 0x4000;
+    assert_eq!(world.run(&[fault(BAR + 0x4000, Access::WRITE)]), PREEMPTED);
+    let get = |world: &World, at| {
+        let mut memory = world.memory();
+        memory.read_u64(GuestPhysAddr::new(at)).unwrap()
+    };
+    assert_eq!(get(&world, RING + 0x2000) >> 16 & 0xffff, 1, "given back");
+    assert_eq!(get(&world, RING + 0x2004), 16 << 32);
+    assert_ne!(get(&world, DATA), 0);
+    let mut board = world.cpu.vm().board().unwrap();
+    assert!(!board.wants_service());
+    assert_eq!(
+        board.mmio_read(BAR + 0x1000, 1, Nanos::ZERO),
+        1,
+        "interrupt status"
+    );
+}
