@@ -775,3 +775,54 @@ fn random_rings_and_frames_never_panic() {
         }
     }
 }
+
+#[test]
+fn the_function_negotiates_for_it_and_tells_its_driver() {
+    let mut guest = Guest::new(EVERYTHING);
+    let mut function = VirtioPci::new(guest.net.clone()).unwrap();
+    // Decode memory, be bus master.
+    function.config_mut().write(4, 2, 6);
+    let mut put = |offset: u64, size: u8, value: u64| {
+        function.write(0, offset, size, value, Nanos::ZERO);
+        function.read(0, offset, size, Nanos::ZERO)
+    };
+    put(0x14, 1, 0);
+    put(0x14, 1, 3);
+    for select in 0..2 {
+        put(0x08, 4, select);
+        put(0x0c, 4, EVERYTHING >> (32 * select) & 0xffff_ffff);
+    }
+    assert_eq!(put(0x14, 1, 0x0b), 0x0b);
+    for index in 0..3u64 {
+        guest.rings[index as usize] = Ring::new(index as u16, EVERYTHING);
+        let layout = guest.rings[index as usize].driver.layout;
+        put(0x16, 2, index);
+        put(0x18, 2, layout.size.into());
+        put(0x20, 8, layout.descriptors.as_u64());
+        put(0x28, 8, layout.driver.as_u64());
+        put(0x30, 8, layout.device.as_u64());
+        put(0x1c, 2, 1);
+    }
+    assert!(!guest.device().ready());
+    assert_eq!(put(0x14, 1, 0x0f), 0x0f);
+    assert!(guest.device().ready());
+    // The doorbell of the transmit queue is for who moves frames, not for the run loop.
+    assert!(
+        function.wants_service(),
+        "the receive queue is told to be quiet"
+    );
+    function.serve(&mut guest.ram, Nanos::ZERO);
+    guest.device().take_notified();
+    function.write(0, 0x4000 + 4, 2, 1, Nanos::ZERO);
+    assert!(!function.wants_service());
+    assert_eq!(guest.device().take_notified(), 1);
+    // A frame that somebody else puts in reaches the driver as an interrupt.
+    guest.stock(0, 1, 2000);
+    assert_eq!(guest.hear(&frame_to(MAC, 60)), Ok(()));
+    let net = guest.net.clone();
+    net.lock().settle(&mut guest.ram);
+    assert!(function.wants_service() && !function.interrupt());
+    function.serve(&mut guest.ram, Nanos::ZERO);
+    assert_eq!(function.take_message(), None);
+    assert!(function.interrupt());
+}
