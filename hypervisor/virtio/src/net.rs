@@ -9,6 +9,7 @@
 //! What a guest leaves to its card (checksums, segmentation) is passed on as it is if the receiver
 //! negotiated that, and done on the way into its queue if not: see [`NetHeader::finish`].
 
+mod bells;
 mod control;
 mod frame;
 mod offload;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::chain::{Chain, QueueError, Token};
 use crate::device::{Device, MAX_QUEUES, Signals};
 use crate::queue::Queue;
+use bells::{BROKEN, Bells, CONFIG};
 use control::{Settings, Unwanted};
 use frame::flow_hash;
 use offload::largest_packet;
@@ -123,8 +125,8 @@ pub mod feature {
 }
 
 /// The most pairs of queues.
-pub const MAX_PAIRS: u16 = 31;
-const _: () = assert!(2 * MAX_PAIRS < MAX_QUEUES);
+pub const MAX_PAIRS: u16 = 30;
+const _: () = assert!(2 * MAX_PAIRS < MAX_QUEUES && bit(2 * MAX_PAIRS) < BROKEN);
 /// The longest frame: an IPv6 packet with all of its payload, and two tags.
 pub const MAX_FRAME: usize = ETHERNET + 8 + 40 + 65535;
 /// Room that [`NetDevice::transmit`] needs in its buffer for a frame.
@@ -323,14 +325,17 @@ pub struct NetState {
     notified: u64,
     /// A bit for each receive queue that was put into since [`NetDevice::settle`].
     unsettled: u64,
-    signals: Signals,
+    /// See [`Bells`].
+    signals: u64,
     counters: Counters,
 }
 
 /// A network device.
 pub struct NetDevice {
     config: NetConfig,
+    /// All but what is in `bells`.
     state: NetState,
+    bells: Arc<Bells>,
     /// Why the device broke.
     fault: Option<QueueError>,
     /// By flow: the pair of queues on which the guest sent last.
@@ -378,9 +383,10 @@ impl NetDevice {
                 queues: (0..queues).map(|_| None).collect(),
                 notified: 0,
                 unsettled: 0,
-                signals: Signals::default(),
+                signals: 0,
                 counters: Counters::default(),
             },
+            bells: Arc::default(),
             fault: None,
             flows: [u8::MAX; FLOWS],
             chain: Box::default(),
@@ -391,7 +397,11 @@ impl NetDevice {
     /// All state, for saving.
     #[must_use]
     pub fn save(&self) -> NetState {
-        self.state.clone()
+        NetState {
+            notified: self.bells.notified(),
+            signals: self.bells.signals(),
+            ..self.state.clone()
+        }
     }
 
     /// Puts saved state of a device with the same configuration in place.
@@ -400,8 +410,14 @@ impl NetDevice {
             .queues
             .resize(usize::from(2 * self.config.pairs + 1), None);
         state.settings.pairs = state.settings.pairs.clamp(1, self.config.pairs);
-        self.state = state;
+        self.bells.set(state.notified, state.signals);
+        self.state = NetState {
+            notified: 0,
+            signals: 0,
+            ..state
+        };
         self.flows = [u8::MAX; FLOWS];
+        self.update_served();
     }
 
     /// How it was made.
@@ -452,8 +468,9 @@ impl NetDevice {
     }
 
     fn config_changed(&mut self, feature: u64) {
-        let state = &mut self.state;
-        state.signals.config |= state.started && state.settings.has(feature);
+        if self.state.started && self.state.settings.has(feature) {
+            self.bells.signal(CONFIG);
+        }
     }
 
     /// Whether a driver runs that kept to the rules so far.
@@ -462,29 +479,11 @@ impl NetDevice {
         self.state.started && !self.state.broken
     }
 
-    /// Whether the driver is to hear of something: the transport has to be asked to tell it.
-    #[must_use]
-    pub fn has_signals(&self) -> bool {
-        self.state.signals != Signals::default()
-    }
-
-    /// A bit for each pair whose transmit queue was notified since the last call.
-    pub fn take_notified(&mut self) -> u32 {
-        let notified = &mut self.state.notified;
-        let mut found = 0;
-        for pair in 0..self.config.pairs {
-            if *notified & bit(tx(pair)) != 0 {
-                found |= 1 << pair;
-                *notified &= !bit(tx(pair));
-            }
-        }
-        found
-    }
-
     fn broken(&mut self, error: QueueError) {
         self.fault = Some(error);
         self.state.broken = true;
-        self.state.signals.broken = true;
+        self.bells.signal(BROKEN);
+        self.update_served();
     }
 
     fn control_queue(&self) -> u16 {
@@ -525,7 +524,7 @@ impl NetDevice {
             _ => Ok(false),
         };
         match taken.and(told) {
-            Ok(true) => self.state.signals.queues |= bit(tx(pair)),
+            Ok(true) => self.bells.signal(bit(tx(pair))),
             Ok(false) => {}
             Err(error) => {
                 self.broken(error);
@@ -706,7 +705,7 @@ impl NetDevice {
                 continue;
             };
             match queue.publish(mem).and_then(|()| queue.wants_interrupt(mem)) {
-                Ok(true) => self.state.signals.queues |= bit(index),
+                Ok(true) => self.bells.signal(bit(index)),
                 Ok(false) => {}
                 Err(error) => self.broken(error),
             }
@@ -715,30 +714,30 @@ impl NetDevice {
 
     /// The queues that are served here: the control queue, and the receive queues, whose driver is
     /// told not to notify: a buffer is looked for when there is a frame.
-    fn served(&self) -> u64 {
-        (0..self.config.pairs).fold(bit(self.control_queue()), |set, pair| set | bit(rx(pair)))
+    fn update_served(&self) {
+        let receive = (0..self.config.pairs).map(|pair| bit(rx(pair)));
+        let queues = receive.fold(bit(self.control_queue()), |set, queue| set | queue);
+        self.bells.set_served(if self.ready() { queues } else { 0 });
     }
 
     fn serve_queues(&mut self, mem: &mut dyn GuestMemory) -> Result<(), QueueError> {
         let control = self.control_queue();
-        if self.state.notified & bit(control) != 0 {
+        if self.bells.take(bit(control)) != 0 {
             self.serve_control(mem, control)?;
         }
-        let receive = (0..self.config.pairs).map(rx);
-        for index in receive.filter(|&index| index != control) {
-            if self.state.notified & bit(index) != 0
+        for index in (0..self.config.pairs).map(rx) {
+            if index != control
+                && self.bells.take(bit(index)) != 0
                 && let Some(queue) = queue(&mut self.state.queues, index)
             {
                 queue.ask_for_notification(mem, false)?;
             }
-            self.state.notified &= !bit(index);
         }
         Ok(())
     }
 
     fn serve_control(&mut self, mem: &mut dyn GuestMemory, index: u16) -> Result<(), QueueError> {
         let state = &mut self.state;
-        state.notified &= !bit(index);
         let Some(queue) = queue(&mut state.queues, index) else {
             return Ok(());
         };
@@ -754,12 +753,12 @@ impl NetDevice {
                 .command(mem, &self.chain, self.config.pairs)?;
             queue.push(mem, self.chain.token(), written)?;
             if count >= COMMANDS {
-                state.notified |= bit(index);
+                self.bells.notify(bit(index));
                 break;
             }
         }
         if queue.wants_interrupt(mem)? {
-            state.signals.queues |= bit(index);
+            self.bells.signal(bit(index));
         }
         Ok(())
     }
@@ -911,9 +910,46 @@ fn take_buffer(
     Ok(true)
 }
 
-/// The device as the guest's PCI function holds it.
+/// The device as its guest's PCI function and who moves its frames hold it.
 #[derive(Clone)]
-pub struct SharedNet(pub Arc<spin::Mutex<NetDevice>>);
+pub struct SharedNet {
+    device: Arc<spin::Mutex<NetDevice>>,
+    bells: Arc<Bells>,
+    config: NetConfig,
+}
+
+impl SharedNet {
+    /// Makes a device that can be shared.
+    #[must_use]
+    pub fn new(device: NetDevice) -> Self {
+        Self {
+            bells: Arc::clone(&device.bells),
+            config: device.config,
+            device: Arc::new(spin::Mutex::new(device)),
+        }
+    }
+
+    /// The device.
+    pub fn lock(&self) -> spin::MutexGuard<'_, NetDevice> {
+        self.device.lock()
+    }
+
+    /// A bit for each pair whose transmit queue was notified since the last call. Takes no lock.
+    pub fn take_notified(&self) -> u32 {
+        let queues = (0..self.config.pairs).map(|pair| bit(tx(pair)));
+        let found = self.bells.take(queues.fold(0, |set, queue| set | queue));
+        (0..self.config.pairs)
+            .filter(|&pair| found & bit(tx(pair)) != 0)
+            .fold(0, |set, pair| set | 1 << pair)
+    }
+
+    /// Whether the driver is to hear of something: the guest's board has to look after its
+    /// function. Takes no lock.
+    #[must_use]
+    pub fn has_signals(&self) -> bool {
+        self.bells.signals() != 0
+    }
+}
 
 impl Device for SharedNet {
     fn kind(&self) -> u16 {
@@ -925,7 +961,7 @@ impl Device for SharedNet {
     }
 
     fn features(&self) -> u64 {
-        let config = self.0.lock().config;
+        let config = self.config;
         let one = if config.pairs > 1 { 0 } else { feature::MQ };
         // Nothing without what it needs (§2.2.2); what needs it in turn stands further down.
         feature::NEEDS.iter().fold(
@@ -947,7 +983,7 @@ impl Device for SharedNet {
     }
 
     fn queues(&self) -> u16 {
-        2 * self.0.lock().config.pairs + 1
+        2 * self.config.pairs + 1
     }
 
     fn queue_size(&self, index: u16) -> u16 {
@@ -963,58 +999,57 @@ impl Device for SharedNet {
     }
 
     fn read_config(&mut self, offset: u32, buf: &mut [u8]) {
-        let space = self.0.lock().config_space();
+        let space = self.lock().config_space();
         let from = space.iter().skip(offset as usize);
         buf.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }
 
     fn start(&mut self, features: u64) {
-        let mut net = self.0.lock();
-        net.state.settings = Settings::new(features, net.config.mac);
+        let mut net = self.lock();
+        net.state.settings = Settings::new(features, self.config.mac);
         net.state.started = true;
+        net.update_served();
     }
 
     fn attach(&mut self, index: u16, queue: Queue) {
-        let state = &mut self.0.lock().state;
-        if let Some(slot) = state.queues.get_mut(usize::from(index)) {
+        if let Some(slot) = self.lock().state.queues.get_mut(usize::from(index)) {
             *slot = Some(queue);
-            // Something may be there already.
-            state.notified |= bit(index);
         }
+        // Something may be there already.
+        self.bells.notify(bit(index));
     }
 
     fn detach(&mut self, index: u16) {
-        let state = &mut self.0.lock().state;
+        let state = &mut self.lock().state;
         if let Some(slot) = state.queues.get_mut(usize::from(index)) {
             *slot = None;
         }
-        state.notified &= !bit(index);
+        self.bells.take(bit(index));
         state.unsettled &= !bit(index);
     }
 
     fn reset(&mut self) {
-        let mut net = self.0.lock();
-        net.state.settings = Settings::new(0, net.config.mac);
+        let mut net = self.lock();
+        net.state.settings = Settings::new(0, self.config.mac);
         (net.state.started, net.state.broken) = (false, false);
         net.state.queues.fill(None);
-        (net.state.notified, net.state.unsettled) = (0, 0);
-        net.state.signals = Signals::default();
+        net.state.unsettled = 0;
         net.fault = None;
         net.flows = [u8::MAX; FLOWS];
+        net.update_served();
+        self.bells.set(0, 0);
     }
 
     fn notify(&mut self, index: u16) {
-        self.0.lock().state.notified |= bit(index);
+        self.bells.notify(bit(index));
     }
 
     fn wants_service(&self) -> bool {
-        let net = self.0.lock();
-        // What the driver is to hear of is collected after a service.
-        net.has_signals() || net.ready() && net.state.notified & net.served() != 0
+        self.bells.wants_service()
     }
 
     fn serve(&mut self, mem: &mut dyn GuestMemory, _now: Nanos) {
-        let mut net = self.0.lock();
+        let mut net = self.lock();
         if net.ready()
             && let Err(error) = net.serve_queues(mem)
         {
@@ -1023,7 +1058,7 @@ impl Device for SharedNet {
     }
 
     fn take_signals(&mut self) -> Signals {
-        core::mem::take(&mut self.0.lock().state.signals)
+        self.bells.take_signals()
     }
 }
 

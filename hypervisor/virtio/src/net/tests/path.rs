@@ -63,7 +63,6 @@ fn frames_of_a_batch_stay_in_the_buffer() {
     let mut frames = Vec::new();
     let net = guest.net.clone();
     let done = net
-        .0
         .lock()
         .transmit(&mut guest.ram, 0, 8, false, &mut buffer, |_, frame| {
             frames.push(frame)
@@ -552,8 +551,8 @@ fn notifications_are_off_while_frames_keep_coming() {
     for _ in 0..3 {
         guest.send(0, PLAIN, &frame_to(MAC, 60));
     }
-    assert_eq!(guest.device().take_notified(), 1);
-    assert_eq!(guest.device().take_notified(), 0);
+    assert_eq!(guest.net.take_notified(), 1);
+    assert_eq!(guest.net.take_notified(), 0);
     // Out of budget: called again in any case.
     let (done, _) = guest.transmit_with(0, 2, false);
     assert_eq!((done.more, notifies(&guest)), (true, false));
@@ -632,8 +631,7 @@ fn configuration_space_and_link() {
 
 #[test]
 fn what_is_offered_and_what_goes_together() {
-    let make =
-        |config| NetDevice::new(config).map(|net| SharedNet(Arc::new(spin::Mutex::new(net))));
+    let make = |config| NetDevice::new(config).map(SharedNet::new);
     let one = make(NetConfig::new(MAC)).unwrap();
     assert_eq!((one.kind(), one.class(), one.queues()), (1, 0x02_0000, 3));
     assert_eq!(one.features(), feature::ALL & !feature::MQ);
@@ -709,7 +707,7 @@ fn a_saved_device_goes_on_where_it_was() {
         let mut other = NetDevice::new(config).unwrap();
         other.restore(state.clone());
         assert_eq!(other.save(), state);
-        guest.net = SharedNet(Arc::new(spin::Mutex::new(other)));
+        guest.net = SharedNet::new(other);
         guest.hear(&frame_to([2; 6], 62)).unwrap();
         assert_eq!(guest.settle().queues & 1, 1);
         let lengths: Vec<usize> = guest
@@ -812,10 +810,10 @@ fn the_function_negotiates_for_it_and_tells_its_driver() {
         "the receive queue is told to be quiet"
     );
     function.serve(&mut guest.ram, Nanos::ZERO);
-    guest.device().take_notified();
+    guest.net.take_notified();
     function.write(0, 0x4000 + 4, 2, 1, Nanos::ZERO);
     assert!(!function.wants_service());
-    assert_eq!(guest.device().take_notified(), 1);
+    assert_eq!(guest.net.take_notified(), 1);
     // A frame that somebody else puts in reaches the driver as an interrupt.
     guest.stock(0, 1, 2000);
     assert_eq!(guest.hear(&frame_to(MAC, 60)), Ok(()));
