@@ -518,6 +518,12 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
         (promised + tables_for(promised) + overhead(self.vcpus() as u32)).saturating_sub(taken)
     }
 
+    /// Carries on what its devices have to tell, after one of them was given something from outside
+    /// of its vCPUs.
+    pub fn carry_devices(&self) {
+        let _ = self.with_board(Board::carry_pci);
+    }
+
     /// Types on the guest's console when the machine's TSC reads `tsc`; gives how many bytes it
     /// took.
     pub fn input(&self, bytes: &[u8], tsc: u64) -> usize {
