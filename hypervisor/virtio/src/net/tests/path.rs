@@ -824,3 +824,68 @@ fn the_function_negotiates_for_it_and_tells_its_driver() {
     assert_eq!(function.take_message(), None);
     assert!(function.interrupt());
 }
+
+#[test]
+fn random_frames_arrive_whole_in_random_buffers() {
+    all_rings(|ring| {
+        let mut random = Random(ring | 5);
+        let config = NetConfig {
+            mtu: 9000,
+            ..NetConfig::new(MAC)
+        };
+        let mut guest = Guest::with(config, EVERYTHING | ring);
+        let (mut sent, mut got, mut dropped) = (Vec::new(), Vec::new(), 0);
+        for _ in 0..400 {
+            // Buffers of one to three parts, some of them empty, with room for a header.
+            for _ in 0..random.below(4) {
+                let lengths = [12 + random.below(900), random.below(40), random.below(3)];
+                let parts: Vec<Part> = lengths[..1 + random.below(3) as usize]
+                    .iter()
+                    .map(|&length| (guest.room(length as usize), length as u32, true))
+                    .collect();
+                if guest.rings[0].pending.len() < 60 {
+                    guest.offer(0, &parts);
+                }
+            }
+            let frame = frame_to(MAC, 14 + random.below(3000) as usize);
+            let (one, two) = (random.below(20) as usize, random.below(3000) as usize);
+            let (one, two) = (one.min(frame.len()), two.clamp(one, frame.len().max(one)));
+            let pieces = [&frame[..one], &frame[one..two], &frame[two..]];
+            let net = guest.net.clone();
+            let header = NetHeader::default();
+            match net
+                .lock()
+                .receive(&mut guest.ram, &header, &Frame::new(pieces))
+            {
+                Ok(()) => sent.push(frame),
+                Err(cause) => {
+                    assert_eq!(cause, ReceiveDrop::NoBuffer);
+                    dropped += 1;
+                }
+            }
+            if random.below(3) == 0 {
+                guest.settle();
+                got.extend(guest.received(0).into_iter().map(|one| one.frame));
+            }
+        }
+        guest.settle();
+        got.extend(guest.received(0).into_iter().map(|one| one.frame));
+        assert!(sent == got && !sent.is_empty());
+        let counters = *guest.device().counters();
+        assert_eq!(counters.in_frames, sent.len() as u64);
+        assert_eq!(counters.in_dropped(ReceiveDrop::NoBuffer), dropped);
+    });
+}
+
+#[test]
+fn doorbells_ring_while_a_batch_is_under_way() {
+    let mut guest = Guest::new(EVERYTHING);
+    let net = guest.net.clone();
+    let batch = net.lock();
+    guest.net.notify(2);
+    assert!(guest.net.wants_service() && !guest.net.has_signals());
+    guest.net.notify(1);
+    assert_eq!(guest.net.take_notified(), 1);
+    assert_eq!(guest.net.take_signals(), Signals::default());
+    drop(batch);
+}
