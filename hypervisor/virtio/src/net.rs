@@ -508,20 +508,68 @@ impl NetDevice {
         pair: u16,
         budget: u32,
         poll: bool,
-        buffer: &'b mut [u8],
-        sink: impl FnMut(NetHeader, &'b [u8]),
+        mut buffer: &'b mut [u8],
+        mut sink: impl FnMut(NetHeader, &'b [u8]),
     ) -> Transmitted {
         let mut done = Transmitted::default();
         if !self.ready() || pair >= self.config.pairs {
             return done;
         }
-        let taken = self.take_frames(mem, pair, budget, poll, buffer, sink, &mut done);
-        // What was taken is given back in any case.
-        let told = match queue(&mut self.state.queues, tx(pair)) {
-            Some(queue) if done.chains > 0 => {
-                queue.publish(mem).and_then(|()| queue.wants_interrupt(mem))
+        let Some(queue) = queue(&mut self.state.queues, tx(pair)) else {
+            return done;
+        };
+        let (settings, counters) = (&self.state.settings, &mut self.state.counters);
+        let chain = &mut *self.chain;
+        let mut take_frames = || {
+            queue.ask_for_notification(mem, false)?;
+            loop {
+                if done.chains >= budget || buffer.len() < FRAME_ROOM {
+                    done.more = true;
+                    return Ok(());
+                }
+                if !queue.pop(mem, chain)? {
+                    if poll && done.chains > 0 {
+                        done.more = true;
+                        return Ok(());
+                    }
+                    queue.ask_for_notification(mem, true)?;
+                    if !queue.pop(mem, chain)? {
+                        return Ok(());
+                    }
+                    queue.ask_for_notification(mem, false)?;
+                }
+                let found = match self.state.link {
+                    true => read_frame(mem, chain, settings.features, self.config.mtu, buffer)?,
+                    false => Err(TransmitDrop::LinkDown),
+                };
+                queue.stage(mem, chain.token(), 0)?;
+                done.chains += 1;
+                match found {
+                    Ok((header, length)) => {
+                        let (frame, rest) =
+                            core::mem::take(&mut buffer).split_at_mut(NetHeader::SIZE + length);
+                        buffer = rest;
+                        let frame = frame.get(NetHeader::SIZE..).unwrap_or_default();
+                        counters.out_frames += 1;
+                        counters.out_bytes += length as u64;
+                        if settings.pairs > 1 {
+                            // Answers come to the same pair (§5.1.6.5.6).
+                            let flow = Frame::whole(frame).with_head(flow_hash) as usize % FLOWS;
+                            if let Some(flow) = self.flows.get_mut(flow) {
+                                *flow = pair as u8;
+                            }
+                        }
+                        sink(header, frame);
+                    }
+                    Err(cause) => counters.drop_out(cause),
+                }
             }
-            _ => Ok(false),
+        };
+        let taken = take_frames();
+        // What was taken is given back in any case.
+        let told = match done.chains {
+            0 => Ok(false),
+            _ => queue.publish(mem).and_then(|()| queue.wants_interrupt(mem)),
         };
         match taken.and(told) {
             Ok(true) => self.bells.signal(bit(tx(pair))),
@@ -532,67 +580,6 @@ impl NetDevice {
             }
         }
         done
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the body of `transmit`")]
-    fn take_frames<'b>(
-        &mut self,
-        mem: &mut dyn GuestMemory,
-        pair: u16,
-        budget: u32,
-        poll: bool,
-        mut buffer: &'b mut [u8],
-        mut sink: impl FnMut(NetHeader, &'b [u8]),
-        done: &mut Transmitted,
-    ) -> Result<(), QueueError> {
-        let Some(queue) = queue(&mut self.state.queues, tx(pair)) else {
-            return Ok(());
-        };
-        let (settings, counters) = (&self.state.settings, &mut self.state.counters);
-        let chain = &mut *self.chain;
-        queue.ask_for_notification(mem, false)?;
-        loop {
-            if done.chains >= budget || buffer.len() < FRAME_ROOM {
-                done.more = true;
-                return Ok(());
-            }
-            if !queue.pop(mem, chain)? {
-                if poll && done.chains > 0 {
-                    done.more = true;
-                    return Ok(());
-                }
-                queue.ask_for_notification(mem, true)?;
-                if !queue.pop(mem, chain)? {
-                    return Ok(());
-                }
-                queue.ask_for_notification(mem, false)?;
-            }
-            let found = match self.state.link {
-                true => read_frame(mem, chain, settings.features, self.config.mtu, buffer)?,
-                false => Err(TransmitDrop::LinkDown),
-            };
-            queue.stage(mem, chain.token(), 0)?;
-            done.chains += 1;
-            match found {
-                Ok((header, length)) => {
-                    let (frame, rest) =
-                        core::mem::take(&mut buffer).split_at_mut(NetHeader::SIZE + length);
-                    buffer = rest;
-                    let frame = frame.get(NetHeader::SIZE..).unwrap_or_default();
-                    counters.out_frames += 1;
-                    counters.out_bytes += length as u64;
-                    if settings.pairs > 1 {
-                        // Answers come to the same pair (§5.1.6.5.6).
-                        let flow = Frame::whole(frame).with_head(flow_hash) as usize % FLOWS;
-                        if let Some(flow) = self.flows.get_mut(flow) {
-                            *flow = pair as u8;
-                        }
-                    }
-                    sink(header, frame);
-                }
-                Err(cause) => counters.drop_out(cause),
-            }
-        }
     }
 
     /// Puts a frame into a receive queue, or several segments of it, after what the driver did not
