@@ -124,9 +124,7 @@ impl Network {
             let Some(room) = self.rooms.get(nic.switch) else {
                 continue;
             };
-            let mut pairs = vm
-                .with_nic(index, |net, _| net.take_notified())
-                .unwrap_or(0);
+            let mut pairs = nic.net.take_notified();
             while pairs != 0 {
                 let pair = pairs.trailing_zeros() as u16;
                 pairs &= pairs - 1;
@@ -143,12 +141,11 @@ impl Network {
                     more = self.batch(machine, &mut mover, live, (index, pair), source);
                 }
                 if more {
-                    vm.with_nic(index, |net, _| net.notify_again(pair));
-                    vm.ring_again();
+                    nic.net.notify_again(pair);
                 }
             }
-            if vm.with_nic(index, |net, _| net.has_signals()) == Some(true) {
-                vm.tell_drivers();
+            if nic.net.has_signals() {
+                vm.carry_devices();
             }
         }
         uplinks::flush();
@@ -338,12 +335,10 @@ impl Network {
             let Some(live) = machine.live(vm) else {
                 continue;
             };
-            let wants = live.vm.with_nic(nic, |net, memory| {
-                net.settle(memory);
-                net.has_signals()
-            });
-            if wants == Some(true) {
-                live.vm.tell_drivers();
+            live.vm.with_nic(nic, |net, memory| net.settle(memory));
+            let nics = live.vm.nics();
+            if nics.get(nic).is_some_and(|nic| nic.net.has_signals()) {
+                live.vm.carry_devices();
                 machine.kick_touched(&live);
             }
         }

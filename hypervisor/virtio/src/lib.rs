@@ -16,6 +16,8 @@ pub mod net;
 mod packed;
 pub mod pci;
 mod queue;
+#[cfg(test)]
+mod requirements;
 pub mod rng;
 mod split;
 #[cfg(test)]

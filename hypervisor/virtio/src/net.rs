@@ -1,4 +1,4 @@
-//! The network device (virtio 1.2 §5.1): one vNIC.
+//! The network device (virtio 1.2 §5.1; UDP segmentation as in 1.3 §5.1): one vNIC.
 //!
 //! A [`NetDevice`] is shared by the guest's PCI function ([`SharedNet`]), which negotiates and
 //! serves the control queue, and by who moves frames: [`NetDevice::transmit`] takes frames out of a
@@ -9,6 +9,7 @@
 //! What a guest leaves to its card (checksums, segmentation) is passed on as it is if the receiver
 //! negotiated that, and done on the way into its queue if not: see [`NetHeader::finish`].
 
+mod bells;
 mod control;
 mod frame;
 mod offload;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::chain::{Chain, QueueError, Token};
 use crate::device::{Device, MAX_QUEUES, Signals};
 use crate::queue::Queue;
+use bells::{BROKEN, Bells, CONFIG};
 use control::{Settings, Unwanted};
 use frame::flow_hash;
 use offload::largest_packet;
@@ -103,7 +105,7 @@ pub mod feature {
         | CTRL_MAC_ADDR
         | HOST_USO
         | SPEED_DUPLEX;
-    /// A feature, and those of which it needs one (§5.1.3.1).
+    /// A feature, and those of which it needs one (§5.1.3.1); each behind what it needs.
     pub(super) const NEEDS: [(u64, u64); 14] = [
         (GUEST_TSO4, GUEST_CSUM),
         (GUEST_TSO6, GUEST_CSUM),
@@ -123,8 +125,8 @@ pub mod feature {
 }
 
 /// The most pairs of queues.
-pub const MAX_PAIRS: u16 = 31;
-const _: () = assert!(2 * MAX_PAIRS < MAX_QUEUES);
+pub const MAX_PAIRS: u16 = 30;
+const _: () = assert!(2 * MAX_PAIRS < MAX_QUEUES && bit(2 * MAX_PAIRS) < BROKEN);
 /// The longest frame: an IPv6 packet with all of its payload, and two tags.
 pub const MAX_FRAME: usize = ETHERNET + 8 + 40 + 65535;
 /// Room that [`NetDevice::transmit`] needs in its buffer for a frame.
@@ -323,14 +325,17 @@ pub struct NetState {
     notified: u64,
     /// A bit for each receive queue that was put into since [`NetDevice::settle`].
     unsettled: u64,
-    signals: Signals,
+    /// See [`Bells`].
+    signals: u64,
     counters: Counters,
 }
 
 /// A network device.
 pub struct NetDevice {
     config: NetConfig,
+    /// All but what is in `bells`.
     state: NetState,
+    bells: Arc<Bells>,
     /// Why the device broke.
     fault: Option<QueueError>,
     /// By flow: the pair of queues on which the guest sent last.
@@ -378,9 +383,10 @@ impl NetDevice {
                 queues: (0..queues).map(|_| None).collect(),
                 notified: 0,
                 unsettled: 0,
-                signals: Signals::default(),
+                signals: 0,
                 counters: Counters::default(),
             },
+            bells: Arc::default(),
             fault: None,
             flows: [u8::MAX; FLOWS],
             chain: Box::default(),
@@ -391,7 +397,11 @@ impl NetDevice {
     /// All state, for saving.
     #[must_use]
     pub fn save(&self) -> NetState {
-        self.state.clone()
+        NetState {
+            notified: self.bells.notified(),
+            signals: self.bells.signals(),
+            ..self.state.clone()
+        }
     }
 
     /// Puts saved state of a device with the same configuration in place.
@@ -400,8 +410,14 @@ impl NetDevice {
             .queues
             .resize(usize::from(2 * self.config.pairs + 1), None);
         state.settings.pairs = state.settings.pairs.clamp(1, self.config.pairs);
-        self.state = state;
+        self.bells.set(state.notified, state.signals);
+        self.state = NetState {
+            notified: 0,
+            signals: 0,
+            ..state
+        };
         self.flows = [u8::MAX; FLOWS];
+        self.update_served();
     }
 
     /// How it was made.
@@ -452,8 +468,9 @@ impl NetDevice {
     }
 
     fn config_changed(&mut self, feature: u64) {
-        let state = &mut self.state;
-        state.signals.config |= state.started && state.settings.has(feature);
+        if self.state.started && self.state.settings.has(feature) {
+            self.bells.signal(CONFIG);
+        }
     }
 
     /// Whether a driver runs that kept to the rules so far.
@@ -462,34 +479,11 @@ impl NetDevice {
         self.state.started && !self.state.broken
     }
 
-    /// Whether the driver is to hear of something: the transport has to be asked to tell it.
-    #[must_use]
-    pub fn has_signals(&self) -> bool {
-        self.state.signals != Signals::default()
-    }
-
-    /// A bit for each pair whose transmit queue was notified since the last call.
-    pub fn take_notified(&mut self) -> u32 {
-        let notified = &mut self.state.notified;
-        let mut found = 0;
-        for pair in 0..self.config.pairs {
-            if *notified & bit(tx(pair)) != 0 {
-                found |= 1 << pair;
-                *notified &= !bit(tx(pair));
-            }
-        }
-        found
-    }
-
-    /// Marks the transmit queue of `pair` as notified: there is more in it than was taken.
-    pub fn notify_again(&mut self, pair: u16) {
-        self.state.notified |= bit(tx(pair));
-    }
-
     fn broken(&mut self, error: QueueError) {
         self.fault = Some(error);
         self.state.broken = true;
-        self.state.signals.broken = true;
+        self.bells.signal(BROKEN);
+        self.update_served();
     }
 
     fn control_queue(&self) -> u16 {
@@ -514,23 +508,71 @@ impl NetDevice {
         pair: u16,
         budget: u32,
         poll: bool,
-        buffer: &'b mut [u8],
-        sink: impl FnMut(NetHeader, &'b [u8]),
+        mut buffer: &'b mut [u8],
+        mut sink: impl FnMut(NetHeader, &'b [u8]),
     ) -> Transmitted {
         let mut done = Transmitted::default();
         if !self.ready() || pair >= self.config.pairs {
             return done;
         }
-        let taken = self.take_frames(mem, pair, budget, poll, buffer, sink, &mut done);
-        // What was taken is given back in any case.
-        let told = match queue(&mut self.state.queues, tx(pair)) {
-            Some(queue) if done.chains > 0 => {
-                queue.publish(mem).and_then(|()| queue.wants_interrupt(mem))
+        let Some(queue) = queue(&mut self.state.queues, tx(pair)) else {
+            return done;
+        };
+        let (settings, counters) = (&self.state.settings, &mut self.state.counters);
+        let chain = &mut *self.chain;
+        let mut take_frames = || {
+            queue.ask_for_notification(mem, false)?;
+            loop {
+                if done.chains >= budget || buffer.len() < FRAME_ROOM {
+                    done.more = true;
+                    return Ok(());
+                }
+                if !queue.pop(mem, chain)? {
+                    if poll && done.chains > 0 {
+                        done.more = true;
+                        return Ok(());
+                    }
+                    queue.ask_for_notification(mem, true)?;
+                    if !queue.pop(mem, chain)? {
+                        return Ok(());
+                    }
+                    queue.ask_for_notification(mem, false)?;
+                }
+                let found = match self.state.link {
+                    true => read_frame(mem, chain, settings.features, self.config.mtu, buffer)?,
+                    false => Err(TransmitDrop::LinkDown),
+                };
+                queue.stage(mem, chain.token(), 0)?;
+                done.chains += 1;
+                match found {
+                    Ok((header, length)) => {
+                        let (frame, rest) =
+                            core::mem::take(&mut buffer).split_at_mut(NetHeader::SIZE + length);
+                        buffer = rest;
+                        let frame = frame.get(NetHeader::SIZE..).unwrap_or_default();
+                        counters.out_frames += 1;
+                        counters.out_bytes += length as u64;
+                        if settings.pairs > 1 {
+                            // Answers come to the same pair (§5.1.6.5.6).
+                            let flow = Frame::whole(frame).with_head(flow_hash) as usize % FLOWS;
+                            if let Some(flow) = self.flows.get_mut(flow) {
+                                *flow = pair as u8;
+                            }
+                        }
+                        sink(header, frame);
+                    }
+                    Err(cause) => counters.drop_out(cause),
+                }
             }
-            _ => Ok(false),
+        };
+        let taken = take_frames();
+        // What was taken is given back in any case.
+        let told = match done.chains {
+            0 => Ok(false),
+            _ => queue.publish(mem).and_then(|()| queue.wants_interrupt(mem)),
         };
         match taken.and(told) {
-            Ok(true) => self.state.signals.queues |= bit(tx(pair)),
+            Ok(true) => self.bells.signal(bit(tx(pair))),
             Ok(false) => {}
             Err(error) => {
                 self.broken(error);
@@ -538,67 +580,6 @@ impl NetDevice {
             }
         }
         done
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the body of `transmit`")]
-    fn take_frames<'b>(
-        &mut self,
-        mem: &mut dyn GuestMemory,
-        pair: u16,
-        budget: u32,
-        poll: bool,
-        mut buffer: &'b mut [u8],
-        mut sink: impl FnMut(NetHeader, &'b [u8]),
-        done: &mut Transmitted,
-    ) -> Result<(), QueueError> {
-        let Some(queue) = queue(&mut self.state.queues, tx(pair)) else {
-            return Ok(());
-        };
-        let (settings, counters) = (&self.state.settings, &mut self.state.counters);
-        let chain = &mut *self.chain;
-        queue.ask_for_notification(mem, false)?;
-        loop {
-            if done.chains >= budget || buffer.len() < FRAME_ROOM {
-                done.more = true;
-                return Ok(());
-            }
-            if !queue.pop(mem, chain)? {
-                if poll && done.chains > 0 {
-                    done.more = true;
-                    return Ok(());
-                }
-                queue.ask_for_notification(mem, true)?;
-                if !queue.pop(mem, chain)? {
-                    return Ok(());
-                }
-                queue.ask_for_notification(mem, false)?;
-            }
-            let found = match self.state.link {
-                true => read_frame(mem, chain, settings.features, self.config.mtu, buffer)?,
-                false => Err(TransmitDrop::LinkDown),
-            };
-            queue.stage(mem, chain.token(), 0)?;
-            done.chains += 1;
-            match found {
-                Ok((header, length)) => {
-                    let (frame, rest) =
-                        core::mem::take(&mut buffer).split_at_mut(NetHeader::SIZE + length);
-                    buffer = rest;
-                    let frame = frame.get(NetHeader::SIZE..).unwrap_or_default();
-                    counters.out_frames += 1;
-                    counters.out_bytes += length as u64;
-                    if settings.pairs > 1 {
-                        // Answers come to the same pair (§5.1.6.5.6).
-                        let flow = Frame::whole(frame).with_head(flow_hash) as usize % FLOWS;
-                        if let Some(flow) = self.flows.get_mut(flow) {
-                            *flow = pair as u8;
-                        }
-                    }
-                    sink(header, frame);
-                }
-                Err(cause) => counters.drop_out(cause),
-            }
-        }
     }
 
     /// Puts a frame into a receive queue, or several segments of it, after what the driver did not
@@ -711,7 +692,7 @@ impl NetDevice {
                 continue;
             };
             match queue.publish(mem).and_then(|()| queue.wants_interrupt(mem)) {
-                Ok(true) => self.state.signals.queues |= bit(index),
+                Ok(true) => self.bells.signal(bit(index)),
                 Ok(false) => {}
                 Err(error) => self.broken(error),
             }
@@ -720,30 +701,30 @@ impl NetDevice {
 
     /// The queues that are served here: the control queue, and the receive queues, whose driver is
     /// told not to notify: a buffer is looked for when there is a frame.
-    fn served(&self) -> u64 {
-        (0..self.config.pairs).fold(bit(self.control_queue()), |set, pair| set | bit(rx(pair)))
+    fn update_served(&self) {
+        let receive = (0..self.config.pairs).map(|pair| bit(rx(pair)));
+        let queues = receive.fold(bit(self.control_queue()), |set, queue| set | queue);
+        self.bells.set_served(if self.ready() { queues } else { 0 });
     }
 
     fn serve_queues(&mut self, mem: &mut dyn GuestMemory) -> Result<(), QueueError> {
         let control = self.control_queue();
-        if self.state.notified & bit(control) != 0 {
+        if self.bells.take(bit(control)) != 0 {
             self.serve_control(mem, control)?;
         }
-        let receive = (0..self.config.pairs).map(rx);
-        for index in receive.filter(|&index| index != control) {
-            if self.state.notified & bit(index) != 0
+        for index in (0..self.config.pairs).map(rx) {
+            if index != control
+                && self.bells.take(bit(index)) != 0
                 && let Some(queue) = queue(&mut self.state.queues, index)
             {
                 queue.ask_for_notification(mem, false)?;
             }
-            self.state.notified &= !bit(index);
         }
         Ok(())
     }
 
     fn serve_control(&mut self, mem: &mut dyn GuestMemory, index: u16) -> Result<(), QueueError> {
         let state = &mut self.state;
-        state.notified &= !bit(index);
         let Some(queue) = queue(&mut state.queues, index) else {
             return Ok(());
         };
@@ -759,12 +740,12 @@ impl NetDevice {
                 .command(mem, &self.chain, self.config.pairs)?;
             queue.push(mem, self.chain.token(), written)?;
             if count >= COMMANDS {
-                state.notified |= bit(index);
+                self.bells.notify(bit(index));
                 break;
             }
         }
         if queue.wants_interrupt(mem)? {
-            state.signals.queues |= bit(index);
+            self.bells.signal(bit(index));
         }
         Ok(())
     }
@@ -832,11 +813,11 @@ fn read_frame(
 }
 
 /// Writes a frame behind its header into the next chain of a receive queue, or with `merge` into as
-/// many as it takes (§5.1.6.4), and stages them. Nothing is given back if it does not work out.
+/// many as it takes, and stages them. Nothing is given back if it does not work out.
 fn write_frame(
     mem: &mut dyn GuestMemory,
     queue: &mut Queue,
-    [first, more]: [&mut Chain; 2],
+    [first, next]: [&mut Chain; 2],
     header: [u8; NetHeader::SIZE],
     frame: &Frame<'_>,
     merge: bool,
@@ -845,45 +826,58 @@ fn write_frame(
         return Ok(Err(ReceiveDrop::NoBuffer));
     }
     let total = (NetHeader::SIZE + frame.len()) as u64;
-    if !merge && first.writable_bytes() < total {
-        return Ok(Err(ReceiveDrop::Long));
+    if first.writable_bytes() < total {
+        return match merge {
+            true => spread_frame(mem, queue, [first, next], header, frame),
+            false => Ok(Err(ReceiveDrop::Long)),
+        };
     }
+    let mut at = first.write(mem, 0, &header)?;
+    for piece in frame.pieces() {
+        at += first.write(mem, at as u64, piece)?;
+    }
+    queue.stage(mem, first.token(), at as u32)?;
+    Ok(Ok(()))
+}
+
+/// Writes a frame into several chains, each but the last up to its end (§5.1.6.4.1). The first is
+/// taken already, and needed to the end: only then it is known how many there are.
+fn spread_frame(
+    mem: &mut dyn GuestMemory,
+    queue: &mut Queue,
+    [first, next]: [&mut Chain; 2],
+    header: [u8; NetHeader::SIZE],
+    frame: &Frame<'_>,
+) -> Result<Result<(), ReceiveDrop>, QueueError> {
     let mut full = [(Token::default(), 0); MAX_BUFFERS];
     let mut count = 0;
-    let mut chain = &mut *first;
-    // The second chain is filled again and again; the first is needed to the end.
-    let mut spare = Some(more);
-    let mut first_kept: Option<&mut Chain> = None;
-    let mut at = 0u64;
+    let mut at = 0;
     for mut piece in core::iter::once(&header[..]).chain(frame.pieces()) {
         while !piece.is_empty() {
-            if at == chain.writable_bytes() {
-                let Some(slot) = full.get_mut(count) else {
-                    return Ok(Err(ReceiveDrop::Long));
-                };
-                *slot = (chain.token(), at as u32);
-                count += 1;
-                if let Some(more) = spare.take() {
-                    first_kept = Some(core::mem::replace(&mut chain, more));
-                }
-                if !take_buffer(mem, queue, chain)? {
-                    return Ok(Err(ReceiveDrop::NoBuffer));
-                }
-                at = 0;
+            let chain = if count == 0 { &mut *first } else { &mut *next };
+            if at < chain.writable_bytes() {
+                let written = chain.write(mem, at, piece)?;
+                at += written as u64;
+                piece = piece.get(written..).unwrap_or_default();
+                continue;
             }
-            let written = chain.write(mem, at, piece)?;
-            at += written as u64;
-            piece = piece.get(written..).unwrap_or_default();
+            let Some(slot) = full.get_mut(count) else {
+                return Ok(Err(ReceiveDrop::Long));
+            };
+            *slot = (chain.token(), at as u32);
+            (count, at) = (count + 1, 0);
+            if !take_buffer(mem, queue, next)? {
+                return Ok(Err(ReceiveDrop::NoBuffer));
+            }
         }
     }
-    if let Some(first) = first_kept {
-        let buffers = count as u16 + 1;
-        first.write(mem, NUM_BUFFERS, &buffers.to_le_bytes())?;
-    }
+    let buffers = count as u16 + 1;
+    first.write(mem, NUM_BUFFERS, &buffers.to_le_bytes())?;
     for &(token, written) in full.iter().take(count) {
         queue.stage(mem, token, written)?;
     }
-    queue.stage(mem, chain.token(), at as u32)?;
+    let last = if count == 0 { first } else { next };
+    queue.stage(mem, last.token(), at as u32)?;
     Ok(Ok(()))
 }
 
@@ -903,9 +897,65 @@ fn take_buffer(
     Ok(true)
 }
 
-/// The device as the guest's PCI function holds it.
+/// The device as its guest's PCI function and who moves its frames hold it.
 #[derive(Clone)]
-pub struct SharedNet(pub Arc<spin::Mutex<NetDevice>>);
+pub struct SharedNet {
+    device: Arc<spin::Mutex<NetDevice>>,
+    bells: Arc<Bells>,
+    config: NetConfig,
+}
+
+impl SharedNet {
+    /// Makes a device that can be shared.
+    #[must_use]
+    pub fn new(device: NetDevice) -> Self {
+        Self {
+            bells: Arc::clone(&device.bells),
+            config: device.config,
+            device: Arc::new(spin::Mutex::new(device)),
+        }
+    }
+
+    /// The device's lock.
+    #[must_use]
+    pub const fn device(&self) -> &Arc<spin::Mutex<NetDevice>> {
+        &self.device
+    }
+
+    /// The device.
+    pub fn lock(&self) -> spin::MutexGuard<'_, NetDevice> {
+        self.device.lock()
+    }
+
+    /// A bit for each pair whose transmit queue was notified since the last call. Takes no lock.
+    pub fn take_notified(&self) -> u32 {
+        let queues = (0..self.config.pairs).map(|pair| bit(tx(pair)));
+        let found = self.bells.take(queues.fold(0, |set, queue| set | queue));
+        (0..self.config.pairs)
+            .filter(|&pair| found & bit(tx(pair)) != 0)
+            .fold(0, |set, pair| set | 1 << pair)
+    }
+
+    /// Whether [`SharedNet::take_notified`] has something to give. Takes no lock.
+    #[inline]
+    #[must_use]
+    pub fn has_notified(&self) -> bool {
+        const TRANSMIT: u64 = 0xaaaa_aaaa_aaaa_aaaa;
+        self.bells.notified() & TRANSMIT != 0
+    }
+
+    /// Marks the transmit queue of `pair` as notified: there is more in it than was taken.
+    pub fn notify_again(&self, pair: u16) {
+        self.bells.notify(bit(tx(pair)));
+    }
+
+    /// Whether the driver is to hear of something: the guest's board has to look after its
+    /// function. Takes no lock.
+    #[must_use]
+    pub fn has_signals(&self) -> bool {
+        self.bells.signals() != 0
+    }
+}
 
 impl Device for SharedNet {
     fn kind(&self) -> u16 {
@@ -917,9 +967,19 @@ impl Device for SharedNet {
     }
 
     fn features(&self) -> u64 {
-        let config = self.0.lock().config;
-        let several = config.pairs > 1;
-        config.offer & feature::ALL & if several { u64::MAX } else { !feature::MQ }
+        let config = self.config;
+        let one = if config.pairs > 1 { 0 } else { feature::MQ };
+        // Nothing without what it needs (§2.2.2); what needs it in turn stands further down.
+        feature::NEEDS.iter().fold(
+            config.offer & feature::ALL & !one,
+            |offer, &(feature, needs)| {
+                if offer & needs == 0 {
+                    offer & !feature
+                } else {
+                    offer
+                }
+            },
+        )
     }
 
     fn accepts(&self, features: u64) -> bool {
@@ -929,7 +989,7 @@ impl Device for SharedNet {
     }
 
     fn queues(&self) -> u16 {
-        2 * self.0.lock().config.pairs + 1
+        2 * self.config.pairs + 1
     }
 
     fn queue_size(&self, index: u16) -> u16 {
@@ -945,58 +1005,57 @@ impl Device for SharedNet {
     }
 
     fn read_config(&mut self, offset: u32, buf: &mut [u8]) {
-        let space = self.0.lock().config_space();
+        let space = self.lock().config_space();
         let from = space.iter().skip(offset as usize);
         buf.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }
 
     fn start(&mut self, features: u64) {
-        let mut net = self.0.lock();
-        net.state.settings = Settings::new(features, net.config.mac);
+        let mut net = self.lock();
+        net.state.settings = Settings::new(features, self.config.mac);
         net.state.started = true;
+        net.update_served();
     }
 
     fn attach(&mut self, index: u16, queue: Queue) {
-        let state = &mut self.0.lock().state;
-        if let Some(slot) = state.queues.get_mut(usize::from(index)) {
+        if let Some(slot) = self.lock().state.queues.get_mut(usize::from(index)) {
             *slot = Some(queue);
-            // Something may be there already.
-            state.notified |= bit(index);
         }
+        // Something may be there already.
+        self.bells.notify(bit(index));
     }
 
     fn detach(&mut self, index: u16) {
-        let state = &mut self.0.lock().state;
+        let state = &mut self.lock().state;
         if let Some(slot) = state.queues.get_mut(usize::from(index)) {
             *slot = None;
         }
-        state.notified &= !bit(index);
+        self.bells.take(bit(index));
         state.unsettled &= !bit(index);
     }
 
     fn reset(&mut self) {
-        let mut net = self.0.lock();
-        net.state.settings = Settings::new(0, net.config.mac);
+        let mut net = self.lock();
+        net.state.settings = Settings::new(0, self.config.mac);
         (net.state.started, net.state.broken) = (false, false);
         net.state.queues.fill(None);
-        (net.state.notified, net.state.unsettled) = (0, 0);
-        net.state.signals = Signals::default();
+        net.state.unsettled = 0;
         net.fault = None;
         net.flows = [u8::MAX; FLOWS];
+        net.update_served();
+        self.bells.set(0, 0);
     }
 
     fn notify(&mut self, index: u16) {
-        self.0.lock().state.notified |= bit(index);
+        self.bells.notify(bit(index));
     }
 
     fn wants_service(&self) -> bool {
-        let net = self.0.lock();
-        // What the driver is to hear of is collected after a service.
-        net.has_signals() || net.ready() && net.state.notified & net.served() != 0
+        self.bells.wants_service()
     }
 
     fn serve(&mut self, mem: &mut dyn GuestMemory, _now: Nanos) {
-        let mut net = self.0.lock();
+        let mut net = self.lock();
         if net.ready()
             && let Err(error) = net.serve_queues(mem)
         {
@@ -1005,7 +1064,7 @@ impl Device for SharedNet {
     }
 
     fn take_signals(&mut self) -> Signals {
-        core::mem::take(&mut self.0.lock().state.signals)
+        self.bells.take_signals()
     }
 }
 

@@ -12,6 +12,7 @@ use crate::{Queue, QueueLayout, features};
 pub struct Ram {
     pub bytes: Vec<u8>,
     pub reads: Vec<(u64, usize)>,
+    pub writes: Vec<(u64, usize)>,
     pub accesses: usize,
 }
 
@@ -20,6 +21,7 @@ impl Ram {
         Self {
             bytes: vec![0; size],
             reads: Vec::new(),
+            writes: Vec::new(),
             accesses: 0,
         }
     }
@@ -55,6 +57,7 @@ impl GuestMemory for Ram {
     }
     fn write(&mut self, addr: GuestPhysAddr, data: &[u8]) -> Result<(), MemoryFault> {
         self.accesses += 1;
+        self.writes.push((addr.as_u64(), data.len()));
         let to = self.bytes.get_mut(Self::range(addr, data.len()));
         to.ok_or(MemoryFault::NotRam(addr))?.copy_from_slice(data);
         Ok(())
@@ -165,7 +168,8 @@ impl Driver {
         ram.put16(at + 14, fourth);
     }
     fn flags(part: &Part, more: bool) -> u16 {
-        u16::from(more) * NEXT | u16::from(part.2) * WRITE
+        let flag = |on, flag| if on { flag } else { 0 };
+        flag(more, NEXT) | flag(part.2, WRITE)
     }
 
     /// Makes a chain available; gives its head or id, or nothing if there is no room.

@@ -138,6 +138,65 @@ fn each_field_of_a_descriptor_is_read_once() {
     assert_eq!(chain.writable().len(), 1);
 }
 
+#[test]
+fn only_what_is_the_devices_is_written_and_the_last_word_last() {
+    for kind in kinds() {
+        let (mut ram, mut driver, mut queue, mut chain) = world(8, kind);
+        let packed = kind & features::RING_PACKED != 0;
+        for round in 0..20 {
+            for n in 0..2 {
+                let at = DATA + 0x100 * n;
+                driver.offer(&mut ram, &[(at, 8, false), (at + 8, 8, true)], n == 0);
+            }
+            ram.writes.clear();
+            for _ in 0..2 {
+                queue.pop(&mut ram, &mut chain).unwrap();
+                chain.write(&mut ram, 0, b"answered").unwrap();
+                queue.stage(&mut ram, chain.token(), 8).unwrap();
+            }
+            queue.publish(&mut ram).unwrap();
+            queue.wants_interrupt(&mut ram).unwrap();
+            queue
+                .ask_for_notification(&mut ram, round % 2 == 0)
+                .unwrap();
+            let device = USED..USED + 0x100;
+            for &(at, length) in &ram.writes {
+                let data = [DATA + 8, DATA + 0x108].contains(&at) && length == 8;
+                let own = device.contains(&at) || packed && (DESC..DESC + 128).contains(&at);
+                assert!(data || own, "{at:#x}");
+            }
+            // What shows it all to the driver: the used index, or the first descriptor's flags.
+            let shows = |&(at, _): &(u64, usize)| {
+                if packed {
+                    (DESC..DESC + 128).contains(&at)
+                } else {
+                    device.contains(&at) && at < USED + 4 + 64 && at != USED
+                }
+            };
+            let ring: Vec<_> = ram.writes.iter().copied().filter(|w| shows(w)).collect();
+            let last = ring.last().unwrap();
+            let data = ram
+                .writes
+                .iter()
+                .rposition(|w| w.0 == DATA + 0x108)
+                .unwrap();
+            let end = ram.writes.iter().rposition(|w| w == last).unwrap();
+            assert!(data < end);
+            if packed {
+                let [first, second, third, fourth] = ring[..] else {
+                    panic!("{ring:?}");
+                };
+                assert_eq!((first.1, second.1, third.1, fourth.1), (6, 6, 2, 2));
+                assert_eq!(fourth.0, first.0 + 6, "the first one's flags");
+                assert_eq!(third.0, second.0 + 6);
+            } else {
+                assert_eq!(*last, (USED + 2, 2));
+            }
+            while driver.take(&mut ram).is_some() {}
+        }
+    }
+}
+
 type Break = fn(&mut Ram);
 
 fn describe(ram: &mut Ram, table: u64, n: u64, addr: u64, length: u32, flags: u16, next: u16) {

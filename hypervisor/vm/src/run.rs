@@ -237,7 +237,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     #[inline(always)]
     fn left(attention: &mut Attention, vm: &crate::vm::Vm<P, F>, board: &Board) -> Next {
         let moved = vm.board_done(board);
-        if vm.fabric.has_kicks() | board.has_actions() | vm.rung.load(Relaxed) {
+        if vm.fabric.has_kicks() | board.has_actions() | vm.has_frames() {
             attention.insert(Attention::KICKS | Attention::ACTIONS);
             return Next::Prepare;
         }
@@ -314,7 +314,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 self.kick_others(host);
                 return Some(end);
             }
-            if self.vm.take_rung() {
+            if self.vm.has_frames() {
                 host.frames();
             }
         }

@@ -14,7 +14,7 @@ use alloc::vec::Vec;
 use arch::{FrameSource, GuestPhysAddr, HostPhysAddr, MemoryFault, Nanos, PhysMemory, Vcpu};
 use core::fmt;
 use core::sync::atomic::{
-    AtomicBool, AtomicU8, AtomicU32, AtomicU64,
+    AtomicU8, AtomicU32, AtomicU64,
     Ordering::{Acquire, Relaxed, SeqCst},
 };
 use machine::acpi::{self, AcpiConfig};
@@ -281,8 +281,6 @@ pub struct Vm<P: PhysMemory, F: FrameSource> {
     still_waiting: fn(),
     pub(crate) name: String,
     pub(crate) nics: Vec<VmNic>,
-    /// A doorbell for frames was rung.
-    pub(crate) rung: Arc<AtomicBool>,
 }
 
 impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
@@ -352,8 +350,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             watchdog: config.devices.watchdog,
         });
         plug_devices(&mut board, &config.devices, setup.random_seed);
-        let rung = Arc::new(AtomicBool::new(false));
-        let nics = nic::plug(&mut board, &config.nics, &rung).ok_or(VmError::Nic)?;
+        let nics = nic::plug(&mut board, &config.nics).ok_or(VmError::Nic)?;
         let rsdp = acpi::install(
             &AcpiConfig {
                 vcpus: config.vcpus,
@@ -388,7 +385,6 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             still_waiting: setup.still_waiting,
             name: config.name.clone(),
             nics,
-            rung,
         };
         Ok((vm, entry))
     }
@@ -530,6 +526,12 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
         let promised = memory.promised_bytes();
         let taken = memory.backed_bytes() + memory.table_bytes();
         (promised + tables_for(promised) + overhead(self.vcpus() as u32)).saturating_sub(taken)
+    }
+
+    /// Carries on what its devices have to tell, after one of them was given something from outside
+    /// of its vCPUs.
+    pub fn carry_devices(&self) {
+        let _ = self.with_board(Board::carry_pci);
     }
 
     /// Types on the guest's console when the machine's TSC reads `tsc`; gives how many bytes it

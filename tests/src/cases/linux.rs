@@ -276,9 +276,7 @@ devices.virtio_console = true
             Expect("PCI-MSI.* virtio[0-9]-input"),
             Expect("^is-0$"),
             PROMPT,
-            Send(
-                "stty -F /dev/hvc0 raw -echo; echo by-the-other >/dev/hvc0; head -n 1 /dev/hvc0\n",
-            ),
+            Send("echo by-the-other >/dev/hvc0; head -n 1 /dev/hvc0\n"),
             Expect("^by-the-other"),
             Send("typed-there\n"),
             Expect("^typed-there"),

@@ -670,6 +670,36 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn functions_are_placed_as_firmware_does() {
+        let mut pci = Pci::new(Vec::new());
+        pci.plug(place(2), Toy::new(2)).unwrap();
+        pci.plug(place(1), Toy::new(1)).unwrap();
+        let start = map::PCI_WINDOW.start;
+        for _ in 0..2 {
+            for (device, base, irq) in [(1, start, 11), (2, start + 0x1000, 10)] {
+                let config = device << 15;
+                assert_eq!(pci.read_ecam(config + 0x10, 4), 1, "no ports");
+                assert_eq!(pci.read_ecam(config + 0x14, 8), base | 4);
+                assert_eq!(pci.read_ecam(config + 0x3c, 1), irq);
+                assert_eq!(pci.read(false, base, 4, Nanos::ZERO), None, "not yet");
+                pci.write_ecam(config + 4, 2, 2);
+                assert_eq!(pci.read(false, base, 4, Nanos::ZERO), Some(1 << 32));
+                pci.write_ecam(config + 0x14, 4, 0xd000_0000);
+            }
+            pci.reset();
+        }
+        let mut config = ConfigSpace::new(1, 1, 0, 0, false)
+            .with_bar(0, BarKind::Memory64, 1 << 33, false)
+            .and_then(|config| config.with_bar(2, BarKind::Memory32, 0x1000, false))
+            .unwrap();
+        let mut next = start;
+        config.assign(&mut next, map::PCI_WINDOW.end, 0);
+        assert_eq!(config.get(0x10, 4), 4, "too large");
+        assert_eq!(config.get(0x18, 4), start as u32);
+        assert_eq!(next, start + 0x1000);
+    }
+
+    #[test]
     fn several_functions_and_saved_state() {
         let mut pci = Pci::new(Vec::new());
         pci.plug(place(4), Toy::new(4)).unwrap();

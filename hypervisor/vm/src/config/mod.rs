@@ -1380,7 +1380,7 @@ success_code = 0x21
         );
         assert_eq!(realtime.position, Position { line: 8, column: 7 });
 
-        let rest = "class = 'dedicated'\nautostart = false\non_poweroff = 'restart'\non_reboot = 'hold'\non_crash = 'hold'\nconsole_port = 'com3'\ndevices.watchdog = true";
+        let rest = "class = 'dedicated'\nautostart = false\non_poweroff = 'restart'\non_reboot = 'hold'\non_crash = 'hold'\nconsole_port = 'com3'\ndevices = { watchdog = true, rng = true, virtio_console = true }";
         let rest = scheduled(rest).unwrap();
         assert_eq!(rest.scheduling.class, Class::Dedicated);
         assert_eq!(
@@ -1388,6 +1388,7 @@ success_code = 0x21
             (OnEnd::Restart, OnEnd::Hold, OnEnd::Hold)
         );
         assert!(!rest.autostart && rest.devices.watchdog);
+        assert!(rest.devices.rng && rest.devices.virtio_console);
         assert_eq!(rest.console_port, Some(3));
     }
 

@@ -153,7 +153,7 @@ fn announcing() {
     guest.net.take_signals();
     assert_eq!(guest.status(), 1);
     guest.device().announce();
-    assert!(guest.device().has_signals() && guest.net.take_signals().config);
+    assert!(guest.net.has_signals() && guest.net.take_signals().config);
     assert_eq!(guest.status(), 3);
     assert_eq!(guest.command(3, 1, &[]), ERR);
     assert_eq!(guest.status(), 3);

@@ -70,7 +70,7 @@ impl Guest {
     }
 
     pub fn with(config: NetConfig, features: u64) -> Self {
-        let mut net = SharedNet(Arc::new(spin::Mutex::new(NetDevice::new(config).unwrap())));
+        let mut net = SharedNet::new(NetDevice::new(config).unwrap());
         assert!(net.accepts(features), "{features:#x}");
         net.start(features);
         let mut guest = Self {
@@ -102,7 +102,7 @@ impl Guest {
     }
 
     pub fn device(&self) -> spin::MutexGuard<'_, NetDevice> {
-        self.net.0.lock()
+        self.net.lock()
     }
 
     fn room(&mut self, length: usize) -> u64 {
@@ -149,7 +149,7 @@ impl Guest {
         let mut buffer = vec![0; 20 * FRAME_ROOM];
         let mut frames = Vec::new();
         let net = self.net.clone();
-        let done = net.0.lock().transmit(
+        let done = net.lock().transmit(
             &mut self.ram,
             pair,
             budget,
@@ -182,8 +182,7 @@ impl Guest {
 
     pub fn receive(&mut self, header: &NetHeader, frame: &[u8]) -> Result<(), ReceiveDrop> {
         let net = self.net.clone();
-        net.0
-            .lock()
+        net.lock()
             .receive(&mut self.ram, header, &Frame::whole(frame))
     }
 
@@ -194,7 +193,7 @@ impl Guest {
 
     pub fn settle(&mut self) -> Signals {
         let net = self.net.clone();
-        net.0.lock().settle(&mut self.ram);
+        net.lock().settle(&mut self.ram);
         self.net.take_signals()
     }
 

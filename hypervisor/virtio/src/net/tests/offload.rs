@@ -629,3 +629,48 @@ fn the_hash_of_a_flow_is_the_same_in_both_directions() {
         assert_ne!(flow_hash(&there), flow_hash(&other));
     }
 }
+
+#[test]
+fn each_kind_of_packet_goes_whole_only_to_who_takes_that_kind() {
+    let csum = feature::GUEST_CSUM;
+    for (tcp, six, wanted) in [
+        (true, false, feature::GUEST_TSO4),
+        (true, true, feature::GUEST_TSO6),
+        (false, false, feature::GUEST_USO4),
+        (false, true, feature::GUEST_USO6),
+    ] {
+        let packet = Packet {
+            tcp,
+            six,
+            ..Packet::tcp(3000)
+        };
+        let frame = packet.frame();
+        let header = NetHeader::check(packet.header(1000), feature::ALL, &frame).unwrap();
+        for (offloads, whole) in [
+            (csum | wanted, true),
+            (wanted, false),
+            (csum | feature::GUEST_OFFLOADS & !wanted, false),
+            (0, false),
+        ] {
+            let mut got = Vec::new();
+            let done = header.finish(offloads, &Frame::whole(&frame), |header, frame| {
+                got.push((header.encode(offloads, 1), frame.len()));
+                Ok(())
+            });
+            assert_eq!(done, Ok(()));
+            assert_eq!(got.len(), if whole { 1 } else { 3 });
+            for (bytes, length) in got {
+                assert_eq!(bytes[1] != 0, whole);
+                assert_eq!(bytes[0], u8::from(offloads & csum != 0));
+                assert!(whole || length == packet.headers() + 1000);
+            }
+        }
+        // Who takes no more frames is not given more.
+        let mut count = 0;
+        let done = header.finish(0, &Frame::whole(&frame), |_, _| {
+            count += 1;
+            Err(ReceiveDrop::NoBuffer)
+        });
+        assert_eq!((done, count), (Err(ReceiveDrop::NoBuffer), 1));
+    }
+}

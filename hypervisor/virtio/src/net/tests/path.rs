@@ -63,7 +63,6 @@ fn frames_of_a_batch_stay_in_the_buffer() {
     let mut frames = Vec::new();
     let net = guest.net.clone();
     let done = net
-        .0
         .lock()
         .transmit(&mut guest.ram, 0, 8, false, &mut buffer, |_, frame| {
             frames.push(frame)
@@ -552,8 +551,8 @@ fn notifications_are_off_while_frames_keep_coming() {
     for _ in 0..3 {
         guest.send(0, PLAIN, &frame_to(MAC, 60));
     }
-    assert_eq!(guest.device().take_notified(), 1);
-    assert_eq!(guest.device().take_notified(), 0);
+    assert_eq!(guest.net.take_notified(), 1);
+    assert_eq!(guest.net.take_notified(), 0);
     // Out of budget: called again in any case.
     let (done, _) = guest.transmit_with(0, 2, false);
     assert_eq!((done.more, notifies(&guest)), (true, false));
@@ -632,8 +631,7 @@ fn configuration_space_and_link() {
 
 #[test]
 fn what_is_offered_and_what_goes_together() {
-    let make =
-        |config| NetDevice::new(config).map(|net| SharedNet(Arc::new(spin::Mutex::new(net))));
+    let make = |config| NetDevice::new(config).map(SharedNet::new);
     let one = make(NetConfig::new(MAC)).unwrap();
     assert_eq!((one.kind(), one.class(), one.queues()), (1, 0x02_0000, 3));
     assert_eq!(one.features(), feature::ALL & !feature::MQ);
@@ -649,6 +647,13 @@ fn what_is_offered_and_what_goes_together() {
         [1024, 1024, 64]
     );
     assert!(one.accepts(0) && one.accepts(feature::ALL));
+    // What needs something that is not offered is not offered either.
+    let bare = NetConfig {
+        offer: !(feature::CSUM | feature::GUEST_CSUM | feature::CTRL_VQ),
+        ..NetConfig::new(MAC)
+    };
+    let bare = make(bare).unwrap().features();
+    assert!(one.accepts(bare) && bare & (feature::HOST_ECN | feature::GUEST_ECN) == 0);
     let function = VirtioPci::new(one.clone()).unwrap();
     let config = function.config();
     assert_eq!(config.get(0, 4), 0x1041_1af4);
@@ -702,7 +707,7 @@ fn a_saved_device_goes_on_where_it_was() {
         let mut other = NetDevice::new(config).unwrap();
         other.restore(state.clone());
         assert_eq!(other.save(), state);
-        guest.net = SharedNet(Arc::new(spin::Mutex::new(other)));
+        guest.net = SharedNet::new(other);
         guest.hear(&frame_to([2; 6], 62)).unwrap();
         assert_eq!(guest.settle().queues & 1, 1);
         let lengths: Vec<usize> = guest
@@ -767,4 +772,120 @@ fn random_rings_and_frames_never_panic() {
             guest.net.serve(&mut guest.ram, Nanos::ZERO);
         }
     }
+}
+
+#[test]
+fn the_function_negotiates_for_it_and_tells_its_driver() {
+    let mut guest = Guest::new(EVERYTHING);
+    let mut function = VirtioPci::new(guest.net.clone()).unwrap();
+    // Decode memory, be bus master.
+    function.config_mut().write(4, 2, 6);
+    let mut put = |offset: u64, size: u8, value: u64| {
+        function.write(0, offset, size, value, Nanos::ZERO);
+        function.read(0, offset, size, Nanos::ZERO)
+    };
+    put(0x14, 1, 0);
+    put(0x14, 1, 3);
+    for select in 0..2 {
+        put(0x08, 4, select);
+        put(0x0c, 4, EVERYTHING >> (32 * select) & 0xffff_ffff);
+    }
+    assert_eq!(put(0x14, 1, 0x0b), 0x0b);
+    for index in 0..3u64 {
+        guest.rings[index as usize] = Ring::new(index as u16, EVERYTHING);
+        let layout = guest.rings[index as usize].driver.layout;
+        put(0x16, 2, index);
+        put(0x18, 2, layout.size.into());
+        put(0x20, 8, layout.descriptors.as_u64());
+        put(0x28, 8, layout.driver.as_u64());
+        put(0x30, 8, layout.device.as_u64());
+        put(0x1c, 2, 1);
+    }
+    assert!(!guest.device().ready());
+    assert_eq!(put(0x14, 1, 0x0f), 0x0f);
+    assert!(guest.device().ready());
+    // The doorbell of the transmit queue is for who moves frames, not for the run loop.
+    assert!(
+        function.wants_service(),
+        "the receive queue is told to be quiet"
+    );
+    function.serve(&mut guest.ram, Nanos::ZERO);
+    guest.net.take_notified();
+    function.write(0, 0x4000 + 4, 2, 1, Nanos::ZERO);
+    assert!(!function.wants_service());
+    assert_eq!(guest.net.take_notified(), 1);
+    // A frame that somebody else puts in reaches the driver as an interrupt.
+    guest.stock(0, 1, 2000);
+    assert_eq!(guest.hear(&frame_to(MAC, 60)), Ok(()));
+    let net = guest.net.clone();
+    net.lock().settle(&mut guest.ram);
+    assert!(function.wants_service() && !function.interrupt());
+    function.serve(&mut guest.ram, Nanos::ZERO);
+    assert_eq!(function.take_message(), None);
+    assert!(function.interrupt());
+}
+
+#[test]
+fn random_frames_arrive_whole_in_random_buffers() {
+    all_rings(|ring| {
+        let mut random = Random(ring | 5);
+        let config = NetConfig {
+            mtu: 9000,
+            ..NetConfig::new(MAC)
+        };
+        let mut guest = Guest::with(config, EVERYTHING | ring);
+        let (mut sent, mut got, mut dropped) = (Vec::new(), Vec::new(), 0);
+        for _ in 0..400 {
+            // Buffers of one to three parts, some of them empty, with room for a header.
+            for _ in 0..random.below(4) {
+                let lengths = [12 + random.below(900), random.below(40), random.below(3)];
+                let parts: Vec<Part> = lengths[..1 + random.below(3) as usize]
+                    .iter()
+                    .map(|&length| (guest.room(length as usize), length as u32, true))
+                    .collect();
+                if guest.rings[0].pending.len() < 60 {
+                    guest.offer(0, &parts);
+                }
+            }
+            let frame = frame_to(MAC, 14 + random.below(3000) as usize);
+            let (one, two) = (random.below(20) as usize, random.below(3000) as usize);
+            let (one, two) = (one.min(frame.len()), two.clamp(one, frame.len().max(one)));
+            let pieces = [&frame[..one], &frame[one..two], &frame[two..]];
+            let net = guest.net.clone();
+            let header = NetHeader::default();
+            match net
+                .lock()
+                .receive(&mut guest.ram, &header, &Frame::new(pieces))
+            {
+                Ok(()) => sent.push(frame),
+                Err(cause) => {
+                    assert_eq!(cause, ReceiveDrop::NoBuffer);
+                    dropped += 1;
+                }
+            }
+            if random.below(3) == 0 {
+                guest.settle();
+                got.extend(guest.received(0).into_iter().map(|one| one.frame));
+            }
+        }
+        guest.settle();
+        got.extend(guest.received(0).into_iter().map(|one| one.frame));
+        assert!(sent == got && !sent.is_empty());
+        let counters = *guest.device().counters();
+        assert_eq!(counters.in_frames, sent.len() as u64);
+        assert_eq!(counters.in_dropped(ReceiveDrop::NoBuffer), dropped);
+    });
+}
+
+#[test]
+fn doorbells_ring_while_a_batch_is_under_way() {
+    let mut guest = Guest::new(EVERYTHING);
+    let net = guest.net.clone();
+    let batch = net.lock();
+    guest.net.notify(2);
+    assert!(guest.net.wants_service() && !guest.net.has_signals());
+    guest.net.notify(1);
+    assert_eq!(guest.net.take_notified(), 1);
+    assert_eq!(guest.net.take_signals(), Signals::default());
+    drop(batch);
 }
