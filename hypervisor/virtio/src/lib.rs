@@ -12,6 +12,8 @@ extern crate alloc;
 mod chain;
 pub mod console;
 mod device;
+#[cfg(test)]
+mod oracle;
 mod packed;
 pub mod pci;
 mod queue;
