@@ -13,6 +13,8 @@ mod chain;
 pub mod console;
 mod device;
 pub mod net;
+#[cfg(test)]
+mod oracle;
 mod packed;
 pub mod pci;
 mod queue;

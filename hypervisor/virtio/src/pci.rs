@@ -573,7 +573,7 @@ impl<D: Device> VirtioPci<D> {
         let length = self.config.get(self.access + 12, 4);
         let end = at.checked_add(length)?;
         let sound = matches!(length, 1 | 2 | 4) && at.is_multiple_of(length) && end <= BAR_LENGTH;
-        (touched && sound && bar == BAR.into()).then_some((at, length as u8))
+        (touched && sound && bar == u32::from(BAR)).then_some((at, length as u8))
     }
 }
 

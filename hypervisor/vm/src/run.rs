@@ -359,7 +359,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             board.serve(&mut *memory, now);
             drop(memory);
             board.console_output(&mut |bytes| host.output(bytes));
-            wanted = board.wants_service() && host.interrupted();
+            // A guest that feeds its rings from another core could go on for ever.
+            wanted = board.wants_service() && (host.interrupted() || host.tsc() >= host.turn_end());
         }
         let actions = board.take_actions();
         // Where the core is wanted, the rest comes before the next entry.
