@@ -314,8 +314,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 self.kick_others(host);
                 return Some(end);
             }
-            if self.vm.has_frames() {
+            while self.vm.has_frames() {
                 host.frames();
+                if self.vm.has_frames() && host.interrupted() {
+                    // The rest comes before the next entry.
+                    self.attention.insert(Attention::ACTIONS);
+                    self.kick_others(host);
+                    return Some(Stop::Preempted);
+                }
             }
         }
         let wanted = self.kick_others(host);
