@@ -240,14 +240,15 @@ impl<R: Registers, M: DmaMemory> Hardware for Intel<R, M> {
         self.registers.write32(IMC, u32::MAX);
         self.registers.write32(RCTL, 0);
         self.registers.write32(TCTL, 0);
-        let control = self.registers.read32(CTRL);
+        let mut control = self.registers.read32(CTRL);
         if control == GONE {
             return;
         }
         if self.family != Family::E1000 {
             // A reset in the middle of an access may hang the bus (82574 datasheet §5.2.5.3). One
             // that does not end is not waited for.
-            self.registers.write32(CTRL, control | CTRL_MASTER_DISABLE);
+            control |= CTRL_MASTER_DISABLE;
+            self.registers.write32(CTRL, control);
             self.becomes(STATUS, STATUS_MASTER, 0);
         }
         self.registers.write32(CTRL, control | CTRL_RESET);
