@@ -114,7 +114,8 @@ struct Intel<R, M> {
     tx_clean: u16,
 }
 
-/// Resets a card and sets it up. `wait` waits so many microseconds.
+/// Resets a card and sets it up. `wait` waits so many microseconds; when it is
+/// called the card has begun its reset, and must be able to reach memory afterwards.
 ///
 /// # Errors
 /// The card does not work; it then makes no accesses to memory, if it heeds its reset.

@@ -224,7 +224,7 @@ fn bars_are_sized_and_stay_as_they_were() {
 }
 
 #[test]
-fn taking_wakes_and_releasing_ends_accesses() {
+fn taking_wakes_and_lets_no_access_begin() {
     let it = at(0, 3, 0);
     let mut fake = Fake::default();
     fake.add(it, 0x10d3_8086, 0);
@@ -237,12 +237,32 @@ fn taking_wakes_and_releasing_ends_accesses() {
         0x0100,
         "D0, without clearing the wake-up's mark"
     );
-    assert_eq!(fake.word(it, 4), 0x0507);
+    assert_eq!(fake.word(it, 4), 0x0503);
     // Without capabilities.
     fake.put(it, 4, &[0, 0, 0, 0]);
     fake.put(it, 0xcc, &[3, 0]);
     take(&fake, it);
-    assert_eq!((fake.word(it, 0xcc), fake.word(it, 4)), (3, 0x0406));
+    assert_eq!((fake.word(it, 0xcc), fake.word(it, 4)), (3, 0x0402));
+}
+
+#[test]
+fn a_pin_ends_where_the_firmware_joined_it() {
+    let it = at(0, 3, 0);
+    for (line, pin, want) in [
+        (11, 1, Some(11)),
+        (5, 4, Some(5)),
+        (0, 1, None),
+        (2, 1, None),
+        (16, 1, None),
+        (0xff, 1, None),
+        (11, 0, None),
+        (11, 5, None),
+    ] {
+        let mut fake = Fake::default();
+        fake.add(it, 0x100e_8086, 0);
+        fake.put(it, 0x3c, &[line, pin]);
+        assert_eq!(super::pin(&fake, it), want, "{line} {pin}");
+    }
 }
 
 #[test]
