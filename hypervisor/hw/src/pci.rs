@@ -108,11 +108,15 @@ const CLASS: u16 = 0x08;
 const HEADER_TYPE: u16 = 0x0e;
 const BARS: u16 = 0x10;
 const CAPABILITIES: u16 = 0x34;
+const SECONDARY_BUS: u16 = 0x19;
 const INTERRUPT: u16 = 0x3c;
 const CAPABILITY_POWER: u8 = 0x01;
 const CAPABILITY_MSI: u8 = 0x05;
 const CAPABILITY_VENDOR: u8 = 0x09;
 const CAPABILITY_MSIX: u8 = 0x11;
+
+/// A bridge from PCI to PCI, of any kind.
+const CLASS_BRIDGE: u32 = 0x0604;
 
 const COMMAND_IO: u32 = 1 << 0;
 const COMMAND_MEMORY: u32 = 1 << 1;
@@ -272,6 +276,12 @@ impl Pci {
     #[must_use]
     pub fn bar(&self, at: Address, index: u8) -> Option<Bar> {
         bar(&self.access, at, index)
+    }
+
+    /// Has the bridges before a function let accesses through in both directions: not all firmware
+    /// leaves them so.
+    pub fn open_bridges(&self, at: Address, functions: &[Function]) {
+        open_bridges(&self.access, at, functions);
     }
 
     /// Makes a function its driver's: powered, decoding memory, its pin quiet.
@@ -453,6 +463,24 @@ fn bar(access: &impl Access, at: Address, index: u8) -> Option<Bar> {
         start: HostPhysAddr::new(start),
         bytes,
     })
+}
+
+fn open_bridges(access: &impl Access, at: Address, functions: &[Function]) {
+    let bridges = functions
+        .iter()
+        .filter(|function| {
+            function.class >> 8 == CLASS_BRIDGE && function.address.segment == at.segment
+        })
+        .map(|function| function.address);
+    for bridge in bridges {
+        let secondary = access.read(bridge, SECONDARY_BUS, Width::Byte);
+        let last = access.read(bridge, SECONDARY_BUS + 1, Width::Byte);
+        let command = access.read(bridge, COMMAND, Width::Word);
+        let open = command | COMMAND_MEMORY | COMMAND_MASTER;
+        if secondary != 0 && (secondary..=last).contains(&at.bus.into()) && open != command {
+            access.write(bridge, COMMAND, Width::Word, open);
+        }
+    }
 }
 
 fn take(access: &impl Access, at: Address) {

@@ -87,7 +87,7 @@ pub unsafe fn find(host: &Host, acpi: &AcpiInfo) {
         functions.len(),
         if pci.has_ecam() { "memory" } else { "ports" }
     );
-    for function in functions {
+    for function in &functions {
         let Some(kind) = nic::ids::find(function.vendor, function.device) else {
             continue;
         };
@@ -98,7 +98,8 @@ pub unsafe fn find(host: &Host, acpi: &AcpiInfo) {
             function.device,
             kind.name()
         );
-        match open(host, &pci, &function, kind) {
+        pci.open_bridges(function.address, &functions);
+        match open(host, &pci, function, kind) {
             Ok(nic) => {
                 info!("nic {name} {}, {}", nic.mac(), nic.link());
                 UPLINKS.lock().push(Uplink {
@@ -280,12 +281,18 @@ pub fn poll(now: Nanos) -> Option<Nanos> {
         return None;
     }
     let fired = FIRED.swap(false, Ordering::Acquire);
-    for uplink in UPLINKS.lock().iter_mut() {
+    let look = |index| {
+        let mut uplinks = UPLINKS.lock();
+        let uplink: &mut Uplink = uplinks.get_mut(index)?;
         if fired {
             uplink.nic.interrupt();
         }
-        if let Some(event) = uplink.nic.poll(now) {
-            info!("nic {}: {event}", uplink.address);
+        Some((uplink.address, uplink.nic.poll(now)))
+    };
+    // Told without the lock: the console may take its time.
+    for (address, event) in (0..).map_while(look) {
+        if let Some(event) = event {
+            info!("nic {address}: {event}");
         }
     }
     if fired {

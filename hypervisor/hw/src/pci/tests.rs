@@ -224,6 +224,31 @@ fn bars_are_sized_and_stay_as_they_were() {
 }
 
 #[test]
+fn the_bridges_before_a_function_are_opened() {
+    let mut fake = Fake::default();
+    // Primary, secondary and last bus of each.
+    let bridges = [
+        (at(0, 1, 0), [0, 1, 3], 6),
+        (at(0, 2, 0), [0, 4, 9], 0),
+        (at(1, 0, 0), [1, 2, 2], 6),
+        (at(0, 3, 0), [0, 0, 255], 0),
+        (at(0, 4, 0), [0, 3, 2], 0),
+    ];
+    for (bridge, buses, _) in bridges {
+        fake.add(bridge, 0x0001_1b36, 1);
+        fake.put(bridge, 8, &[0, 0, 4, 6]);
+        fake.put(bridge, 0x18, &buses);
+    }
+    fake.add(at(2, 0, 0), 0x10d3_8086, 0);
+    let functions = functions(&fake);
+    open_bridges(&fake, at(2, 0, 0), &functions);
+    for (bridge, _, command) in bridges {
+        assert_eq!(fake.word(bridge, 4), command, "{bridge}");
+    }
+    assert_eq!(fake.word(at(2, 0, 0), 4), 0);
+}
+
+#[test]
 fn taking_wakes_and_lets_no_access_begin() {
     let it = at(0, 3, 0);
     let mut fake = Fake::default();

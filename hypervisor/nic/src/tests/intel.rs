@@ -15,6 +15,8 @@ pub struct Card {
     /// Words of its own memory; the address is there when RAL and RAH are not filled from it.
     pub eeprom: Option<[u16; 3]>,
     status: u32,
+    /// The PHY's control register; there is a link once it has negotiated.
+    phy: Option<u32>,
 }
 
 impl Card {
@@ -61,7 +63,9 @@ impl Card {
             0x0000 if !self.mood.endless_reset => self.get(0) & !(1 << 26),
             0x0008 => {
                 let master = self.get(0) & 4 == 0 && self.family != Family::E1000;
-                let status = if self.mood.link_down { 0 } else { self.status };
+                let asleep = self.phy.is_some_and(|phy| phy & 0x1c00 != 0x1000);
+                let down = self.mood.link_down || asleep;
+                let status = if down { 0 } else { self.status };
                 status | u32::from(master) << 19
             }
             0x0014 => {
@@ -75,6 +79,10 @@ impl Card {
                     .get(word)
                     .map_or(0, |word| u32::from(*word) << 16 | done)
             }
+            0x0020 => {
+                let phy = self.phy.map_or(1 << 30, |phy| phy);
+                self.get(0x20) & 0x0fff_0000 | 1 << 28 | phy
+            }
             0x00c0 => std::mem::take(&mut self.cause),
             0x4010 => std::mem::take(&mut self.missed),
             _ => self.get(offset),
@@ -85,6 +93,14 @@ impl Card {
         match offset {
             0x00d0 => self.mask |= value,
             0x00d8 => self.mask &= !value,
+            0x0020 => {
+                assert_eq!(value >> 16 & 0x3ff, 1 << 5, "register 0 of PHY 1");
+                if value >> 26 == 1 {
+                    assert!(value & 1 << 9 != 0, "negotiate anew");
+                    self.phy = self.phy.map(|_| value & 0xfdff);
+                }
+                self.registers.insert(offset, value);
+            }
             0x0000 if value & 1 << 26 != 0 => {
                 self.registers.insert(0, value);
                 assert_eq!(self.read(8) >> 19 & 1, 0, "reset with accesses under way");
@@ -201,6 +217,7 @@ pub fn card(family: Family) -> (Rc<RefCell<Card>>, Memory) {
         missed: 0,
         eeprom: None,
         status: 2 << 6 | 3,
+        phy: Some(0x1000),
     };
     card.reset();
     (Rc::new(RefCell::new(card)), memory)
@@ -266,6 +283,19 @@ fn speed_and_duplex_are_told() {
             assert_eq!(nic.link(), link);
             let distance = card.borrow().get(0x400) >> 12 & 0x3ff;
             assert_eq!(distance, if half_duplex { 0x200 } else { 0x40 });
+        }
+    }
+}
+
+#[test]
+fn a_phy_that_sleeps_is_woken() {
+    for family in INTEL {
+        for (phy, up) in [(Some(0x1800), true), (Some(0x0400), true), (None, false)] {
+            let (card, memory) = card(family);
+            card.borrow_mut().phy = phy;
+            card.borrow_mut().mood.link_down = phy.is_none();
+            let nic = open(&card, memory).expect("a good card");
+            assert_eq!(nic.link().up, up, "{family:?} {phy:x?}");
         }
     }
 }

@@ -106,11 +106,13 @@ fn wild_cards_do_no_harm() {
             wild().write(0, Width::Double, 0);
             match random.next() % 6 {
                 0 => nic.flush(),
-                1 => nic.set_interrupts(random.next() % 2 == 0),
-                2 => drop(nic.interrupt()),
+                1 => nic.set_interrupts(random.next() & 1 == 0),
+                2 => {
+                    nic.interrupt();
+                }
                 3 => {
                     let length = random.next() as usize % 1600;
-                    drop(nic.transmit(&[&vec![0; length]]));
+                    let _ = nic.transmit(&[&vec![0; length]]);
                 }
                 4 => {
                     let taken = nic.receive(random.next() as usize % 300, &mut |frame| {
@@ -119,7 +121,9 @@ fn wild_cards_do_no_harm() {
                     });
                     assert!(taken <= usize::from(RING));
                 }
-                _ => drop(nic.poll(now)),
+                _ => {
+                    nic.poll(now);
+                }
             }
         }
     }

@@ -34,6 +34,11 @@ pub struct Device {
 
 const MULTIPLIER: u32 = 4;
 
+/// Address, length, flags.
+type Buffer = (u64, u32, u16);
+/// What is done to a device before it is opened, or while it works.
+type Spoil = fn(&mut Device);
+
 impl Device {
     fn reset(&mut self) {
         self.status = 0;
@@ -138,7 +143,7 @@ impl Device {
     }
 
     /// The next chain: its head and buffers with flags.
-    fn pop(&mut self, number: usize) -> Option<(u16, Vec<(u64, u32, u16)>)> {
+    fn pop(&mut self, number: usize) -> Option<(u16, Vec<Buffer>)> {
         let queue = self.queues[number];
         let [table, available, _] = queue.addresses;
         if self.status & 4 == 0 || !queue.enabled || queue.seen == self.word(available + 2) {
@@ -307,7 +312,7 @@ fn small_queues_are_used_as_they_are() {
 
 #[test]
 fn devices_that_cannot_be_used_are_refused() {
-    let cases: [(Fault, fn(&mut Device)); 7] = [
+    let cases: [(Fault, Spoil); 7] = [
         (Fault::Refuses, |d| d.offered &= !(1 << 32)),
         (Fault::Refuses, |d| d.offered &= !(1 << 5)),
         (Fault::Refuses, |d| d.refuse_features = true),
@@ -336,7 +341,7 @@ fn a_device_that_is_not_promiscuous_is_given_up() {
 
 #[test]
 fn lies_in_the_used_rings_end_in_a_reset() {
-    let lies: [fn(&mut Device); 6] = [
+    let lies: [Spoil; 6] = [
         // A chain it does not have, and one that no queue has.
         |d| {
             d.arrive(&[0; 60]);
