@@ -498,6 +498,42 @@ mod tests {
     }
 
     #[test]
+    fn places_of_configuration_space_that_make_no_sense_are_left_out() {
+        let entry = |base: u64, segment: u16, first, last| {
+            let [a, b] = segment.to_le_bytes();
+            [&base.to_le_bytes()[..], &[a, b, first, last, 0, 0, 0, 0]].concat()
+        };
+        let entries = [
+            entry(0xe000_0000, 0, 0, 255),
+            entry(0, 1, 0, 255),
+            entry(0x1_0000_0000, 2, 16, 31),
+            entry(0x1234, 3, 0, 255),
+            entry(0xd000_0000, 4, 9, 8),
+            vec![0; 15],
+        ];
+        // The header is as long as the MADT's.
+        let entries = entries.concat();
+        let mut world = madt(&entries);
+        world.put(0x300, b"MCFG");
+        world.seal(0x300, 44 + entries.len(), 9);
+        let info = world.read();
+        // SAFETY: the "physical" range is this vector, borrowed for the whole call.
+        let map = unsafe { DirectMap::new(world.0.as_mut_ptr() as u64, world.0.len() as u64) };
+        let region = |base, segment, first_bus, last_bus| EcamRegion {
+            base,
+            segment,
+            first_bus,
+            last_bus,
+        };
+        let want = [
+            region(0xe000_0000, 0, 0, 255),
+            region(0x1_0000_0000, 2, 16, 31),
+        ];
+        assert_eq!(ecam(map, &info), want);
+        assert_eq!(ecam(map, &AcpiInfo::default()), []);
+    }
+
+    #[test]
     fn ten_thousand_processors_are_cut_to_the_bound() {
         let entries: Vec<u8> = (0..10_000).flat_map(|id| wide(id, 1)).collect();
         let (found, damaged) = madt(&entries).processors(0);

@@ -366,29 +366,52 @@ impl CoreTimer {
     }
 }
 
-/// Sends one edge-triggered interrupt of the I/O APIC at `registers` (82093AA §3.0) to a core,
-/// and masks the two 8259A, which firmware may have left open.
-///
-/// # Errors
-/// The I/O APIC's registers are not mapped, it has no such pin, or it does not reach the core.
-///
-/// # Safety
-/// `registers` is the I/O APIC that the firmware named; nothing else drives it or the 8259As.
-pub unsafe fn route_interrupt(
-    map: DirectMap,
-    registers: u64,
-    pin: u8,
-    vector: u8,
-    apic_id: u32,
-) -> Result<(), &'static str> {
-    let page = map
-        .pointer(HostPhysAddr::new(registers), 0x20)
-        .ok_or("I/O APIC is not mapped")?;
-    let access = |index: u32, value: Option<u32>| {
-        // SAFETY: IOREGSEL and IOWIN of the I/O APIC (promised by the caller).
+/// How a pin of the I/O APIC is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trigger {
+    /// Rising edges, as ISA devices.
+    Edge,
+    /// While it is low, as PCI devices.
+    Level,
+}
+
+/// An I/O APIC (82093AA §3.0): interrupts of devices' pins.
+#[derive(Debug)]
+pub struct IoApic {
+    page: *mut u8,
+    last_pin: u8,
+}
+
+// SAFETY: its registers are mapped alike on every core.
+unsafe impl Send for IoApic {}
+
+impl IoApic {
+    /// Takes the I/O APIC over, and masks the two 8259A, which firmware may have left open.
+    ///
+    /// # Errors
+    /// Its registers are not mapped.
+    ///
+    /// # Safety
+    /// `registers` is the I/O APIC that the firmware named; nothing else drives it or the 8259As.
+    pub unsafe fn new(map: DirectMap, registers: u64) -> Result<Self, &'static str> {
+        let page = map.pointer(HostPhysAddr::new(registers), 0x20);
+        let mut this = Self {
+            page: page.ok_or("I/O APIC is not mapped")?,
+            last_pin: 0,
+        };
+        for port in [0x21u16, 0xa1] {
+            // SAFETY: masking the 8259As (promised by the caller).
+            unsafe { crate::power::Port::<u8>::new(port).write(0xff) };
+        }
+        this.last_pin = (this.access(1, None) >> 16) as u8;
+        Ok(this)
+    }
+
+    fn access(&mut self, index: u32, value: Option<u32>) -> u32 {
+        // SAFETY: IOREGSEL and IOWIN of the I/O APIC (promised to `new`), which `self` owns.
         unsafe {
-            page.cast::<u32>().write_volatile(index);
-            let window = page.add(0x10).cast::<u32>();
+            self.page.cast::<u32>().write_volatile(index);
+            let window = self.page.add(0x10).cast::<u32>();
             value.map_or_else(
                 || window.read_volatile(),
                 |value| {
@@ -397,20 +420,41 @@ pub unsafe fn route_interrupt(
                 },
             )
         }
-    };
-    let last_pin = access(1, None) >> 16 & 0xff;
-    if apic_id > LAST_XAPIC_ID {
-        return Err("the I/O APIC reaches ids up to 254 only");
     }
-    if u32::from(pin) > last_pin {
-        return Err("the I/O APIC has no such pin");
+
+    /// Sends a pin's interrupt to a core.
+    ///
+    /// # Errors
+    /// It has no such pin, or does not reach the core.
+    pub fn route(
+        &mut self,
+        pin: u8,
+        trigger: Trigger,
+        vector: u8,
+        apic_id: u32,
+    ) -> Result<(), &'static str> {
+        if apic_id > LAST_XAPIC_ID {
+            return Err("the I/O APIC reaches ids up to 254 only");
+        }
+        if pin > self.last_pin {
+            return Err("the I/O APIC has no such pin");
+        }
+        let entry = 0x10 + 2 * u32::from(pin);
+        let trigger = match trigger {
+            Trigger::Edge => 0,
+            Trigger::Level => 1 << 13 | 1 << 15,
+        };
+        self.access(entry + 1, Some(apic_id << 24));
+        self.access(entry, Some(trigger | u32::from(vector)));
+        Ok(())
     }
-    for port in [0x21u16, 0xa1] {
-        // SAFETY: masking the 8259As (promised by the caller).
-        unsafe { crate::power::Port::<u8>::new(port).write(0xff) };
+
+    /// Holds a pin's interrupts back, or lets them through again.
+    pub fn set_masked(&mut self, pin: u8, masked: bool) {
+        if pin <= self.last_pin {
+            let entry = 0x10 + 2 * u32::from(pin);
+            let value = self.access(entry, None) & !MASKED;
+            self.access(entry, Some(value | if masked { MASKED } else { 0 }));
+        }
     }
-    let entry = 0x10 + 2 * u32::from(pin);
-    access(entry + 1, Some(apic_id << 24));
-    access(entry, Some(vector.into()));
-    Ok(())
 }

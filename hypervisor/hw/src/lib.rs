@@ -18,8 +18,8 @@ mod screen;
 mod serial;
 
 pub use apic::{
-    ApicError, CoreTimer, KICK_VECTOR, LocalApic, NIC_VECTOR, SERIAL_VECTOR, SPURIOUS_VECTOR,
-    TIMER_VECTOR, route_interrupt,
+    ApicError, CoreTimer, IoApic, KICK_VECTOR, LocalApic, NIC_VECTOR, SERIAL_VECTOR,
+    SPURIOUS_VECTOR, TIMER_VECTOR, Trigger,
 };
 pub use clock::{ClockError, TscFrequency, calibrate, rdtsc, rdtsc_ordered, tsc_is_invariant};
 pub use direct_map::DirectMap;

@@ -190,7 +190,7 @@ mod tests {
         region.write64(0, 0x1122);
         assert_eq!((region.read16(0), region.read64(0)), (0x1122, 0x1122));
         assert_eq!((region.read64(33), region.read16(39)), (0, 0));
-        let mut seen = Vec::new();
+        let mut seen: Vec<u8> = Vec::new();
         region.with(38, 2, &mut |bytes| seen.extend(bytes));
         region.with(38, 3, &mut |bytes| seen.extend(bytes));
         assert_eq!(seen, [0, 1]);

@@ -108,10 +108,15 @@ const CLASS: u16 = 0x08;
 const HEADER_TYPE: u16 = 0x0e;
 const BARS: u16 = 0x10;
 const CAPABILITIES: u16 = 0x34;
+const SECONDARY_BUS: u16 = 0x19;
+const INTERRUPT: u16 = 0x3c;
 const CAPABILITY_POWER: u8 = 0x01;
 const CAPABILITY_MSI: u8 = 0x05;
 const CAPABILITY_VENDOR: u8 = 0x09;
 const CAPABILITY_MSIX: u8 = 0x11;
+
+/// A bridge from PCI to PCI, of any kind.
+const CLASS_BRIDGE: u32 = 0x0604;
 
 const COMMAND_IO: u32 = 1 << 0;
 const COMMAND_MEMORY: u32 = 1 << 1;
@@ -273,9 +278,21 @@ impl Pci {
         bar(&self.access, at, index)
     }
 
-    /// Makes a function its driver's: powered, decoding memory, master of the bus, its pin quiet.
+    /// Has the bridges before a function let accesses through in both directions: not all firmware
+    /// leaves them so.
+    pub fn open_bridges(&self, at: Address, functions: &[Function]) {
+        open_bridges(&self.access, at, functions);
+    }
+
+    /// Makes a function its driver's: powered, decoding memory, its pin quiet.
     pub fn take(&self, at: Address) {
         take(&self.access, at);
+    }
+
+    /// Lets a function access memory: once its driver has stopped what others set up in it.
+    pub fn make_master(&self, at: Address) {
+        let command = self.access.read(at, COMMAND, Width::Word);
+        (self.access).write(at, COMMAND, Width::Word, command | COMMAND_MASTER);
     }
 
     /// Ends a function's accesses to memory.
@@ -283,6 +300,21 @@ impl Pci {
         let command = self.access.read(at, COMMAND, Width::Word);
         self.access
             .write(at, COMMAND, Width::Word, command & !COMMAND_MASTER);
+    }
+
+    /// The ISA interrupt to which the firmware joined a function's pin. On chipsets whose I/O APIC
+    /// hears PCI's pins apart from ISA's only, it never comes: which pin it then is stands in
+    /// ACPI's byte code.
+    #[must_use]
+    pub fn pin(&self, at: Address) -> Option<u8> {
+        pin(&self.access, at)
+    }
+
+    /// Lets a function interrupt by its pin.
+    pub fn use_pin(&self, at: Address) {
+        let command = self.access.read(at, COMMAND, Width::Word);
+        self.access
+            .write(at, COMMAND, Width::Word, command & !COMMAND_NO_PIN);
     }
 
     /// How it can interrupt without a pin; MSI where it has both.
@@ -433,6 +465,24 @@ fn bar(access: &impl Access, at: Address, index: u8) -> Option<Bar> {
     })
 }
 
+fn open_bridges(access: &impl Access, at: Address, functions: &[Function]) {
+    let bridges = functions
+        .iter()
+        .filter(|function| {
+            function.class >> 8 == CLASS_BRIDGE && function.address.segment == at.segment
+        })
+        .map(|function| function.address);
+    for bridge in bridges {
+        let secondary = access.read(bridge, SECONDARY_BUS, Width::Byte);
+        let last = access.read(bridge, SECONDARY_BUS + 1, Width::Byte);
+        let command = access.read(bridge, COMMAND, Width::Word);
+        let open = command | COMMAND_MEMORY | COMMAND_MASTER;
+        if secondary != 0 && (secondary..=last).contains(&at.bus.into()) && open != command {
+            access.write(bridge, COMMAND, Width::Word, open);
+        }
+    }
+}
+
 fn take(access: &impl Access, at: Address) {
     if let Some((_, power)) = capabilities(access, at).find(|(id, _)| *id == CAPABILITY_POWER) {
         // From any sleep to D0 (PCI Power Management 1.2 §3.2.4); bit 15 is cleared by writing 1.
@@ -442,8 +492,15 @@ fn take(access: &impl Access, at: Address) {
         }
     }
     let command = access.read(at, COMMAND, Width::Word);
-    let command = command | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_NO_PIN;
+    let command = command | COMMAND_MEMORY | COMMAND_NO_PIN;
     access.write(at, COMMAND, Width::Word, command);
+}
+
+fn pin(access: &impl Access, at: Address) -> Option<u8> {
+    let line = access.read(at, INTERRUPT, Width::Byte) as u8;
+    let pin = access.read(at, INTERRUPT + 1, Width::Byte);
+    // Timer, keyboard and cascade are never PCI's; 0xff is none.
+    ((1..=4).contains(&pin) && (3..16).contains(&line)).then_some(line)
 }
 
 fn messages(access: &impl Access, at: Address) -> Option<Messages> {

@@ -16,7 +16,7 @@ use cpu::page::HostPage;
 use cpu::paging::Caching;
 use cpu::percpu::{Core, this};
 use hw::acpi::AcpiInfo;
-use hw::{CoreTimer, DirectMap, Framebuffer, LocalApic, Screen, Serial};
+use hw::{CoreTimer, DirectMap, Framebuffer, IoApic, LocalApic, Screen, Serial, Trigger};
 use log::{error, info, warn};
 use spin::Once;
 use vm::bundle::Bundle;
@@ -307,6 +307,7 @@ fn on_interrupt(frame: &mut InterruptFrame) {
             match vector {
                 hw::KICK_VECTOR => this().kicked.store(true, Ordering::Release),
                 hw::TIMER_VECTOR => this().timer_fired.store(true, Ordering::Relaxed),
+                hw::NIC_VECTOR => uplinks::interrupt(),
                 _ => {}
             }
             if vector != hw::KICK_VECTOR {
@@ -360,7 +361,10 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
     let gsi = acpi.com1_gsi.unwrap_or(4);
     let routed = acpi.io_apic.map(|registers| {
         // SAFETY: the I/O APIC is the one the MADT names, and ours.
-        unsafe { hw::route_interrupt(map, registers, gsi, hw::SERIAL_VECTOR, apic.id()) }
+        let mut io_apic = unsafe { IoApic::new(map, registers)? };
+        let routed = io_apic.route(gsi, Trigger::Edge, hw::SERIAL_VECTOR, apic.id());
+        uplinks::use_io_apic(io_apic, gsi);
+        routed
     });
     if matches!(routed, Some(Ok(()))) {
         console::use_interrupt();

@@ -10,13 +10,15 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, Nanos, PAGE_SIZE, PageSize};
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use cpu::paging::Caching;
 use hw::acpi::AcpiInfo;
 use hw::mmio::{DmaRegion, Window};
 use hw::pci::{Address, Bar, Function, Messages, Pci};
+use hw::{IoApic, Trigger};
 use log::{error, info};
 use nic::ids::Kind;
+use nic::intel::Family;
 use nic::virtio::Windows;
 use nic::{Fault, Nic};
 use vm::config::network::NicChoice;
@@ -34,6 +36,12 @@ static MAPPED: AtomicU64 = AtomicU64::new(DEVICES);
 static UPLINKS: Lock<Vec<Uplink>> = Lock::new(Vec::new());
 /// There are some.
 static ANY: AtomicBool = AtomicBool::new(false);
+/// One of them wants to be looked at.
+static FIRED: AtomicBool = AtomicBool::new(false);
+/// Where pins of cards end, and which pin is the serial port's.
+static IO_APIC: Lock<Option<(IoApic, u8)>> = Lock::new(None);
+/// The pins that cards have there, a set.
+static PINS: AtomicU32 = AtomicU32::new(0);
 
 /// A network card of the machine.
 pub struct Uplink {
@@ -84,7 +92,7 @@ pub unsafe fn find(host: &Host, acpi: &AcpiInfo) {
         functions.len(),
         if pci.has_ecam() { "memory" } else { "ports" }
     );
-    for function in functions {
+    for function in &functions {
         let Some(kind) = nic::ids::find(function.vendor, function.device) else {
             continue;
         };
@@ -95,7 +103,8 @@ pub unsafe fn find(host: &Host, acpi: &AcpiInfo) {
             function.device,
             kind.name()
         );
-        match open(host, &pci, &function, kind) {
+        pci.open_bridges(function.address, &functions);
+        match open(host, &pci, function, kind) {
             Ok(nic) => {
                 info!("nic {name} {}, {}", nic.mac(), nic.link());
                 UPLINKS.lock().push(Uplink {
@@ -108,6 +117,42 @@ pub unsafe fn find(host: &Host, acpi: &AcpiInfo) {
             Err(trouble) => error!("nic {name} is not used: {trouble}"),
         }
     }
+}
+
+/// Keeps the I/O APIC for the cards; the serial port has this pin.
+pub fn use_io_apic(io_apic: IoApic, serial: u8) {
+    *IO_APIC.lock() = Some((io_apic, serial));
+}
+
+/// Lets a card interrupt by its pin, where that leads to the I/O APIC. Otherwise it is polled.
+fn route_pin(host: &Host, pci: &Pci, at: Address) {
+    if let Some((io_apic, serial)) = IO_APIC.lock().as_mut()
+        && let Some(pin) = pci.pin(at)
+        && pin != *serial
+        && (io_apic.route(pin, Trigger::Level, hw::NIC_VECTOR, host.apic.id())).is_ok()
+    {
+        pci.use_pin(at);
+        PINS.fetch_or(1 << pin, Ordering::Relaxed);
+    }
+}
+
+/// Masks all pins of cards, or lets them through again.
+fn mask_pins(masked: bool) {
+    let pins = PINS.load(Ordering::Relaxed);
+    if pins != 0
+        && let Some((io_apic, _)) = IO_APIC.lock().as_mut()
+    {
+        for pin in (0..16).filter(|pin| pins & 1 << pin != 0) {
+            io_apic.set_masked(pin, masked);
+        }
+    }
+}
+
+/// An interrupt of a card, by message or pin. A pin stays masked until the cards have been looked
+/// at: it may be another device's, too, which nobody quiets.
+pub fn interrupt() {
+    mask_pins(true);
+    FIRED.store(true, Ordering::Release);
 }
 
 /// Takes a function, gives it memory and sets it up; on failure leaves it without access to memory.
@@ -142,17 +187,24 @@ fn open_with(
         while !bring_up::passed(from, microseconds) {
             core::hint::spin_loop();
         }
+        // The card has been told to forget what firmware set up.
+        pci.make_master(at);
     };
     match kind {
         Kind::Intel(family) => {
             let registers = map(host, bar(0)?, 0, MAX_WINDOW).ok_or(Trouble::Bar(0))?;
             pci.take(at);
-            if family != nic::intel::Family::E1000
-                && let Some(Messages::Msi(capability)) = pci.messages(at)
-            {
-                pci.use_msi(at, capability, host.apic.id(), hw::NIC_VECTOR);
-            }
+            let messages = match pci.messages(at) {
+                // MSI of the PCI-X cards is not to be relied on (82545GM and 82546GB errata).
+                Some(Messages::Msi(capability)) if family != Family::E1000 => {
+                    pci.use_msi(at, capability, host.apic.id(), hw::NIC_VECTOR)
+                }
+                _ => false,
+            };
             let nic = nic::intel::open(registers, region, family, &mut wait)?;
+            if !messages {
+                route_pin(host, pci, at);
+            }
             Ok(Box::new(nic))
         }
         Kind::Virtio => {
@@ -191,6 +243,9 @@ fn open_with(
                 _ => false,
             };
             let nic = nic::virtio::open(windows, region, messages, &mut wait)?;
+            if !messages {
+                route_pin(host, pci, at);
+            }
             Ok(Box::new(nic))
         }
     }
@@ -231,10 +286,23 @@ pub fn poll(now: Nanos) -> Option<Nanos> {
     if !ANY.load(Ordering::Acquire) {
         return None;
     }
-    for uplink in UPLINKS.lock().iter_mut() {
-        if let Some(event) = uplink.nic.poll(now) {
-            info!("nic {}: {event}", uplink.address);
+    let fired = FIRED.swap(false, Ordering::Acquire);
+    let look = |index| {
+        let mut uplinks = UPLINKS.lock();
+        let uplink: &mut Uplink = uplinks.get_mut(index)?;
+        if fired {
+            uplink.nic.interrupt();
         }
+        Some((uplink.address, uplink.nic.poll(now)))
+    };
+    // Told without the lock: the console may take its time.
+    for (address, event) in (0..).map_while(look) {
+        if let Some(event) = event {
+            info!("nic {address}: {event}");
+        }
+    }
+    if fired {
+        mask_pins(false);
     }
     Some(now + POLL)
 }

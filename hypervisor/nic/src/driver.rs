@@ -148,8 +148,13 @@ impl<H: Hardware> Driver<H> {
                 return Err(Fault::Reset);
             }
         }
-        hardware.set_up()?;
-        let link = hardware.look()?;
+        let link = match hardware.set_up().and_then(|()| hardware.look()) {
+            Ok(link) => link,
+            Err(fault) => {
+                hardware.begin_reset();
+                return Err(fault);
+            }
+        };
         Ok(Self {
             hardware,
             state: State::Working,

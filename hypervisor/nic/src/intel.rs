@@ -28,6 +28,7 @@ const CTRL: u32 = 0x0000;
 const STATUS: u32 = 0x0008;
 const EERD: u32 = 0x0014;
 const CTRL_EXT: u32 = 0x0018;
+const MDIC: u32 = 0x0020;
 const FCAL: u32 = 0x0028;
 const FCAH: u32 = 0x002c;
 const FCT: u32 = 0x0030;
@@ -87,6 +88,18 @@ const COLLISION_FULL: u32 = 0x40 << 12;
 const COLLISION_HALF: u32 = 0x200 << 12;
 const QUEUE_ENABLE: u32 = 1 << 25;
 
+/// The PHY: its address, what to do, and how that went.
+const MDIC_PHY: u32 = 1 << 21;
+const MDIC_WRITE: u32 = 1 << 26;
+const MDIC_READ: u32 = 2 << 26;
+const MDIC_READY: u32 = 1 << 28;
+const MDIC_ERROR: u32 = 1 << 30;
+/// The PHY's control register (IEEE 802.3 §22.2.4.1), number 0.
+const PHY_RESTART: u32 = 1 << 9;
+const PHY_ISOLATE: u32 = 1 << 10;
+const PHY_SLEEP: u32 = 1 << 11;
+const PHY_NEGOTIATE: u32 = 1 << 12;
+
 /// Causes of interrupts: link, few buffers left, none left, frame received.
 const CAUSES: u32 = 1 << 2 | 1 << 4 | 1 << 6 | 1 << 7;
 
@@ -114,7 +127,8 @@ struct Intel<R, M> {
     tx_clean: u16,
 }
 
-/// Resets a card and sets it up. `wait` waits so many microseconds.
+/// Resets a card and sets it up. `wait` waits so many microseconds; when it is
+/// called the card has begun its reset, and must be able to reach memory afterwards.
 ///
 /// # Errors
 /// The card does not work; it then makes no accesses to memory, if it heeds its reset.
@@ -219,6 +233,26 @@ impl<R: Registers, M: DmaMemory> Intel<R, M> {
         })
     }
 
+    /// An access to the PHY's control register; `None` where there is no PHY, as on fibre.
+    fn phy(&mut self, access: u32) -> Option<u32> {
+        self.registers.write32(MDIC, MDIC_PHY | access);
+        (0..PATIENCE)
+            .find_map(|_| {
+                let value = self.registers.read32(MDIC);
+                (value & MDIC_READY != 0).then_some(value)
+            })
+            .filter(|value| value & MDIC_ERROR == 0)
+            .map(|value| value & 0xffff)
+    }
+
+    /// Wakes the PHY, which firmware may have put to sleep, and has it look for a link.
+    fn wake_phy(&mut self) {
+        if let Some(control) = self.phy(MDIC_READ) {
+            let control = control & !(PHY_ISOLATE | PHY_SLEEP) | PHY_NEGOTIATE | PHY_RESTART;
+            self.phy(MDIC_WRITE | control);
+        }
+    }
+
     fn set_transmit(&mut self) {
         let distance = match self.half_duplex {
             true => COLLISION_HALF,
@@ -240,14 +274,15 @@ impl<R: Registers, M: DmaMemory> Hardware for Intel<R, M> {
         self.registers.write32(IMC, u32::MAX);
         self.registers.write32(RCTL, 0);
         self.registers.write32(TCTL, 0);
-        let control = self.registers.read32(CTRL);
+        let mut control = self.registers.read32(CTRL);
         if control == GONE {
             return;
         }
         if self.family != Family::E1000 {
             // A reset in the middle of an access may hang the bus (82574 datasheet §5.2.5.3). One
             // that does not end is not waited for.
-            self.registers.write32(CTRL, control | CTRL_MASTER_DISABLE);
+            control |= CTRL_MASTER_DISABLE;
+            self.registers.write32(CTRL, control);
             self.becomes(STATUS, STATUS_MASTER, 0);
         }
         self.registers.write32(CTRL, control | CTRL_RESET);
@@ -335,7 +370,10 @@ impl<R: Registers, M: DmaMemory> Hardware for Intel<R, M> {
         self.registers.write32(rx + TAIL, u32::from(RING) - 1);
         match self.registers.read32(STATUS) {
             GONE => Err(Fault::Gone),
-            _ => {
+            status => {
+                if status & STATUS_LINK == 0 {
+                    self.wake_phy();
+                }
                 self.running = true;
                 Ok(())
             }

@@ -8,9 +8,10 @@
 //! - [`virtio`]: virtio-net over the modern PCI transport. The `virtio-drivers` crate was not taken:
 //!   its memory comes from static unsafe functions, and it has no way back from a device that broke.
 //!
-//! What they share is `driver`: when a card is looked at, what is a stall, how a reset goes, what
-//! a card is that answers no more. All work is bounded: no call waits for the hardware, but for
-//! `open`, and a frame is copied once in each direction.
+//! What they share is `driver`: when a card is looked at, what is a stall, how a reset goes, what a
+//! card is that answers no more. All work is bounded: but for `open`, no call waits longer for the
+//! card than some thousand register reads, and that only in a reset. A frame is copied once on its
+//! way out, and shown in place on its way in.
 //!
 //! Cards are set up as an uplink wants them: promiscuous, VLAN tags untouched, no checksum or
 //! segmentation done by the card, no flow control (a switch must not be held by a neighbour), and

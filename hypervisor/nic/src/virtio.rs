@@ -218,7 +218,8 @@ struct Virtio<R, M> {
 }
 
 /// Resets a card and sets it up. With `messages` it interrupts by the first entry of its MSI-X
-/// table, which the caller has set up; else by its pin. `wait` waits so many microseconds.
+/// table, which the caller has set up; else by its pin. `wait` waits so many microseconds; when it is
+/// called the card has begun its reset, and must be able to reach memory afterwards.
 ///
 /// # Errors
 /// The card does not work.

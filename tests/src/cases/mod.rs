@@ -8,12 +8,13 @@ mod hostile;
 mod inject;
 mod lifecycle;
 mod linux;
+mod network;
 mod smp;
 
 use crate::dialogue::{Case, Heard};
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 10] = [
+pub const GROUPS: [(&str, &str); 11] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -34,6 +35,7 @@ pub const GROUPS: [(&str, &str); 10] = [
         "lifecycle",
         "VMs start, pause, end and start again, and leave nothing behind",
     ),
+    ("network", "the machine's network cards are found and used"),
     (
         "console",
         "one line for the log, the monitor and all guests: keys, past, lies",
@@ -65,6 +67,7 @@ pub fn all() -> Vec<&'static Case> {
         hostile::CASES,
         inject::CASES,
         lifecycle::CASES,
+        network::CASES,
         console::CASES,
         bad_input::CASES,
     ];
