@@ -170,7 +170,7 @@ impl Cache {
             if way.hash == hash
                 && let Some(entry) = self.entries.get(place)
                 && entry.generation == generation
-                && entry.key == *key
+                && entry.key.words() == key.words()
             {
                 way.used = clock;
                 self.hits += 1;
