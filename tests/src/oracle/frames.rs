@@ -323,6 +323,8 @@ fn read(frame: &[u8]) -> Option<Sound> {
             }
             Some(transport_sound(body, &rest[8..40], protocol, true))
         }
+        // A third tag hides what is behind it until another goes.
+        ether::VLAN | ether::SERVICE_VLAN => None,
         _ => Some(Sound {
             whole: true,
             right: true,

@@ -229,9 +229,16 @@ impl Daemons {
         let hex: String = frame.iter().map(|b| format!("{b:02x}")).collect();
         let port = format!("in_port={}", in_port.0);
         let text = self.ask("ofproto/trace", &["br0", &port, &hex])?;
+        if text.contains(LEARNED) {
+            // Static entries stay.
+            self.ask("fdb/flush", &["br0"])?;
+        }
         Ok(Traced { text })
     }
 }
+
+/// What a trace says when it learns.
+const LEARNED: &str = "learned that ";
 
 /// Whether a flow changes tags that need not be there, as only OpenFlow 1.0 can say.
 pub fn is_old(flow: &str) -> bool {
@@ -300,6 +307,15 @@ impl Traced {
     fn line(&self, name: &str) -> Result<&str> {
         let found = self.text.lines().rev().find_map(|l| l.strip_prefix(name));
         found.with_context(|| format!("no line {name:?} in\n{}", self.text))
+    }
+
+    /// Whether what was learned in this trace may have mattered in it: the frame is for its own
+    /// source, or there was more than one `normal`, or addresses were changed.
+    pub fn learned_itself(&self, key: &FlowKey) -> bool {
+        let normals = self.text.matches("    NORMAL\n").count();
+        let changed = self.text.contains("->eth_") || self.text.contains("mod_dl_");
+        let mattered = key.dl_src == key.dl_dst || normals > 1 || changed;
+        mattered && self.text.contains(LEARNED)
     }
 
     /// How the frame's headers were read.

@@ -28,8 +28,9 @@ pub fn carries(port: &PortConfig, vlan: u16) -> bool {
     match port.mode() {
         VlanMode::Access | VlanMode::Dot1qTunnel => vlan == own,
         VlanMode::Trunk => trunked,
-        VlanMode::NativeTagged | VlanMode::NativeUntagged if port.trunks.is_empty() => true,
-        VlanMode::NativeTagged | VlanMode::NativeUntagged => vlan == own || (vlan != 0 && trunked),
+        // Unless it is 0, the native VLAN takes its place.
+        _ if own == 0 => trunked,
+        _ => vlan == own || (vlan != 0 && trunked),
     }
 }
 
@@ -288,7 +289,10 @@ pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods
         some(random, format!("nw_ecn={ecn}"), &mut fields);
         let ttl = random.pick(&[1, 2, 64]);
         some(random, format!("nw_ttl={ttl}"), &mut fields);
-        let frag = random.pick(&["no", "yes", "first", "later", "not_later"]);
+        // Later fragments have no ports.
+        let frags = ["no", "yes", "first", "not_later", "later"];
+        let bare = matches!(kind, "ip" | "ipv6");
+        let frag = random.pick(if bare { &frags } else { &frags[..4] });
         some(random, format!("ip_frag={frag}"), &mut fields);
     }
     let ported = ["tcp", "udp", "sctp"].iter().any(|p| kind.starts_with(p));
@@ -365,7 +369,7 @@ fn actions(random: &mut Random, table: u8, ports: &[u16], floods: bool, of: &Kin
             6 if old => format!("mod_vlan_vid:{id}"),
             7 if old => format!("mod_vlan_pcp:{pcp}"),
             8 if old => "strip_vlan".to_owned(),
-            6 => {
+            6 if tags < 2 => {
                 tags += 1;
                 random
                     .pick(&["push_vlan:0x8100", "push_vlan:0x88a8"])
