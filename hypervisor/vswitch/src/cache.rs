@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 use crate::PortId;
 use crate::counters::DropCause;
 use crate::key::{FlowKey, KEY_WORDS};
+use crate::tables::FlowIndex;
 use crate::translate::Step;
 
 /// Entries of a set.
@@ -19,6 +20,9 @@ const WAYS: usize = 8;
 /// How many steps a decision may have to be kept. One with more has many outputs, and copying to
 /// those costs more than deciding again.
 pub(crate) const INLINE: usize = 8;
+
+/// How many flows may have decided a decision that is kept.
+pub(crate) const HITS: usize = 4;
 
 /// A keyed hash of a few words: multiplications of pairs of words, each hidden by a word of the
 /// secret (the NH family, Black and others, UMAC, 1999), folded and mixed. Who does not know the
@@ -72,6 +76,8 @@ pub(crate) struct Notes {
     pub careful: bool,
     /// Where their source was learned.
     pub learned: Option<u32>,
+    /// How many flows decided.
+    pub hits: u8,
 }
 
 #[derive(Clone, Debug)]
@@ -81,6 +87,7 @@ struct Entry {
     notes: Notes,
     count: u8,
     steps: [Step; INLINE],
+    hits: [FlowIndex; HITS],
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -120,6 +127,7 @@ impl Cache {
             notes: Notes::default(),
             count: 0,
             steps: [Step::PopVlan; INLINE],
+            hits: [FlowIndex::default(); HITS],
         };
         Self {
             ways: alloc::vec![[way; WAYS]; sets],
@@ -174,18 +182,23 @@ impl Cache {
     }
 
     /// The decision at a place.
-    pub(crate) fn get(&self, place: usize) -> Option<(&[Step], Notes)> {
+    pub(crate) fn get(&self, place: usize) -> Option<(&[Step], &[FlowIndex], Notes)> {
         let entry = self.entries.get(place)?;
-        Some((entry.steps.get(..entry.count.into())?, entry.notes))
+        let steps = entry.steps.get(..entry.count.into())?;
+        Some((
+            steps,
+            entry.hits.get(..entry.notes.hits.into())?,
+            entry.notes,
+        ))
     }
 
-    /// Keeps a decision, unless it has too many steps.
+    /// Keeps a decision, unless it has too many steps, or too many flows decided it.
     pub(crate) fn insert(
         &mut self,
         hash: u64,
         key: &FlowKey,
         generation: u64,
-        steps: &[Step],
+        (steps, hits): (&[Step], &[FlowIndex]),
         notes: Notes,
     ) {
         let (set, clock) = (self.set(hash), self.clock);
@@ -197,12 +210,15 @@ impl Cache {
         let (Some(way), Some(entry)) = (ways.get_mut(victim), entries.get_mut(victim)) else {
             return;
         };
-        let Some(kept) = entry.steps.get_mut(..steps.len()) else {
+        let kept = entry.steps.get_mut(..steps.len());
+        let (Some(kept), Some(by)) = (kept, entry.hits.get_mut(..hits.len())) else {
             return;
         };
         kept.copy_from_slice(steps);
+        by.copy_from_slice(hits);
         entry.count = steps.len() as u8;
         (entry.key, entry.generation, entry.notes) = (*key, generation, notes);
+        entry.notes.hits = hits.len() as u8;
         *way = Way {
             hash,
             used: clock,
@@ -248,12 +264,13 @@ mod tests {
     fn keep(cache: &mut Cache, key: &FlowKey, out: u16) {
         let hash = cache.hash(key);
         assert_eq!(cache.find(hash, key, 1), None);
-        cache.insert(hash, key, 1, &[Step::Output(PortId(out))], Notes::default());
+        let steps = [Step::Output(PortId(out))];
+        cache.insert(hash, key, 1, (&steps, &[]), Notes::default());
     }
 
     fn has(cache: &mut Cache, key: &FlowKey, generation: u64) -> Option<Vec<Step>> {
         let place = cache.find(cache.hash(key), key, generation)?;
-        cache.get(place).map(|(steps, _)| steps.to_vec())
+        cache.get(place).map(|(steps, ..)| steps.to_vec())
     }
 
     #[test]
@@ -282,9 +299,9 @@ mod tests {
         let mut cache = Cache::new(8, SECRET);
         let (key, steps) = (key(1, 1), [Step::PopVlan; INLINE + 1]);
         let hash = cache.hash(&key);
-        cache.insert(hash, &key, 1, &steps, Notes::default());
+        cache.insert(hash, &key, 1, (&steps, &[]), Notes::default());
         assert_eq!(has(&mut cache, &key, 1), None);
-        cache.insert(hash, &key, 1, &steps[1..], Notes::default());
+        cache.insert(hash, &key, 1, (&steps[1..], &[]), Notes::default());
         assert_eq!(
             has(&mut cache, &key, 1).map(|steps| steps.len()),
             Some(INLINE)

@@ -2,14 +2,15 @@
 //!
 //! A table of fixed size in buckets of eight, found by a keyed hash: looking up, learning and
 //! forgetting take the same bounded time whoever chose the addresses. Each port has a limit, so
-//! none can fill the table; an address stays at its port for [`SETTLE`] before it moves, so two
-//! ports cannot make it fly to and fro.
+//! none can fill the table; an address stays at its port for [`SETTLE`] before it moves, and only
+//! so many are new in a second ([`NEW_A_SECOND`]), because each makes decisions that are kept void.
 
 use alloc::vec::Vec;
 
 use arch::Nanos;
 
 use crate::cache::Hasher;
+use crate::rate::Bucket;
 use crate::{MacAddr, PortId};
 
 /// How many addresses may be learned in a switch, over all ports.
@@ -17,6 +18,9 @@ pub const MAX_LEARNED: u32 = 65_536;
 
 /// How long an address stays before it moves to another port, in nanoseconds.
 pub const SETTLE: u64 = 1_000_000_000;
+
+/// How many addresses a switch learns, or moves, in a second; as many at once after a silence.
+pub const NEW_A_SECOND: u64 = 256;
 
 const BUCKET: usize = 8;
 
@@ -44,8 +48,8 @@ pub(crate) enum Learned {
     New(u32),
     /// Taken from that port, at that place.
     Moved(PortId, u32),
-    /// Known elsewhere, and not long enough to move.
-    Settling,
+    /// Known elsewhere, and not long enough to move; or too many are new.
+    Later,
     /// No room in its bucket.
     Full,
 }
@@ -54,6 +58,7 @@ pub(crate) enum Learned {
 #[derive(Clone, Debug)]
 pub(crate) struct Table {
     slots: Vec<Option<Entry>>,
+    budget: Bucket,
     hasher: Hasher,
 }
 
@@ -68,6 +73,7 @@ impl Table {
         };
         Self {
             slots: alloc::vec![None; count],
+            budget: Bucket::new(NEW_A_SECOND, NEW_A_SECOND, Nanos::ZERO),
             hasher,
         }
     }
@@ -116,6 +122,9 @@ impl Table {
         let Some(slot) = self.slots.get_mut(place) else {
             return Learned::Full;
         };
+        if !self.budget.take(1, now) {
+            return Learned::Later;
+        }
         *slot = Some(Entry {
             mac,
             vlan,
@@ -135,10 +144,13 @@ impl Table {
             return Learned::Known(place as u32);
         }
         if now.since(entry.since) < SETTLE {
-            return Learned::Settling;
+            return Learned::Later;
         }
         if !has_room {
             return Learned::Full;
+        }
+        if !self.budget.take(1, now) {
+            return Learned::Later;
         }
         let from = entry.port;
         (entry.port, entry.since, entry.seen) = (port, now, now);
@@ -154,10 +166,24 @@ impl Table {
 
     /// Puts an entry of another table here, if there is room.
     pub fn adopt(&mut self, entry: &Entry) -> bool {
-        let (mac, vlan, port) = (entry.mac, entry.vlan, entry.port);
-        let learned = self.learn(mac, vlan, port, entry.since, true);
-        self.learn(mac, vlan, port, entry.seen, true);
-        matches!(learned, Learned::New(_))
+        let bucket = self.bucket(entry.mac, entry.vlan);
+        let slots = self.slots.get_mut(bucket..bucket + BUCKET);
+        let free = slots.and_then(|slots| slots.iter_mut().find(|slot| slot.is_none()));
+        match free {
+            Some(slot) => *slot = Some(*entry),
+            None => return false,
+        }
+        true
+    }
+
+    /// Forgets an address; what was known.
+    pub fn remove(&mut self, mac: MacAddr, vlan: u16) -> Option<Entry> {
+        let bucket = self.bucket(mac, vlan);
+        let slots = self.slots.get_mut(bucket..bucket + BUCKET)?;
+        let at = |slot: &&mut Option<Entry>| {
+            slot.is_some_and(|entry| entry.mac == mac && entry.vlan == vlan)
+        };
+        slots.iter_mut().find(at)?.take()
     }
 
     /// Forgets what `stays` does not hold for; calls `gone` with each.
@@ -209,7 +235,7 @@ mod tests {
         let later = Nanos(SETTLE);
         table.learn(mac(1), 0, PortId(1), Nanos(0), true);
         let mut there = |now, room| table.learn(mac(1), 0, PortId(2), now, room);
-        assert_eq!(there(Nanos(SETTLE - 1), true), Learned::Settling);
+        assert_eq!(there(Nanos(SETTLE - 1), true), Learned::Later);
         assert_eq!(there(later, false), Learned::Full);
         assert!(matches!(there(later, true), Learned::Moved(PortId(1), _)));
         assert!(matches!(there(later, false), Learned::Known(_)));
@@ -238,5 +264,28 @@ mod tests {
         table.retain(|entry| entry.seen.0 >= 10, |entry| gone.push(entry.mac));
         assert_eq!(table.entries().count() + gone.len(), known);
         assert!(gone.iter().all(|mac| mac.0[5] < 10));
+    }
+
+    #[test]
+    fn only_so_many_are_new_in_a_second() {
+        let mut table = table(MAX_LEARNED);
+        let mut new = |now| {
+            let macs = (0..2000u32).map(|n| MacAddr([2, 0, 0, now as u8, (n >> 8) as u8, n as u8]));
+            let learned = macs.map(|mac| table.learn(mac, 0, PortId(1), Nanos(now * SETTLE), true));
+            learned.filter(|it| matches!(it, Learned::New(_))).count() as u64
+        };
+        assert_eq!(new(0), NEW_A_SECOND);
+        assert_eq!(new(1), NEW_A_SECOND);
+    }
+
+    #[test]
+    fn what_is_removed_is_gone_alone() {
+        let mut table = table(8);
+        for vlan in 0..3 {
+            table.learn(mac(1), vlan, PortId(1), Nanos(0), true);
+        }
+        assert_eq!(table.remove(mac(1), 1).map(|entry| entry.vlan), Some(1));
+        assert_eq!(table.remove(mac(1), 1), None);
+        assert_eq!(table.entries().count(), 2);
     }
 }

@@ -22,13 +22,18 @@ pub mod ofctl;
 mod policy;
 pub mod port;
 pub mod rate;
+#[cfg(any(test, feature = "simulate"))]
+pub mod simulate;
 pub mod switch;
 pub mod tables;
+#[cfg(test)]
+mod tests;
 pub mod trace;
 pub mod translate;
 pub mod uplink;
 
-pub use switch::{Decision, MAX_FRAME, MIN_FRAME, Switch};
+pub use edit::MIN_FRAME;
+pub use switch::{Decision, MAX_FRAME, Switch};
 
 /// A MAC address.
 #[derive(
@@ -226,7 +231,7 @@ impl Header {
 }
 
 #[cfg(test)]
-mod tests {
+mod header_tests {
     use super::*;
 
     fn frame(tail: &[u8]) -> Vec<u8> {

@@ -19,7 +19,8 @@
 //! | From an uplink nothing comes with the address of a guest that is here (R5). | Only so for bonds. |
 //! | Guests' frames with others' addresses, DHCP answers and router advertisements are dropped where the policy says so, before mirrors and flows (R7). | No such policy. |
 //! | VLAN 4095 neither enters nor leaves (R9). | It is a VLAN as others. |
-//! | A frame with two tags does not enter a tunnel port: it would need a third. | Its inner tag gets lost. |
+//! | A frame with three tags does not enter, nor one whose second tag is cut off, nor one with two tags by a tunnel port: it would need a third. | What is behind the second tag is payload; a tunnel loses the inner tag. |
+//! | A frame in the native VLAN of a native-untagged port does not leave there if it has a second tag: that would stand for another VLAN on the wire. | The second tag becomes its VLAN. |
 //! | A mirror's `output_vlan` never goes back to the port that the frame came from, and out by one uplink alone. | To all ports of the VLAN. |
 //! | A port whose link is down neither sends nor receives. | Frames are queued to it all the same. |
 //! | Guests that may be, and asked to be, promiscuous see the unicasts of their VLANs. | No such port. |
@@ -154,8 +155,7 @@ impl<'a> Pass<'a> {
                 return Err(DropCause::Echo);
             }
             if !self.quiet {
-                self.core
-                    .forget(|other| other.mac == entry.mac && other.vlan == vlan);
+                self.core.forget_one(entry.mac, vlan);
                 self.changed = true;
             }
         }
@@ -218,10 +218,10 @@ impl<'a> Pass<'a> {
         let Some(port) = self.core.ports.get(place) else {
             return;
         };
-        let form = FlowKey {
-            vlans: port.vlan.leave(tags, key.vlans),
-            ..*key
+        let Some(vlans) = port.vlan.leave(tags, key.vlans) else {
+            return out.drop(DropCause::Tags);
         };
+        let form = FlowKey { vlans, ..*key };
         self.deliver(place, &form, out);
     }
 
@@ -310,7 +310,7 @@ impl<'a> Pass<'a> {
                     from.learned = from.learned.saturating_sub(1);
                 }
             }
-            Learned::Settling => self.lasting = false,
+            Learned::Later => self.lasting = false,
             Learned::Full => port.counters.not_learned += 1,
         }
     }
@@ -329,7 +329,10 @@ impl<'a> Pass<'a> {
             // Outside; by which uplink is not for it to say.
             return match self.core.ports.get(input) {
                 Some(from) if from.is(PortKind::Uplink) => Some(place),
-                _ => self.core.uplink_of(input, tags.vlan()),
+                _ => self.core.uplink_of(input, tags.vlan()).filter(|uplink| {
+                    let port = self.core.ports.get(*uplink);
+                    port.is_some_and(|port| port.vlan.includes(tags))
+                }),
             };
         }
         port.vlan.includes(tags).then_some(place)

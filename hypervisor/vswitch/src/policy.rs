@@ -26,9 +26,14 @@ pub(crate) fn admit(port: &Port, key: &FlowKey) -> Result<(), DropCause> {
     if port.is(PortKind::Mirror) {
         return Err(DropCause::MirrorPort);
     }
-    let tagged = key.vlans[0].present();
-    if !tagged && matches!(key.dl_type, ether::VLAN | ether::SERVICE_VLAN) {
-        return Err(DropCause::PartialTag);
+    if matches!(key.dl_type, ether::VLAN | ether::SERVICE_VLAN) {
+        // A tag that the key has no place for, or that is cut off. Behind tags that are taken off
+        // it would become the frame's own.
+        let [_, inner] = key.vlans;
+        return Err(match inner.present() {
+            true => DropCause::Tags,
+            false => DropCause::PartialTag,
+        });
     }
     if key
         .vlans

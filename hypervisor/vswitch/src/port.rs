@@ -321,20 +321,25 @@ impl VlanRules {
         }))
     }
 
-    /// The tags with which a frame leaves that came in with `wire` and has `tags` within.
-    pub fn leave(&self, tags: Tags, wire: [Vlan; 2]) -> [Vlan; 2] {
+    /// The tags with which a frame leaves that came in with `wire` and has `tags` within; nothing
+    /// if its native tag would be taken off and the one behind would stand for its VLAN.
+    pub fn leave(&self, tags: Tags, wire: [Vlan; 2]) -> Option<[Vlan; 2]> {
         let [outer, inner] = tags.0;
+        let native = self.mode == VlanMode::NativeUntagged && outer.id() == self.tag;
+        if native && inner.id() != 0 {
+            return None;
+        }
         let mut out = match self.mode {
             VlanMode::Access => [Vlan::NONE; 2],
-            VlanMode::NativeUntagged if outer.id() == self.tag => [inner, Vlan::NONE],
             VlanMode::Dot1qTunnel => [inner, Vlan::NONE],
+            _ if native => [inner, Vlan::NONE],
             _ => [outer, inner],
         };
         if self.priority_tags != PriorityTags::Never {
             let [first, _] = &mut out;
             first.tci = first.tci & !Tags::PRIORITY | wire[0].tci & Tags::PRIORITY;
         }
-        out.map(|tag| {
+        Some(out.map(|tag| {
             let always = self.priority_tags == PriorityTags::Always && tag.tpid != 0;
             if tag.tci == 0 && !always {
                 return Vlan::NONE;
@@ -343,7 +348,7 @@ impl VlanRules {
                 tpid: if tag.tpid == 0 { ether::VLAN } else { tag.tpid },
                 tci: tag.tci | Vlan::PRESENT,
             }
-        })
+        }))
     }
 
     /// The VLANs in which the addresses of the port are announced: its own, or those of a trunk
@@ -361,6 +366,10 @@ impl VlanRules {
     }
 }
 
+/// How many of a guest's requests a second are heard. Each makes decisions that are kept void, for
+/// its neighbours, too.
+pub(crate) const REQUESTS: u64 = 4;
+
 /// A port at work.
 #[derive(Clone, Debug)]
 pub(crate) struct Port {
@@ -372,6 +381,10 @@ pub(crate) struct Port {
     pub ingress: Option<Limiter>,
     pub egress: Option<Limiter>,
     pub storm: Option<Bucket>,
+    /// What the guest asks of the switch.
+    pub requests: Bucket,
+    /// The address that the guest gave itself.
+    pub own_address: Option<MacAddr>,
     /// Mirrors that select what comes in by it, and what leaves by it, a bit each.
     pub mirror_src: u32,
     pub mirror_dst: u32,
@@ -399,6 +412,8 @@ impl Port {
             ingress: limiter(config.ingress),
             egress: limiter(config.egress),
             storm: storm.map(|limit| Bucket::new(limit, limit, now)),
+            requests: Bucket::new(REQUESTS, 4 * REQUESTS, now),
+            own_address: None,
             mirror_src: 0,
             mirror_dst: 0,
             up: true,
@@ -432,6 +447,8 @@ impl Port {
         self.sees_all = older.sees_all && self.config.promiscuous;
         (self.leaving, self.departed) = (older.leaving, older.departed);
         self.arrived = older.arrived;
+        self.requests = older.requests;
+        self.own_address = older.own_address.filter(|_| self.config.mac_change);
         let limiters = [
             (&mut self.ingress, &older.ingress),
             (&mut self.egress, &older.egress),

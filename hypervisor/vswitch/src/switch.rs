@@ -6,6 +6,7 @@
 //! captures are applied to each frame after that.
 
 use alloc::collections::VecDeque;
+use alloc::string::ToString;
 use alloc::vec::Vec;
 use core::fmt;
 
@@ -14,23 +15,21 @@ use arch::Nanos;
 use crate::cache::{Cache, Hasher, Notes};
 use crate::config::{ConfigError, SwitchConfig};
 use crate::counters::{Counters, DropCause};
+use crate::edit::{Checksum, Editor, MIN_FRAME};
+use crate::flow::FlowMod;
 use crate::key::FlowKey;
 use crate::learn::{self, Table};
 use crate::mirror::{CAPTURE, Capture, Mirror, MirrorOutput, Target};
 use crate::normal::Pass;
 use crate::port::{Port, PortConfig, PortKind, VlanSet};
 use crate::rate::Bucket;
-use crate::tables::FlowTables;
+use crate::tables::{FlowTables, TablesError};
 use crate::translate::{Emit, Normal, Step, Translation};
 use crate::uplink::{Home, Teaming};
 use crate::{MacAddr, PortId};
 
 /// The longest frame: 64 KiB of IP, as segmentation offload makes them, behind two tags.
 pub const MAX_FRAME: usize = 65_535 + 14 + 8;
-
-/// The shortest frame on the wire, without its check sequence; what gets shorter by untagging is
-/// padded to it (R9).
-pub const MIN_FRAME: usize = 60;
 
 /// What is done with a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +49,9 @@ pub enum Refused {
     /// The policy says no.
     #[error("the policy of port {} does not allow it", .0.0)]
     Policy(PortId),
+    /// There were too many requests in the last seconds.
+    #[error("port {} asks too often", .0.0)]
+    TooOften(PortId),
     /// It is no station's address, or that of another port.
     #[error("{0} cannot be this port's address")]
     Address(MacAddr),
@@ -213,6 +215,14 @@ impl Core {
         any
     }
 
+    /// Forgets a learned address.
+    pub fn forget_one(&mut self, mac: MacAddr, vlan: u16) {
+        let entry = self.learned.remove(mac, vlan);
+        if let Some(port) = entry.and_then(|entry| self.port_mut(entry.port)) {
+            port.learned = port.learned.saturating_sub(1);
+        }
+    }
+
     /// Takes over what the switch knew and counted under another configuration, where it still
     /// holds: of ports with the same number, name and kind.
     fn inherit(&mut self, older: &Self) {
@@ -222,6 +232,14 @@ impl Core {
             });
             if let Some(older) = same {
                 port.inherit(older);
+            }
+        }
+        for place in 0..self.ports.len() {
+            let own = self.ports.get(place).and_then(|port| port.own_address);
+            let own = own.filter(|mac| self.owner(*mac).is_none());
+            if let (Some(own), Some(port)) = (own, self.ports.get_mut(place)) {
+                port.config.macs = alloc::vec![own];
+                self.index_addresses();
             }
         }
         for entry in older.learned.entries() {
@@ -269,7 +287,7 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// A switch of that configuration. The secret is random and known to nobody: it hides where
+    /// A switch of that configuration. Its name is no other switch's. The secret is random and known to nobody: it hides where
     /// addresses are in tables.
     ///
     /// # Errors
@@ -304,7 +322,8 @@ impl Switch {
     /// What is wrong with the configuration; the one before stays.
     pub fn replace(&mut self, config: SwitchConfig) -> Result<(), ConfigError> {
         config.check()?;
-        let flows = config.tables()?;
+        let mut flows = config.tables()?;
+        flows.inherit(&self.flows);
         let before = self.core.homes();
         let mut core = Core::new(&config, self.hasher.clone());
         core.inherit(&self.core);
@@ -367,34 +386,56 @@ impl Switch {
             return port.dropped(DropCause::Short);
         };
         let hash = cache.hash(&key);
-        let (steps, notes) = match cache.find(hash, &key, self.generation) {
-            Some(place) => {
-                let (steps, notes) = cache.get(place).unwrap_or_default();
-                if let Some(place) = notes.learned {
-                    self.core.learned.touch(place, now);
-                }
-                (steps, notes)
-            }
+        let found = cache.find(hash, &key, self.generation);
+        let (steps, hits, notes) = match found {
+            Some(place) => cache.get(place).unwrap_or_default(),
             None => {
                 let (notes, lasting) = self.translate(entry, &key, now, None);
-                let steps = self.translation.steps.as_slice();
+                let Translation { steps, hits, .. } = &self.translation;
                 if lasting {
-                    cache.insert(hash, &key, self.generation, steps, notes);
+                    cache.insert(hash, &key, self.generation, (steps, hits), notes);
                 }
-                (steps, notes)
+                (steps.as_slice(), hits.as_slice(), notes)
             }
         };
+        if let Some(place) = notes.learned {
+            self.core.learned.touch(place, now);
+        }
+        self.flows.count(hits, length);
         let mut finish = Finish {
             core: &mut self.core,
             meters: &mut self.meters,
             capture: self.capture.as_mut(),
             drop: notes.drop,
             header,
+            original: length,
             length,
-            popped: false,
             now,
         };
         finish.run(entry, steps, notes, &mut self.scratch)
+    }
+
+    /// Its flows, with what they counted.
+    #[must_use]
+    pub fn flows(&self) -> &FlowTables {
+        &self.flows
+    }
+
+    /// Makes all of those changes to the flows or none; how many flows were added, changed or
+    /// removed. The configuration in use has them from then on.
+    ///
+    /// # Errors
+    /// The flows there would be cannot be had.
+    pub fn change_flows(&mut self, changes: &[FlowMod]) -> Result<usize, TablesError> {
+        let count = self.flows.apply(changes)?;
+        let lines = self.flows.flows().iter();
+        self.config.flows = lines.map(|counted| counted.flow.to_string()).collect();
+        if self.config.flows.is_empty() {
+            // No line would stand for NORMAL.
+            self.config.flows.push("priority=0,actions=drop".into());
+        }
+        self.changed();
+        Ok(count)
     }
 
     /// Says what would be done with a frame of `key`, and why, stage by stage; nothing is learned
@@ -450,6 +491,7 @@ impl Switch {
             _ => false,
         };
         let notes = Notes {
+            hits: 0,
             drop: self.translation.drop,
             storm,
             careful: self.translation.steps.iter().any(careful),
@@ -459,7 +501,8 @@ impl Switch {
     }
 
     /// The link of a port came or went. Where that gives guests another uplink, announcements are
-    /// ready after (R8).
+    /// ready after (R8). A guest's port has a link while its VM is there; whether the guest's driver
+    /// is ready is for its card to see: decisions that are kept are void after this.
     ///
     /// # Errors
     /// There is no such port.
@@ -483,51 +526,54 @@ impl Switch {
 
     /// Forgets learned addresses that have been silent for too long. Call it about once a second.
     pub fn tick(&mut self, now: Nanos) {
-        let (ports, places) = (&self.core.ports, &self.core.places);
-        let ageing: Vec<Nanos> = ports
-            .iter()
-            .map(|port| {
-                let seconds = port.config.learning.map_or(0, |learning| learning.ageing);
-                Nanos(u64::from(seconds) * 1_000_000_000)
-            })
-            .collect();
-        let places = places.clone();
+        let ageing = self.core.ports.iter().map(|port| {
+            let seconds = port.config.learning.map_or(0, |learning| learning.ageing);
+            (port.id(), u64::from(seconds) * 1_000_000_000)
+        });
+        let ageing: Vec<(PortId, u64)> = ageing.collect();
         let old = |entry: &learn::Entry| {
-            let place = places
-                .get(usize::from(entry.port.0))
-                .copied()
-                .unwrap_or(NOWHERE);
-            let ageing = ageing
-                .get(usize::from(place))
-                .copied()
-                .unwrap_or(Nanos::ZERO);
-            now.since(entry.seen) >= ageing.0
+            let found = ageing.binary_search_by_key(&entry.port, |(id, _)| *id);
+            let time = found.ok().and_then(|at| ageing.get(at));
+            now.since(entry.seen) >= time.map_or(0, |(_, time)| *time)
         };
         if self.core.forget(old) {
             self.changed();
         }
     }
 
+    /// Hears a request of a guest that changes something, unless there were too many.
+    fn request(
+        &mut self,
+        id: PortId,
+        allowed: fn(&PortConfig) -> bool,
+        now: Nanos,
+    ) -> Result<&mut Port, Refused> {
+        let port = self.core.port_mut(id).ok_or(Refused::NoPort(id))?;
+        let problem = match (allowed(&port.config), port.requests.take(1, now)) {
+            (true, true) => return Ok(port),
+            (false, _) => Refused::Policy(id),
+            (true, false) => Refused::TooOften(id),
+        };
+        port.counters.refused += 1;
+        Err(problem)
+    }
+
     /// The guest gives itself another address.
     ///
     /// # Errors
-    /// It may not (R7), or not this one.
-    pub fn change_address(&mut self, id: PortId, mac: MacAddr) -> Result<(), Refused> {
+    /// It may not (R7), or not this one, or asks too often.
+    pub fn change_address(&mut self, id: PortId, mac: MacAddr, now: Nanos) -> Result<(), Refused> {
         let owner = self.core.owner(mac);
-        let place = self.core.place(id).ok_or(Refused::NoPort(id))?;
-        let port = self.core.ports.get_mut(place).ok_or(Refused::NoPort(id))?;
-        if owner == Some(place) {
+        if owner.is_some() && owner == self.core.place(id) {
             return Ok(());
         }
-        if !port.config.mac_change || !port.is_local() {
-            port.counters.refused += 1;
-            return Err(Refused::Policy(id));
-        }
-        if owner.is_some() || !mac.is_station() {
+        let port = self.request(id, |config| config.mac_change, now)?;
+        if owner.is_some() || !mac.is_station() || !port.is_local() {
             port.counters.refused += 1;
             return Err(Refused::Address(mac));
         }
         port.config.macs = alloc::vec![mac];
+        port.own_address = Some(mac);
         self.core.index_addresses();
         self.core.forget(|entry| entry.mac == mac);
         self.changed();
@@ -537,15 +583,11 @@ impl Switch {
     /// The guest wants to see what is not for it, or no more.
     ///
     /// # Errors
-    /// It may not (R7).
-    pub fn set_promiscuous(&mut self, id: PortId, on: bool) -> Result<(), Refused> {
+    /// It may not (R7), or asks too often.
+    pub fn set_promiscuous(&mut self, id: PortId, on: bool, now: Nanos) -> Result<(), Refused> {
         let port = self.core.port_mut(id).ok_or(Refused::NoPort(id))?;
-        if on && !port.config.promiscuous {
-            port.counters.refused += 1;
-            return Err(Refused::Policy(id));
-        }
         if port.sees_all != on {
-            port.sees_all = on;
+            self.request(id, |config| config.promiscuous, now)?.sees_all = on;
             self.changed();
         }
         Ok(())
@@ -670,9 +712,10 @@ struct Finish<'a> {
     capture: Option<&'a mut Capture>,
     drop: Option<DropCause>,
     header: &'a [u8],
-    /// The frame's, as it is after the steps so far.
+    /// The length with which it came.
+    original: usize,
+    /// The length after the steps so far.
     length: usize,
-    popped: bool,
     now: Nanos,
 }
 
@@ -694,14 +737,14 @@ impl Finish<'_> {
         let mut delivered = false;
         let steps = if notes.careful {
             scratch.clear();
-            for step in steps {
+            for (done, step) in steps.iter().enumerate() {
                 match step {
                     Step::Meter(id) if !self.meter(*id) => {
                         self.drop.get_or_insert(DropCause::Meter);
                         break;
                     }
                     Step::Meter(_) => {}
-                    Step::Output(CAPTURE) => self.keep(),
+                    Step::Output(CAPTURE) => self.keep(steps.get(..done).unwrap_or_default()),
                     Step::Output(id) if !self.may_receive(*id) => {
                         self.drop.get_or_insert(DropCause::EgressRate);
                     }
@@ -732,7 +775,7 @@ impl Finish<'_> {
 
     /// How long the frame is where it leaves.
     fn length(&self) -> usize {
-        if self.popped {
+        if self.length < self.original {
             self.length.max(MIN_FRAME)
         } else {
             self.length
@@ -743,10 +786,7 @@ impl Finish<'_> {
     fn count(&mut self, step: &Step) -> bool {
         match step {
             Step::PushVlan(_) => self.length += 4,
-            Step::PopVlan => {
-                self.length = self.length.saturating_sub(4);
-                self.popped = true;
-            }
+            Step::PopVlan => self.length = self.length.saturating_sub(4),
             Step::Output(id) => {
                 let length = self.length();
                 let Some(port) = self.core.port_mut(*id) else {
@@ -778,10 +818,14 @@ impl Finish<'_> {
         meter.is_some_and(|meter| meter.bucket.take(units(meter.frames), self.now))
     }
 
-    /// Captures the frame.
-    fn keep(&mut self) {
-        if let Some(capture) = &mut self.capture {
-            capture.push(self.now, [self.header, &[]], self.length);
-        }
+    /// Captures the frame, as the steps have left it.
+    fn keep(&mut self, done: &[Step]) {
+        let Some(capture) = &mut self.capture else {
+            return;
+        };
+        let mut editor = Editor::new(self.header, self.original, Checksum::Partial);
+        done.iter().for_each(|step| editor.apply(step));
+        let rest = self.header.get(editor.taken()..).unwrap_or_default();
+        capture.push(self.now, [editor.header(), rest], self.length);
     }
 }

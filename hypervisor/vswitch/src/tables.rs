@@ -73,7 +73,7 @@ pub struct Counted {
 }
 
 /// A flow's place among the flows, good until they change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowIndex(u32);
 
 /// Flows of one mask.
@@ -188,6 +188,25 @@ impl FlowTables {
             if let Some(counted) = self.flows.get_mut(hit.0 as usize) {
                 counted.packets += 1;
                 counted.bytes += bytes as u64;
+            }
+        }
+    }
+
+    /// Takes over what `older` counted for flows that are here, too.
+    pub(crate) fn inherit(&mut self, older: &Self) {
+        let place = |flow: &Flow| {
+            let words = (*flow.matching.mask().words(), *flow.matching.key().words());
+            (flow.table, flow.priority, words)
+        };
+        let mut order: Vec<&Counted> = older.flows.iter().collect();
+        order.sort_by_cached_key(|counted| place(&counted.flow));
+        for own in &mut self.flows {
+            let wanted = place(&own.flow);
+            let found = order.binary_search_by(|counted| place(&counted.flow).cmp(&wanted));
+            if let Some(old) = found.ok().and_then(|at| order.get(at))
+                && old.flow == own.flow
+            {
+                (own.packets, own.bytes) = (old.packets, old.bytes);
             }
         }
     }

@@ -150,8 +150,10 @@ impl Core {
                 continue;
             };
             let tags = Tags::of(home.vlan);
-            if port.is(PortKind::Uplink) && port.up && port.vlan.includes(tags) {
-                let length = rarp(home.mac, port.vlan.leave(tags, [Vlan::NONE; 2]), frame);
+            let usable = port.is(PortKind::Uplink) && port.up && port.vlan.includes(tags);
+            let vlans = port.vlan.leave(tags, [Vlan::NONE; 2]);
+            if let Some(vlans) = vlans.filter(|_| usable) {
+                let length = rarp(home.mac, vlans, frame);
                 port.counters.tx_frames += 1;
                 port.counters.tx_bytes += length as u64;
                 return Some((port.id(), length));
