@@ -10,6 +10,7 @@ pub mod cases;
 mod console;
 pub mod dialogue;
 pub mod emulator;
+pub mod oracle;
 pub mod process;
 
 pub use console::{Console, End};

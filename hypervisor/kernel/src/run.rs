@@ -30,8 +30,6 @@ use vm::{End, Order, Seats, Stop};
 
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.
 const POLL: u64 = 10_000_000;
-/// How often network cards are looked at for frames, in nanoseconds.
-const LOOK: u64 = 500_000;
 
 /// Every core that is started can be given work.
 const _: () = assert!(hw::acpi::MAX_PROCESSORS <= sched::MAX_CORES as usize);
@@ -354,7 +352,8 @@ impl vm::Host for CoreHost<'_> {
         }
         self.core.take_kick();
         self.core.reschedule.load(Ordering::Relaxed)
-            || SERIAL_FIRED.load(Ordering::Relaxed) && self.core.number() == 0
+            || (SERIAL_FIRED.load(Ordering::Relaxed) || uplinks::has_fired())
+                && self.core.number() == 0
             || hw::rdtsc() >= self.slice_end
     }
     fn output(&mut self, bytes: &[u8]) {
@@ -442,7 +441,7 @@ impl Worker {
         };
         machine.network.tick(now);
         let more = machine.network.receive(machine);
-        if more { now } else { next.min(now + LOOK) }
+        if more { now } else { next }
     }
 
     /// Looks at all that was left for the core from here on; what comes later calls it again. So

@@ -31,6 +31,8 @@ const MAX_WINDOW: u64 = 128 << 10;
 const PAGES: u64 = (nic::MEMORY as u64).div_ceil(PAGE_SIZE);
 /// How often cards are looked after, in nanoseconds.
 const POLL: u64 = 100_000_000;
+/// How often cards that cannot interrupt are.
+const LOOK: u64 = 500_000;
 
 static MAPPED: AtomicU64 = AtomicU64::new(DEVICES);
 static UPLINKS: Lock<Vec<Uplink>> = Lock::new(Vec::new());
@@ -49,9 +51,16 @@ pub struct Uplink {
     pub address: Address,
     /// The card.
     pub nic: Box<dyn Nic + Send>,
+    /// It can interrupt the boot core.
+    interrupts: bool,
+    /// It is in a switch.
+    used: bool,
     /// Frames were queued and not flushed.
     waits: bool,
 }
+
+/// A card that is set up, and whether it can interrupt.
+type Opened = (Box<dyn Nic + Send>, bool);
 
 /// Why a card is left alone.
 enum Trouble {
@@ -105,11 +114,13 @@ pub unsafe fn find(host: &Host, acpi: &AcpiInfo) {
         );
         pci.open_bridges(function.address, &functions);
         match open(host, &pci, function, kind) {
-            Ok(nic) => {
+            Ok((nic, interrupts)) => {
                 info!("nic {name} {}, {}", nic.mac(), nic.link());
                 UPLINKS.lock().push(Uplink {
                     address: function.address,
                     nic,
+                    interrupts,
+                    used: false,
                     waits: false,
                 });
                 ANY.store(true, Ordering::Release);
@@ -124,8 +135,9 @@ pub fn use_io_apic(io_apic: IoApic, serial: u8) {
     *IO_APIC.lock() = Some((io_apic, serial));
 }
 
-/// Lets a card interrupt by its pin, where that leads to the I/O APIC. Otherwise it is polled.
-fn route_pin(host: &Host, pci: &Pci, at: Address) {
+/// Lets a card interrupt by its pin, where that leads to the I/O APIC: `true`. Otherwise it is
+/// polled.
+fn route_pin(host: &Host, pci: &Pci, at: Address) -> bool {
     if let Some((io_apic, serial)) = IO_APIC.lock().as_mut()
         && let Some(pin) = pci.pin(at)
         && pin != *serial
@@ -133,7 +145,9 @@ fn route_pin(host: &Host, pci: &Pci, at: Address) {
     {
         pci.use_pin(at);
         PINS.fetch_or(1 << pin, Ordering::Relaxed);
+        return true;
     }
+    false
 }
 
 /// Masks all pins of cards, or lets them through again.
@@ -156,12 +170,7 @@ pub fn interrupt() {
 }
 
 /// Takes a function, gives it memory and sets it up; on failure leaves it without access to memory.
-fn open(
-    host: &Host,
-    pci: &Pci,
-    function: &Function,
-    kind: Kind,
-) -> Result<Box<dyn Nic + Send>, Trouble> {
+fn open(host: &Host, pci: &Pci, function: &Function, kind: Kind) -> Result<Opened, Trouble> {
     let memory = frame_run(PAGES).ok_or(Trouble::Memory)?;
     let result = open_with(host, pci, function.address, kind, memory);
     if result.is_err() {
@@ -177,7 +186,7 @@ fn open_with(
     at: Address,
     kind: Kind,
     memory: HostPhysAddr,
-) -> Result<Box<dyn Nic + Send>, Trouble> {
+) -> Result<Opened, Trouble> {
     // SAFETY: fresh frames, which are given back only after the card's access to memory ended.
     let region = unsafe { DmaRegion::new(host.map, memory, nic::MEMORY) };
     let region = region.ok_or(Trouble::Memory)?;
@@ -202,10 +211,7 @@ fn open_with(
                 _ => false,
             };
             let nic = nic::intel::open(registers, region, family, &mut wait)?;
-            if !messages {
-                route_pin(host, pci, at);
-            }
-            Ok(Box::new(nic))
+            Ok((Box::new(nic), messages || route_pin(host, pci, at)))
         }
         Kind::Virtio => {
             let parts = pci.virtio_parts(at);
@@ -243,10 +249,7 @@ fn open_with(
                 _ => false,
             };
             let nic = nic::virtio::open(windows, region, messages, &mut wait)?;
-            if !messages {
-                route_pin(host, pci, at);
-            }
-            Ok(Box::new(nic))
+            Ok((Box::new(nic), messages || route_pin(host, pci, at)))
         }
     }
 }
@@ -304,7 +307,16 @@ pub fn poll(now: Nanos) -> Option<Nanos> {
     if fired {
         mask_pins(false);
     }
-    Some(now + POLL)
+    let mut uplinks = UPLINKS.lock();
+    let polled = uplinks
+        .iter_mut()
+        .any(|uplink| uplink.used && !uplink.interrupts);
+    Some(now + if polled { LOOK } else { POLL })
+}
+
+/// Whether a card interrupted since it was looked at.
+pub fn has_fired() -> bool {
+    FIRED.load(Ordering::Relaxed)
 }
 
 /// Chooses a card that is not `taken` yet, by its number.
@@ -323,12 +335,12 @@ pub fn choose(choice: NicChoice, taken: &[usize]) -> Option<usize> {
         }
         NicChoice::Mac(mac) => uplink.nic.mac().0 == mac.0,
     };
-    let uplinks = UPLINKS.lock();
-    let found = uplinks
-        .iter()
-        .enumerate()
-        .find(|(number, uplink)| !taken.contains(number) && fits(uplink));
-    found.map(|(number, _)| number)
+    let mut uplinks = UPLINKS.lock();
+    let mut all = uplinks.iter_mut().enumerate();
+    let (number, uplink) = all.find(|(number, uplink)| !taken.contains(number) && fits(uplink))?;
+    uplink.used = true;
+    uplink.nic.set_interrupts(uplink.interrupts);
+    Some(number)
 }
 
 /// The cards there are, for a person.

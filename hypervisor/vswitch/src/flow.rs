@@ -41,6 +41,11 @@ impl Match {
         &self.mask
     }
 
+    /// Means all fragments, whichever it meant.
+    pub(crate) const fn forget_fragments(&mut self) {
+        (self.key.nw_frag, self.mask.nw_frag) = (0, 0);
+    }
+
     /// Whether a frame of `key` is meant.
     #[must_use]
     pub fn covers(&self, key: &FlowKey) -> bool {

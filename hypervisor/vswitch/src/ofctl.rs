@@ -84,6 +84,9 @@ pub enum Why {
     /// An instruction that is not where OpenFlow 1.1 and later wants it.
     #[error("must be the {0} action")]
     Order(&'static str),
+    /// Two tags are what keys hold.
+    #[error("two tags are there already, and more are not read")]
+    ThirdTag,
     /// To the same table or an earlier one.
     #[error(
         "leads from table {from} to table {to}; only later tables are allowed, so that no frame runs in circles"
@@ -381,6 +384,13 @@ impl Needs {
     fn check(self, of: &Match, tagged: bool) -> Result<()> {
         let (kind, protocol) = (of.dl_type(), of.ip_proto());
         let icmp6 = kind == Some(ether::IPV6) && protocol == Some(proto::ICMPV6);
+        let of_transport = match self {
+            Self::Ports(_) | Self::Changeable(_) | Self::Icmp | Self::Neighbour(_) => true,
+            Self::Nothing | Self::Ipv4 | Self::Ipv6 | Self::Ip | Self::Arp | Self::Tagged => false,
+        };
+        if of_transport && of.key().nw_frag & FRAG_LATER != 0 {
+            return Err(Why::Needs("other fragments than later ones"));
+        }
         let (met, what) = match self {
             Self::Nothing => (true, ""),
             Self::Ipv4 => (kind == Some(ether::IPV4), "ip"),
@@ -522,16 +532,25 @@ impl<'a> Draft<'a> {
         Ok(true)
     }
 
-    fn finish(self) -> Result<Match, TextError> {
+    /// The match; of a `frame`, where the fields of headers that it has not are told as zero.
+    fn finish(self, frame: bool) -> Result<Match, TextError> {
         let (mut key, mut mask) = (FlowKey::default(), FlowKey::default());
         for part in &self.parts {
             key = key.joined(&part.key);
             mask = mask.joined(&part.mask);
         }
         let matching = Match::new(&key, &mask);
+        let mut asked = matching;
+        if frame {
+            asked.forget_fragments();
+        }
         for (word, needs) in self.needs {
+            let needs = match needs {
+                Needs::Neighbour(_) if frame => Needs::Neighbour(None),
+                needs => needs,
+            };
             needs
-                .check(&matching, matching.is_tagged())
+                .check(&asked, asked.is_tagged())
                 .map_err(|why| word.fail(why))?;
         }
         Ok(matching)
@@ -747,7 +766,7 @@ fn actions(
             dropped = Some(word);
             continue;
         }
-        let action = action(word, matching, tags.0 > 0, table, names).map_err(fail)?;
+        let action = action(word, matching, tags, table, names).map_err(fail)?;
         if matches!(action, Action::Meter(_)) && !found.is_empty() {
             return Err(fail(Why::Order("first")));
         }
@@ -761,12 +780,12 @@ fn actions(
 fn action(
     word: Word<'_>,
     matching: &Match,
-    tagged: bool,
+    tags: Tags,
     table: u8,
     names: Names<'_>,
 ) -> Result<Action> {
     let Word { key, value, .. } = word;
-    let needs = |needs: Needs| needs.check(matching, tagged);
+    let needs = |needs: Needs| needs.check(matching, tags.0 > 0);
     let plain = |action: Action| match value {
         "" => Ok(action),
         _ => Err(Why::Superfluous(value.chars().take(40).collect())),
@@ -801,6 +820,7 @@ fn action(
     Ok(match key {
         "output" => output(value)?,
         "strip_vlan" | "pop_vlan" => plain(Action::PopVlan)?,
+        "push_vlan" if tags.0 >= 2 => return Err(Why::ThirdTag),
         "push_vlan" => match short(value, 0, 0xffff)? {
             tpid @ (ether::VLAN | ether::SERVICE_VLAN) => Action::PushVlan(tpid),
             _ => return Err(form(value, "0x8100 or 0x88a8")),
@@ -990,7 +1010,7 @@ impl FlowMod {
                 Err(why) => return Err(word.fail(why)),
             }
         }
-        out.matching = draft.finish()?;
+        out.matching = draft.finish(false)?;
         if let Some(behind) = behind {
             out.actions = actions(behind, &out.matching, out.table.unwrap_or(0), names)?;
         } else if command.has_actions() {
@@ -1124,7 +1144,7 @@ pub fn parse_key(text: &str, names: Names<'_>) -> Result<FlowKey, TextError> {
             Err(why) => return Err(word.fail(why)),
         }
     }
-    let mut key = *draft.finish()?.key();
+    let mut key = *draft.finish(true)?.key();
     let [outer, _] = &mut key.vlans;
     if outer.present() {
         outer.tpid = ether::VLAN;

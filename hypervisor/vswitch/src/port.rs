@@ -233,16 +233,10 @@ pub(crate) struct VlanRules {
 impl VlanRules {
     pub fn new(config: &PortConfig) -> Self {
         let (mode, tag) = (config.mode(), config.tag.unwrap_or(0));
-        let mut trunks = config.trunks.clone();
-        if matches!(mode, VlanMode::NativeTagged | VlanMode::NativeUntagged) && !trunks.is_empty() {
-            // A native VLAN is always carried; frames without a tag are in no other.
-            trunks.retain(|id| *id != 0);
-            trunks.push(tag);
-        }
         Self {
             mode,
             tag,
-            trunks: VlanSet::named(&trunks),
+            trunks: VlanSet::named(&config.trunks),
             cvlans: VlanSet::named(&config.cvlans),
             tunnel_type: config.qinq_ethtype,
             priority_tags: config.priority_tags,
@@ -250,6 +244,11 @@ impl VlanRules {
     }
 
     fn trunks(&self, vlan: u16) -> bool {
+        let native = matches!(self.mode, VlanMode::NativeTagged | VlanMode::NativeUntagged);
+        if native && self.tag != 0 && (vlan == self.tag || vlan == 0) {
+            // A native VLAN is always carried; frames without a tag are in no other.
+            return vlan != 0;
+        }
         self.trunks.as_ref().is_none_or(|set| set.has(vlan))
     }
 

@@ -683,8 +683,8 @@ fn address_from(text: &str) -> Option<NicChoice> {
 #[cfg(test)]
 mod tests {
     use super::super::{Config, parse};
-    use vswitch::PortId;
     use super::*;
+    use vswitch::PortId;
 
     const FULL: &str = r#"
 [[switch]]
