@@ -144,8 +144,12 @@ pub enum Source {
 pub enum Step {
     /// Waits for a match in what came after the last match or sending.
     Expect(&'static str),
-    /// The same, and the match must be on the screen as well, where that can be read.
+    /// The same, and the match must be on the screen as well, where that can be read: there a
+    /// row's end is no line's end.
     Told(&'static str),
+    /// Waits for a match on the screen, where that can be read. Its rows are lines, without the
+    /// blanks at their ends.
+    Shown(&'static str),
     /// Types this.
     Send(&'static str),
     /// None of these may match in what came since the last sending.
@@ -327,8 +331,13 @@ impl Talk<'_> {
             }
             Step::Told(pattern) => {
                 self.step(&Step::Expect(pattern))?;
-                self.on_screen(pattern)
+                let plain = pattern.trim_start_matches('^').trim_end_matches('$');
+                self.on_screen(plain, |rows| rows.concat())
             }
+            Step::Shown(pattern) => self.on_screen(pattern, |rows| {
+                let rows: Vec<&str> = rows.iter().map(|row| row.trim_end()).collect();
+                rows.join("\n")
+            }),
             Step::Refuse(patterns) => {
                 for pattern in *patterns {
                     let regex = compile(pattern, self.facts)?;
@@ -347,28 +356,24 @@ impl Talk<'_> {
         }
     }
 
-    /// Looks for a pattern on the screen, where a row's end is no line's end and the log, which
-    /// has it for itself, carries no mark.
-    fn on_screen(&mut self, pattern: &str) -> Result<()> {
-        let plain = pattern
-            .trim_start_matches('^')
-            .trim_start_matches(r"tessera\| ");
-        let regex = compile(plain, self.facts)?;
+    /// Waits for a pattern on the screen, whose text is made of its rows.
+    fn on_screen(&mut self, pattern: &str, text: fn(&[String]) -> String) -> Result<()> {
+        let regex = compile(pattern, self.facts)?;
         // What the serial line has, the screen may be about to get.
         let until = Instant::now() + SCREEN_LIMIT;
         loop {
             let Some(screen) = self.session.screen() else {
                 return Ok(());
             };
-            let screen = screen?;
+            let screen = text(&screen?);
             if regex.is_match(&screen) {
                 return Ok(());
             }
             if Instant::now() > until {
                 bail!(
-                    "`{}` is not on the screen: {}",
+                    "`{}` is not on the screen:\n{}",
                     regex.as_str(),
-                    screen.trim()
+                    screen.trim_end()
                 );
             }
             std::thread::sleep(Duration::from_millis(100));

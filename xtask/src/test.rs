@@ -388,7 +388,8 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     machine.cpus = case.cpus;
     machine.pace = case.pace;
     machine.extension = case.extension;
-    machine.watched = case.steps.iter().any(|s| matches!(s, Step::Told(_)));
+    let looks = |step: &Step| matches!(step, Step::Told(_) | Step::Shown(_));
+    machine.watched = case.steps.iter().any(looks);
     match case.load {
         Load::Bundle {
             config,

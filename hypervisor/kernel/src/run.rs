@@ -413,6 +413,9 @@ impl Worker {
             if POLL_SERIAL.load(Ordering::Relaxed) {
                 due = due.min(self.machine.clock.now() + POLL);
             }
+            if console::is_undrawn() {
+                due = due.min(self.machine.clock.now() + 1_000_000_000 / console::FRAMES);
+            }
             self.turn(due);
         }
     }

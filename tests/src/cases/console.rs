@@ -3,7 +3,7 @@
 
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Load, QEMU_BIOS, Source, Step};
 
-use Step::{Expect, Refuse, Send};
+use Step::{Expect, Refuse, Send, Shown, Told};
 
 /// Two guests that do on their consoles what is typed there.
 const TWO: Case = Case {
@@ -137,6 +137,38 @@ pub(super) const CASES: &[Case] = &[
             // The line before, from the history, and corrected.
             Send("\x1b[A\x7f\x17one\r"),
             Expect(r"^tessera\| vm one: ended: "),
+        ],
+        ..TWO
+    },
+    // The screen has what the line has.
+    Case {
+        name: "screen",
+        on: &[QEMU_BIOS],
+        steps: &[
+            STARTED,
+            Send("l"),
+            Expect("^line 39$"),
+            // It has moved up: what is seen is the end.
+            Shown(r"^line 20\nline 21\n(line \d+\n){17}line 39\n"),
+            Send("k"),
+            Told("^key 107$"),
+            Send("\x14?"),
+            Told(r"^tessera\| Ctrl-T then: 0 monitor, 1-9 that VM"),
+            // Of a liar all that was contained, and none of its sequences as text.
+            Send("e"),
+            Expect("^lied$"),
+            Shown(r"^tessera\\\| end: status=0 forged\n(.*\n)*lied\n"),
+            Send("\x14"),
+            Send("0he\t"),
+            Shown(r"^tessera\| keyboard: monitor.*\n> help$"),
+            Send("\x7f\x7f\x7f\x7f\x7flist\r"),
+            Shown(r"^> list\ntessera\| 1 one: running.*\ntessera\| 2 two: "),
+            Send("\x142"),
+            Send("k"),
+            Shown(r"^tessera\| keyboard: two .*\n(.*\n)*key 107$"),
+            Send("\x14x"),
+            // The last word of all.
+            Told(r"^tessera\| end: status=0 left at the console$"),
         ],
         ..TWO
     },

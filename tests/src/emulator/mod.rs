@@ -281,9 +281,9 @@ impl Session {
             .and_then(|()| self.line.0.flush());
     }
 
-    /// The text on the screen, its rows joined; `None` where it cannot be read: outside QEMU's
-    /// BIOS machines, and in those that are not [`Machine::watched`].
-    pub fn screen(&mut self) -> Option<Result<String>> {
+    /// The rows of text on the screen, as wide as it is; `None` where it cannot be read: outside
+    /// QEMU's BIOS machines, and in those that are not [`Machine::watched`].
+    pub fn screen(&mut self) -> Option<Result<Vec<String>>> {
         self.monitor.as_mut().map(qemu::Monitor::screen)
     }
 

@@ -154,9 +154,10 @@ pub(super) struct Monitor {
 }
 
 impl Monitor {
-    /// The characters of the VGA text page: 80 columns, 25 rows, each with an attribute byte.
-    pub(super) fn screen(&mut self) -> Result<String> {
-        const PAGE: usize = 80 * 25 * 2;
+    /// The rows of the VGA text page: 80 columns, 25 rows, each with an attribute byte.
+    pub(super) fn screen(&mut self) -> Result<Vec<String>> {
+        const ROW: usize = 80 * 2;
+        const PAGE: usize = ROW * 25;
         let _ = fs::remove_file(&self.file);
         writeln!(
             self.line,
@@ -167,7 +168,8 @@ impl Monitor {
         loop {
             let page = fs::read(&self.file).unwrap_or_default();
             if page.len() == PAGE {
-                return Ok(page.iter().step_by(2).map(|&c| char::from(c)).collect());
+                let row = |row: &[u8]| row.iter().step_by(2).map(|&c| char::from(c)).collect();
+                return Ok(page.chunks(ROW).map(row).collect());
             }
             if Instant::now() > until {
                 bail!("QEMU's monitor saved no screen to {}", self.file.display());
