@@ -1,5 +1,6 @@
 //! What a case is, and how it is played: start the machine, hold the dialogue, judge the end.
 
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -152,6 +153,11 @@ pub enum Step {
     Shown(&'static str),
     /// Types this.
     Send(&'static str),
+    /// Waits for a match in what came on the second serial port since the last such match. A case
+    /// with this step or the next has a machine with that port.
+    ExpectSecond(&'static str),
+    /// Types this there.
+    SendSecond(&'static str),
     /// None of these may match in what came since the last sending.
     Refuse(&'static [&'static str]),
     /// A judgement in code of what came since the last sending.
@@ -180,6 +186,8 @@ pub struct Heard<'a> {
     pub sent_at: SystemTime,
     /// All of it.
     pub all: &'a str,
+    /// What came on the second serial port.
+    pub second: &'a str,
     /// The emulator.
     pub emulator: Emulator,
     /// The machine's folder, with its settings and log.
@@ -215,6 +223,7 @@ pub(crate) fn compile(pattern: &str, facts: &Facts) -> Result<Regex> {
 pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result<(), Box<Failure>> {
     let limit = case.limit(machine.emulator);
     let mut console = Console::default();
+    let mut second = Console::default();
     let mut log = None;
     let result = (|| {
         let session = machine.start(dir, limit + Duration::from_secs(60))?;
@@ -225,6 +234,8 @@ pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result
         let mut talk = Talk {
             session,
             console,
+            second: &mut second,
+            matched_second: 0,
             facts,
             emulator,
             dir,
@@ -275,6 +286,8 @@ pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result
 struct Talk<'a> {
     session: Session,
     console: &'a mut Console,
+    second: &'a mut Console,
+    matched_second: usize,
     facts: &'a Facts,
     emulator: Emulator,
     dir: &'a Path,
@@ -292,6 +305,7 @@ impl Talk<'_> {
             since: self.console.since(self.sent),
             sent_at: self.sent_at,
             all: self.console.text(),
+            second: self.second.text(),
             emulator: self.emulator,
             dir: self.dir,
         }
@@ -338,6 +352,22 @@ impl Talk<'_> {
                 let rows: Vec<&str> = rows.iter().map(|row| row.trim_end()).collect();
                 rows.join("\n")
             }),
+            Step::SendSecond(text) => {
+                let line = self.session.second().context("no second serial port")?;
+                line.write_all(text.as_bytes()).context("typing there")
+            }
+            Step::ExpectSecond(pattern) => {
+                let regex = compile(pattern, self.facts)?;
+                loop {
+                    let text = self.second.since(self.matched_second);
+                    if let Some(found) = regex.find(text) {
+                        self.matched_second += found.end();
+                        return Ok(());
+                    }
+                    self.more_second()
+                        .with_context(|| format!("waiting for `{}` there", regex.as_str()))?;
+                }
+            }
             Step::Refuse(patterns) => {
                 for pattern in *patterns {
                     let regex = compile(pattern, self.facts)?;
@@ -400,6 +430,21 @@ impl Talk<'_> {
                 Ok(())
             }
             Received::Nothing => bail!("nothing more within {} s", self.limit.as_secs()),
+        }
+    }
+
+    /// Takes what comes next on the second serial port.
+    fn more_second(&mut self) -> Result<()> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let line = self.session.second().context("no second serial port")?;
+        line.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        let mut buffer = [0; 4096];
+        match line.read(&mut buffer).context("nothing more came")? {
+            0 => bail!("the machine ended"),
+            count => {
+                self.second.feed(buffer.get(..count).unwrap_or_default());
+                Ok(())
+            }
         }
     }
 

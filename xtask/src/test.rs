@@ -389,6 +389,8 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     machine.pace = case.pace;
     machine.extension = case.extension;
     let looks = |step: &Step| matches!(step, Step::Told(_) | Step::Shown(_));
+    let second = |step: &Step| matches!(step, Step::SendSecond(_) | Step::ExpectSecond(_));
+    machine.second_port = case.steps.iter().any(second);
     machine.watched = case.steps.iter().any(looks);
     match case.load {
         Load::Bundle {

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Extension, Firmware, Machine, Pace, Session, accept};
+use super::{Boot, Extension, Firmware, Machine, Pace, Session, accept, second_port};
 use crate::process::{Process, limited};
 
 /// The program.
@@ -77,6 +77,11 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     let listener = TcpListener::bind("127.0.0.1:0").context("a port for Bochs's serial line")?;
     let port = listener.local_addr()?.port();
 
+    let second = second_port(machine)?;
+    let com2 = second.as_ref().map_or(String::new(), |(_, port)| {
+        format!("com2: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n")
+    });
+
     let rom = match (machine.firmware, machine.extension) {
         (Firmware::Uefi, _) => OVMF.to_owned(),
         (Firmware::Bios, Extension::LockedOff) => {
@@ -125,6 +130,7 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
          heads=16, spt=63\n\
          boot: disk\n\
          com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
+         {com2}\
          {sound}\
          speaker: enabled=1, mode=none\n\
          log: {log}\n\
@@ -156,8 +162,14 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     let mut process = Process::spawn(command)?;
 
     let stream = accept(&listener, &mut process, &log)?;
+    let second = match second {
+        None => None,
+        Some((listener, _)) => Some(accept(&listener, &mut process, &log)?),
+    };
     let writer = stream.try_clone()?;
-    Ok(Session::new(process, stream, writer, log))
+    let mut session = Session::new(process, stream, writer, log);
+    session.second = second;
+    Ok(session)
 }
 
 /// The emulated time in seconds since 1970 at which Bochs wrote the last line of its log: where a

@@ -132,6 +132,8 @@ pub struct Machine {
     pub pace: Pace,
     /// Its virtualization extension.
     pub extension: Extension,
+    /// A second serial port, for [`Session::second`].
+    pub second_port: bool,
     /// Keep the screen readable by [`Session::screen`], also after power-off.
     pub watched: bool,
 }
@@ -147,6 +149,7 @@ impl Machine {
             cpus: 1,
             pace: Pace::Free,
             extension: Extension::On,
+            second_port: false,
             watched: false,
         }
     }
@@ -181,8 +184,19 @@ pub struct Session {
     receiver: Receiver<Received>,
     sender: Sender<Received>,
     line: Line,
+    second: Option<TcpStream>,
     log: PathBuf,
     monitor: Option<qemu::Monitor>,
+}
+
+/// Where the emulator is to connect a second serial port, if the machine has one.
+fn second_port(machine: &Machine) -> Result<Option<(TcpListener, u16)>> {
+    if !machine.second_port {
+        return Ok(None);
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").context("a port for the second serial line")?;
+    let port = listener.local_addr()?.port();
+    Ok(Some((listener, port)))
 }
 
 /// Waits for an emulator that was just started to connect to us.
@@ -249,9 +263,15 @@ impl Session {
             receiver,
             sender,
             line: Line(Box::new(writer)),
+            second: None,
             log,
             monitor: None,
         }
+    }
+
+    /// The second serial port, of a machine that has one.
+    pub fn second(&mut self) -> Option<&mut TcpStream> {
+        self.second.as_mut()
     }
 
     /// Waits for the next event until `deadline`.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Emulator, Extension, Firmware, Machine, Pace, Session, accept};
+use super::{Boot, Emulator, Extension, Firmware, Machine, Pace, Session, accept, second_port};
 use crate::process::{Process, limited};
 
 /// The program.
@@ -50,6 +50,12 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     arg("-display", "none");
     arg("-monitor", "none");
     arg("-serial", "stdio");
+    let second = second_port(machine)?;
+    if let Some((_, port)) = &second {
+        let line = format!("socket,id=second,host=127.0.0.1,port={port}");
+        arg("-chardev", &line);
+        arg("-serial", "chardev:second");
+    }
     arg("-m", &machine.memory.to_string());
     arg("-smp", &machine.cpus.to_string());
     match (machine.emulator, machine.extension) {
@@ -128,6 +134,10 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         .stdout(Stdio::piped())
         .stderr(errors);
     let mut process = Process::spawn(command)?;
+    let second = match second {
+        None => None,
+        Some((listener, _)) => Some(accept(&listener, &mut process, &log)?),
+    };
     let monitor = match monitor {
         None => None,
         Some(m) => {
@@ -142,7 +152,7 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     let reader = child.stdout.take().context("QEMU's output")?;
     let writer = child.stdin.take().context("QEMU's input")?;
     let mut session = Session::new(process, reader, writer, log);
-    session.monitor = monitor;
+    (session.monitor, session.second) = (monitor, second);
     Ok(session)
 }
 
