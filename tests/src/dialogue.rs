@@ -52,6 +52,8 @@ pub struct Case {
     pub memory: Option<u32>,
     /// The machine's logical processors.
     pub cpus: u32,
+    /// The last of them has APIC id 254.
+    pub sparse: bool,
     /// How its time relates to ours.
     pub pace: Pace,
     /// The machine's virtualization extension.
@@ -78,6 +80,7 @@ impl Case {
         fails: false,
         memory: None,
         cpus: 1,
+        sparse: false,
         pace: Pace::Free,
         extension: Extension::On,
         steps: &[],

@@ -386,6 +386,7 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     let disk = dir.join("disk.img");
     let mut machine = Machine::new(emulator, firmware, &disk, 512);
     machine.cpus = case.cpus;
+    machine.sparse = case.sparse;
     machine.pace = case.pace;
     machine.extension = case.extension;
     let looks = |step: &Step| matches!(step, Step::Told(_) | Step::Shown(_));

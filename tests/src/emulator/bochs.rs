@@ -75,6 +75,9 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     let Boot::Disk(disk) = &machine.boot else {
         bail!("Bochs starts disks, not kernels: use QEMU for the reference");
     };
+    if machine.sparse {
+        bail!("Bochs numbers its processors without gaps: use QEMU");
+    }
     let version = version().context("Bochs does not run: apt-get install bochs bochs-term")?;
     let listener = TcpListener::bind("127.0.0.1:0").context("a port for Bochs's serial line")?;
     let port = listener.local_addr()?.port();

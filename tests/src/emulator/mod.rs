@@ -128,6 +128,8 @@ pub struct Machine {
     pub memory: u32,
     /// Logical processors.
     pub cpus: u32,
+    /// The last of them has the highest APIC id of xAPIC mode, far from the others' (QEMU only).
+    pub sparse: bool,
     /// How its time runs.
     pub pace: Pace,
     /// Its virtualization extension.
@@ -147,6 +149,7 @@ impl Machine {
             boot: Boot::Disk(disk.to_owned()),
             memory,
             cpus: 1,
+            sparse: false,
             pace: Pace::Free,
             extension: Extension::On,
             second_port: false,

@@ -57,12 +57,24 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         arg("-serial", "chardev:second");
     }
     arg("-m", &machine.memory.to_string());
-    arg("-smp", &machine.cpus.to_string());
+    if machine.sparse {
+        // Ids of the second package begin at 128.
+        let near = machine.cpus.saturating_sub(1).max(1);
+        arg("-smp", &format!("{near},maxcpus=254,sockets=2,cores=127"));
+    } else {
+        arg("-smp", &machine.cpus.to_string());
+    }
+    let far = |model: &str, options: &str| {
+        format!("{model}-x86_64-cpu,socket-id=1,core-id=126,thread-id=0{options}")
+    };
     match (machine.emulator, machine.extension) {
         (_, Extension::LockedOff) => bail!("QEMU cannot lock the extension off; Bochs can"),
         (Emulator::QemuKvm, Extension::On) => {
             arg("-accel", "kvm");
             arg("-cpu", "host");
+            if machine.sparse {
+                arg("-device", &far("host", ""));
+            }
         }
         (Emulator::QemuKvm, Extension::Absent) => {
             arg("-accel", "kvm");
@@ -76,6 +88,9 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
                 "max,-svm"
             };
             arg("-cpu", svm);
+            if machine.sparse {
+                arg("-device", &far("max", ",svm=on,npt=on"));
+            }
         }
     }
     match machine.pace {
