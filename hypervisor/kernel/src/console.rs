@@ -265,7 +265,7 @@ pub fn poll() -> Option<Request> {
         source.serve_own();
     }
     with(|line| {
-        line.serve();
+        line.move_bytes();
         line.wire.keep_up();
         line.requests.pop_front()
     })?
@@ -393,11 +393,13 @@ impl Wire {
 
     /// Draws for a while if the time has come.
     fn keep_up(&mut self) {
+        let mut left = self.is_changed();
         let drawn = self.picture.as_ref().map_or(0, |picture| picture.drawn);
-        if self.is_changed() && passed(drawn, 1_000_000 / FRAMES) {
+        if left && passed(drawn, 1_000_000 / FRAMES) {
             self.draw(DRAW);
+            left = self.is_changed();
         }
-        UNDRAWN.store(self.is_changed(), Ordering::Relaxed);
+        UNDRAWN.store(left, Ordering::Relaxed);
     }
 
     /// Brings the screen up to date, as far as that is done in so many microseconds.

@@ -491,7 +491,7 @@ impl<'a> Builder<'a> {
                 timing: [config.tsc_khz, TIMER_HZ / 1000, 0, 0],
                 kvm: [
                     // Alone, a vCPU waits for nobody's lock.
-                    KVM_FEATURES | u32::from(config.vcpus > 1) * leaf::kvm::PV_UNHALT,
+                    KVM_FEATURES | (u32::from(config.vcpus > 1) * leaf::kvm::PV_UNHALT),
                     0,
                     0,
                     u32::from(config.dedicated) * leaf::kvm::HINT_DEDICATED,
