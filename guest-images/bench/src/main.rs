@@ -32,8 +32,8 @@ entry!(main);
 const LOOPS: u64 = 2000;
 const WARM_UP: u64 = 16;
 const WAKES: u64 = 200;
-/// Ticks in which the hypervisor surely has brought its screen up to date.
-const SCREEN: u64 = 100_000_000;
+/// Ticks in which what was printed has left, and the hypervisor has brought its screen up to date.
+const SCREEN: u64 = 200_000_000;
 /// How far ahead the timer of `hlt-wake` is set, in ticks.
 const AHEAD: u64 = 200_000;
 const PAGES: u64 = 2000;
