@@ -387,9 +387,13 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     let mut machine = Machine::new(emulator, firmware, &disk, 512);
     machine.cpus = case.cpus;
     machine.cards = case.cards.to_vec();
+    machine.sparse = case.sparse;
     machine.pace = case.pace;
     machine.extension = case.extension;
-    machine.watched = case.steps.iter().any(|s| matches!(s, Step::Told(_)));
+    let looks = |step: &Step| matches!(step, Step::Told(_) | Step::Shown(_));
+    let second = |step: &Step| matches!(step, Step::SendSecond(_) | Step::ExpectSecond(_));
+    machine.second_port = case.steps.iter().any(second);
+    machine.watched = case.steps.iter().any(looks);
     match case.load {
         Load::Bundle {
             config,

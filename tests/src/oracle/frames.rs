@@ -44,7 +44,11 @@ pub fn random(random: &mut Random, world: &World) -> (PortId, Vec<u8>) {
     }
     match random.below(10) {
         0 => {
-            frame.extend(random.pick(&[0x1234u16, 0x88cc, 0x8847, 0x05ff]).to_be_bytes());
+            frame.extend(
+                random
+                    .pick(&[0x1234u16, 0x88cc, 0x8847, 0x05ff])
+                    .to_be_bytes(),
+            );
             frame.extend([0; 46]);
         }
         1 => {
@@ -52,7 +56,11 @@ pub fn random(random: &mut Random, world: &World) -> (PortId, Vec<u8>) {
             frame.extend([0, 46]);
             let header = random.pick(&[[0xaa, 0xaa, 3, 0, 0, 0], [0x42, 0x42, 3, 0, 0, 0]]);
             frame.extend(header);
-            frame.extend(random.pick(&[0x0800u16, 0x1234, 0x0020, 0x0806]).to_be_bytes());
+            frame.extend(
+                random
+                    .pick(&[0x0800u16, 0x1234, 0x0020, 0x0806])
+                    .to_be_bytes(),
+            );
             frame.extend([0x45; 40]);
         }
         2 => arp(random, &mut frame),

@@ -168,6 +168,11 @@ fn printed(scratch: &Path, version: &str, lines: &[String]) -> Result<Vec<String
         let flow = flow.strip_prefix("table:0 ").unwrap_or(flow);
         flows.push(flow.strip_prefix("table:255 ").unwrap_or(flow).to_owned());
     }
-    ensure!(flows.len() == lines.len(), "{} of {} lines came back", flows.len(), lines.len());
+    ensure!(
+        flows.len() == lines.len(),
+        "{} of {} lines came back",
+        flows.len(),
+        lines.len()
+    );
     Ok(flows)
 }
