@@ -35,7 +35,10 @@ pub const GROUPS: [(&str, &str); 11] = [
         "lifecycle",
         "VMs start, pause, end and start again, and leave nothing behind",
     ),
-    ("network", "the machine's network cards are found and used"),
+    (
+        "network",
+        "the machine's network cards, and guests on a switch: addresses, files, VLANs, two hosts",
+    ),
     (
         "console",
         "one line for the log, the monitor and all guests: keys, past, lies",
@@ -96,7 +99,11 @@ mod tests {
                 case.full_name()
             );
             assert!(!case.on.is_empty(), "{} runs nowhere", case.full_name());
-            for step in case.steps {
+            let beside = case.steps.iter().filter_map(|step| match step {
+                Step::Beside(steps) => Some(*steps),
+                _ => None,
+            });
+            for step in case.steps.iter().chain(beside.flatten()) {
                 let patterns: &[&str] = match step {
                     Step::Expect(pattern)
                     | Step::Told(pattern)
