@@ -286,7 +286,10 @@ fn pattern(text: &str) -> Result<Regex> {
 fn run_command(args: &RunArgs) -> Result<u8> {
     let until = args.until.as_deref().map(pattern).transpose()?;
     let workspace = Workspace::find()?;
-    let dir = workspace.dir("run")?;
+    // Machines on one wire run at the same time.
+    let wire = args.place.wire.as_ref();
+    let name = wire.map_or("run".to_owned(), |wire| format!("run-{}", wire.local));
+    let dir = workspace.dir(&name)?;
     let (disk, memory, uplinks) = match &args.image {
         Some(image) => (image.clone(), 1024, 0),
         None => {

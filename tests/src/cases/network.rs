@@ -133,10 +133,10 @@ pub(super) const CASES: &[Case] = &[
         steps: &[
             LEASE,
             Send("\x143"),
-            Expect(r"^(inner\| )?eth0: 10\.0\.2\.103/24 by the command line$"),
+            Expect(r"^(inner\| )?eth0: 10\.0\.2\.113/24 by the command line$"),
             Send("\x144"),
-            Expect(r"^(other\| )?eth0: 10\.0\.2\.104/24 by the command line$"),
-            Send("ping -c 3 10.0.2.103; echo inside-$?\n"),
+            Expect(r"^(other\| )?eth0: 10\.0\.2\.114/24 by the command line$"),
+            Send("ping -c 3 10.0.2.113; echo inside-$?\n"),
             Expect("^inside-0$"),
             Send(
                 "for a in 2 15 16; do arping -c 2 -w 3 10.0.2.$a && echo reached-$a; \
@@ -151,8 +151,8 @@ pub(super) const CASES: &[Case] = &[
             Send(concat!(other!(), "ping -c 3 $other; echo inside-$?\n")),
             Expect("^inside-0$"),
             Send(
-                "arping -c 2 -w 3 10.0.2.103 && echo reached-1; \
-                 ping -c 2 -w 3 10.0.2.103 && echo reached-2; echo tried-$?\n",
+                "arping -c 2 -w 3 10.0.2.113 && echo reached-1; \
+                 ping -c 2 -w 3 10.0.2.113 && echo reached-2; echo tried-$?\n",
             ),
             Expect("^tried-1$"),
             Refuse(&[r"^reached-\d", "bytes from"]),
