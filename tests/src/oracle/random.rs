@@ -7,7 +7,7 @@ pub struct Random(u64);
 impl Random {
     /// One that begins at `seed`.
     pub fn new(seed: u64) -> Self {
-        let mut random = Self(seed ^ 0x5eed_0f_7e55e2a);
+        let mut random = Self(seed ^ 0x5eed_7e55_e2a0);
         random.next();
         random
     }
