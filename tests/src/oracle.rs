@@ -62,7 +62,7 @@ pub fn run(scratch: &Path, cases: u64, seed: u64) -> Result<String> {
     let mut tally = Tally::default();
     let mut number = 0;
     while tally.cases < cases {
-        let seed = seed.wrapping_add(number);
+        let seed = seed.wrapping_mul(1_000_003).wrapping_add(number);
         number += 1;
         let frames = FRAMES.min(cases - tally.cases);
         compare_world(&mut daemons, seed, frames, &mut tally)
@@ -131,7 +131,7 @@ fn compare(
         tally.learned += 1;
         return Ok(());
     }
-    if rules.is_known_behind_other_tags(said) || rules.floods_to_other_vlan(said) {
+    if rules.leave_out(said) {
         tally.ruled += 1;
         return Ok(());
     }
@@ -393,6 +393,21 @@ impl Rules<'_> {
         homes.any(|(mac, port)| {
             mac == self.key.dl_dst && world::carries(port, vlan) && excludes(port)
         })
+    }
+
+    /// Whether what is wanted cannot be told from what Open vSwitch did.
+    fn leave_out(&self, said: &Traced) -> bool {
+        self.is_known_behind_other_tags(said)
+            || self.floods_to_other_vlan(said)
+            || self.pushes_third_tag(said)
+            // Flows change reverse ARP as they say; there this is taken and not done.
+            || (self.key.dl_type == ether::RARP && said.text.contains("->arp_"))
+    }
+
+    /// Whether flows may push a third tag: there the innermost gets lost, here the frame stops.
+    fn pushes_third_tag(&self, said: &Traced) -> bool {
+        let tags = self.key.vlans.iter().filter(|v| v.present()).count();
+        tags + said.text.matches(" push_vlan:").count() > 2
     }
 
     /// Whether a flow floods, and the uplink is not in the frame's VLAN: here it gets nothing by

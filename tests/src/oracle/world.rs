@@ -73,7 +73,7 @@ impl World {
             };
             let mut port = PortConfig::new(id as u16, &format!("p{id}"), kind);
             if kind != PortKind::Mirror {
-                vlans(random, &mut port, plain);
+                vlans(random, &mut port, plain, mirrored);
             }
             // R1 in Open vSwitch's words.
             port.protected = kind == PortKind::Uplink;
@@ -130,22 +130,20 @@ impl World {
     }
 }
 
-fn vlans(random: &mut Random, port: &mut PortConfig, plain: bool) {
-    let modes = [
-        VlanMode::Access,
-        VlanMode::Trunk,
-        VlanMode::NativeTagged,
-        VlanMode::NativeUntagged,
-        VlanMode::Dot1qTunnel,
-    ];
-    let guest = port.kind == PortKind::Vnic;
-    let (first, end) = match (guest, plain) {
-        (true, true) => (0, 5),
-        (true, false) => (0, 3),
-        (false, true) => (1, 4),
-        (false, false) => (1, 3),
-    };
-    let mode = modes[first + random.below(end - first)];
+/// Gives a port its VLANs. Tunnels are only where there are no flows, ports that take a native tag
+/// off only where there is no mirror, either: what rules drop there would be copied.
+fn vlans(random: &mut Random, port: &mut PortConfig, plain: bool, mirrored: bool) {
+    let mut modes = vec![VlanMode::Trunk, VlanMode::NativeTagged];
+    if port.kind == PortKind::Vnic {
+        modes.push(VlanMode::Access);
+        if plain {
+            modes.push(VlanMode::Dot1qTunnel);
+        }
+    }
+    if plain && !mirrored {
+        modes.push(VlanMode::NativeUntagged);
+    }
+    let mode = random.pick(&modes);
     if mode != VlanMode::Trunk {
         port.tag = Some(random.pick(&VLANS));
     }
