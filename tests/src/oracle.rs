@@ -413,12 +413,15 @@ impl Rules<'_> {
     /// Whether a flow floods, and the uplink is not in the frame's VLAN: here it gets nothing by
     /// that (R3, R10: a frame goes to the outside by its own uplink alone, and has none).
     fn floods_to_other_vlan(&self, said: &Traced) -> bool {
-        let mut uplinks = self.world.config.ports.iter();
-        let other = uplinks.any(|p| p.kind == PortKind::Uplink && !world::carries(p, self.vlan()));
-        other
-            && ["    FLOOD\n", "    ALL\n"]
-                .iter()
-                .any(|word| said.text.contains(word))
+        let ports = &self.world.config.ports;
+        let entry = ports.iter().find(|p| p.id == self.in_port);
+        // A frame that its port does not admit is in none.
+        let admitted = entry.is_some_and(|p| world::admits(p, self.key.vlans[0].id()));
+        let vlan = if admitted { self.vlan() } else { 0 };
+        let mut uplinks = ports.iter().filter(|p| p.kind == PortKind::Uplink);
+        let other = uplinks.any(|p| !world::carries(p, vlan));
+        let floods = ["    FLOOD\n", "    ALL\n"];
+        other && floods.iter().any(|word| said.text.contains(word))
     }
 
     /// Whether the frame does not enter at all.

@@ -36,6 +36,16 @@ pub fn carries(port: &PortConfig, vlan: u16) -> bool {
     }
 }
 
+/// Whether `normal` takes frames with the identifier `id`, 0 for no tag, from a port.
+pub fn admits(port: &PortConfig, id: u16) -> bool {
+    match port.mode() {
+        VlanMode::Access => id == 0,
+        VlanMode::Dot1qTunnel => port.cvlans.is_empty() || port.cvlans.contains(&id),
+        VlanMode::Trunk => carries(port, id),
+        VlanMode::NativeTagged | VlanMode::NativeUntagged => id == 0 || carries(port, id),
+    }
+}
+
 /// The VLAN of a frame that comes in with the identifier `id`, 0 for no tag.
 pub fn vlan_of(port: &PortConfig, id: u16) -> u16 {
     let own = port.tag.unwrap_or(0);
