@@ -82,7 +82,7 @@ pub fn compare(scratch: &Path, random: &mut Random, count: u64) -> Result<u64> {
 
 /// A line, and whether it must be taken: flows as they are made, and some of them with a change.
 fn line(random: &mut Random) -> (String, bool) {
-    let (table, priority) = (random.below(4) as u8, random.next() as u16);
+    let (table, priority) = (random.below(4) as u8, random.number() as u16);
     let mut line = flow(random, table, priority, &[1, 2, 3], true);
     if random.once_in(2) {
         return (line, true);

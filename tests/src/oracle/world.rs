@@ -222,7 +222,7 @@ fn flows(random: &mut Random, ports: &[PortConfig], mirrored: bool) -> Vec<Strin
 pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods: bool) -> String {
     let mut fields: Vec<String> = vec![format!("table={table}"), format!("priority={priority}")];
     if random.once_in(4) {
-        fields.push(format!("cookie={:#x}", random.next() >> 8));
+        fields.push(format!("cookie={:#x}", random.number() >> 8));
     }
     let kind = random.pick(&[
         "", "", "", "ip", "tcp", "udp", "icmp", "arp", "ipv6", "tcp6", "udp6", "icmp6", "rarp",
@@ -236,7 +236,7 @@ pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods
             fields.push(field);
         }
     };
-    let word = |random: &mut Random| random.next() as u16;
+    let word = |random: &mut Random| random.number() as u16;
     let (port, vlan) = (random.pick(ports), random.pick(&VLANS));
     some(random, format!("in_port={port}"), &mut fields);
     let (tagged, mut odd) = (random.once_in(3), false);
