@@ -170,7 +170,7 @@ impl Cache {
             if way.hash == hash
                 && let Some(entry) = self.entries.get(place)
                 && entry.generation == generation
-                && entry.key == *key
+                && same(entry.key.words(), key.words())
             {
                 way.used = clock;
                 self.hits += 1;
@@ -225,6 +225,11 @@ impl Cache {
             port: key.in_port,
         };
     }
+}
+
+/// Whether two keys are the same, without a branch for each word.
+fn same(a: &[u64; KEY_WORDS], b: &[u64; KEY_WORDS]) -> bool {
+    a.iter().zip(b).fold(0, |all, (a, b)| all | (a ^ b)) == 0
 }
 
 /// Which entry of a set makes room for one of `port`: one of an older generation, or the least

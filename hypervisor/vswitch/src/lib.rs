@@ -1,5 +1,22 @@
-//! The layer-2 switch that joins vNICs and uplinks. So far it has its vocabulary: addresses, VLAN
-//! identifiers, and the 802.1Q header of a frame, read from bytes that nobody vouches for.
+//! The layer-2 switch that joins guests' network cards and uplinks.
+//!
+//! Pure: it decides, and whoever has the frames copies them. A [`Switch`] gets the beginning of a
+//! frame and says the steps to take with it. On the way there:
+//!
+//! | stage | where |
+//! | --- | --- |
+//! | the frame's headers become a key | [`key`] |
+//! | limits of the port; what was decided for the key before | [`switch`], [`rate`], [`cache`] |
+//! | what the port admits: links, policies, echoes | [`normal`], `policy` |
+//! | flows, as Open vSwitch has them | [`tables`], [`flow`], [`ofctl`], [`translate`] |
+//! | VLANs, addresses, uplinks: the action `normal` | [`normal`], [`port`], [`learn`], [`uplink`] |
+//! | the gate of each output, and mirrors | [`normal`], [`mirror`] |
+//! | meters, limits of the receivers, captures, counters | [`switch`], [`counters`] |
+//!
+//! The steps are put into a frame's bytes by [`edit`]; [`trace`] tells the stages to people. Two
+//! rules stand above everything, flows among it: a frame that came in by an uplink never leaves by
+//! one, and whatever guests send costs a bounded time. Where the rules make a switch differ from
+//! Open vSwitch is listed in [`normal`].
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
@@ -147,132 +164,9 @@ impl VlanId {
     }
 }
 
-/// A priority code point, 0 to 7.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Priority(u8);
-
-impl Priority {
-    /// The number.
-    #[must_use]
-    pub const fn get(self) -> u8 {
-        self.0
-    }
-}
-
-/// How a frame is tagged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Tag {
-    /// Not at all.
-    None,
-    /// VLAN 0: a priority alone.
-    Priority(Priority),
-    /// In a VLAN.
-    Vlan(VlanId, Priority),
-}
-
-/// What the switch reads of a frame before it decides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Header {
-    /// Destination.
-    pub destination: MacAddr,
-    /// Source.
-    pub source: MacAddr,
-    /// The outermost 802.1Q tag.
-    pub tag: Tag,
-    /// The type or length field behind that tag.
-    pub ether_type: u16,
-}
-
-/// The tag protocol identifier of a customer VLAN (IEEE 802.1Q-2022 table 9-1).
-const TPID: u16 = 0x8100;
-
-/// A frame that cannot be switched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum FrameError {
-    /// Shorter than its headers: a partial 802.1Q header among them.
-    #[error("a frame of {0} bytes ends inside its header")]
-    Short(usize),
-    /// VLAN 4095.
-    #[error("VLAN 4095 is not allowed on the wire")]
-    Vlan4095,
-}
-
-impl Header {
-    /// Reads the header of `frame`.
-    ///
-    /// # Errors
-    /// The frame is too short, or its tag is not allowed.
-    pub fn parse(frame: &[u8]) -> Result<Self, FrameError> {
-        let short = FrameError::Short(frame.len());
-        let (destination, rest) = frame.split_first_chunk::<6>().ok_or(short)?;
-        let (source, rest) = rest.split_first_chunk::<6>().ok_or(short)?;
-        let (kind, rest) = rest.split_first_chunk::<2>().ok_or(short)?;
-        let (tag, ether_type) = match u16::from_be_bytes(*kind) {
-            TPID => {
-                let (control, rest) = rest.split_first_chunk::<2>().ok_or(short)?;
-                let (kind, _) = rest.split_first_chunk::<2>().ok_or(short)?;
-                let control = u16::from_be_bytes(*control);
-                let priority = Priority((control >> 13) as u8);
-                let tag = match control & 0xfff {
-                    0 => Tag::Priority(priority),
-                    id => Tag::Vlan(VlanId::new(id).map_err(|_| FrameError::Vlan4095)?, priority),
-                };
-                (tag, u16::from_be_bytes(*kind))
-            }
-            kind => (Tag::None, kind),
-        };
-        Ok(Self {
-            destination: MacAddr(*destination),
-            source: MacAddr(*source),
-            tag,
-            ether_type,
-        })
-    }
-}
-
 #[cfg(test)]
-mod header_tests {
+mod address_tests {
     use super::*;
-
-    fn frame(tail: &[u8]) -> Vec<u8> {
-        let mut frame = vec![0xff; 6];
-        frame.extend([0x52, 0x54, 0, 1, 2, 3]);
-        frame.extend(tail);
-        frame
-    }
-
-    #[test]
-    fn tags_are_told_apart() {
-        type Parsed = Result<(Tag, u16), FrameError>;
-        let cases: [(&[u8], Parsed); 5] = [
-            (&[0x08, 0x00], Ok((Tag::None, 0x0800))),
-            (
-                &[0x81, 0, 0x60, 0, 8, 6],
-                Ok((Tag::Priority(Priority(3)), 0x0806)),
-            ),
-            (
-                &[0x81, 0, 0xa0, 9, 8, 0],
-                Ok((Tag::Vlan(VlanId(9), Priority(5)), 0x0800)),
-            ),
-            (&[0x81, 0, 0x0f, 0xff, 8, 0], Err(FrameError::Vlan4095)),
-            (&[0x81, 0, 0, 9], Err(FrameError::Short(16))),
-        ];
-        for (tail, want) in cases {
-            let got = Header::parse(&frame(tail)).map(|header| (header.tag, header.ether_type));
-            assert_eq!(got, want, "{tail:x?}");
-        }
-    }
-
-    #[test]
-    fn every_truncation_is_an_error() {
-        let whole = frame(&[0x81, 0, 0, 9, 8, 0]);
-        for length in 0..whole.len() {
-            assert_eq!(
-                Header::parse(&whole[..length]),
-                Err(FrameError::Short(length))
-            );
-        }
-    }
 
     #[test]
     fn addresses_are_classed_by_the_standard() {

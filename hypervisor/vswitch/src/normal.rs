@@ -341,39 +341,20 @@ impl<'a> Pass<'a> {
         port.vlan.includes(tags).then_some(place)
     }
 
-    /// The ports that get a unicast to nobody who is known.
-    fn send_unknown(&mut self, input: usize, tags: Tags, key: &FlowKey, out: &mut Emit<'_>) {
-        let from_uplink = self
-            .core
-            .ports
-            .get(input)
-            .is_some_and(|port| port.is(PortKind::Uplink));
-        if !from_uplink && let Some(uplink) = self.core.uplink_of(input, tags.vlan()) {
-            let port = self.core.ports.get(uplink);
-            if uplink != input && port.is_some_and(|port| port.vlan.includes(tags)) {
-                self.send(uplink, tags, key, out);
-            }
-        }
-        for place in 0..self.core.ports.len() {
-            let Some(port) = self.core.ports.get(place) else {
-                continue;
-            };
-            let floods = port.config.learning.is_some_and(|learning| learning.flood);
-            if floods
-                && !port.is(PortKind::Uplink)
-                && !port.sees_all
-                && place != input
-                && port.up
-                && port.vlan.includes(tags)
-            {
-                self.storm = true;
-                self.send(place, tags, key, out);
-            }
+    /// Sends a unicast to nobody who is known to the guest's uplink.
+    fn send_outside(&mut self, input: usize, tags: Tags, key: &FlowKey, out: &mut Emit<'_>) {
+        let uplink = self.core.uplink_of(input, tags.vlan());
+        let port = uplink.and_then(|uplink| self.core.ports.get(uplink));
+        if let Some(uplink) = uplink
+            && port.is_some_and(|port| port.vlan.includes(tags))
+        {
+            self.send(uplink, tags, key, out);
         }
     }
 
-    /// Copies a unicast to those who see all of their VLANs.
-    fn send_to_watchers(
+    /// Copies a unicast to those who see all of their VLANs and, if nobody is `known` to have its
+    /// address, to those behind whom somebody may.
+    fn send_to_listeners(
         &mut self,
         input: usize,
         known: Option<usize>,
@@ -381,16 +362,16 @@ impl<'a> Pass<'a> {
         key: &FlowKey,
         out: &mut Emit<'_>,
     ) {
-        for place in 0..self.core.ports.len() {
-            let Some(port) = self.core.ports.get(place) else {
+        for turn in 0..self.core.listeners.len() {
+            let Some(&place) = self.core.listeners.get(turn) else {
                 continue;
             };
-            if port.sees_all
-                && port.up
-                && place != input
-                && known != Some(place)
-                && port.vlan.includes(tags)
-            {
+            let port = self.core.ports.get(place);
+            let Some(port) = port.filter(|port| port.sees_all || known.is_none()) else {
+                continue;
+            };
+            if place != input && known != Some(place) && port.up && port.vlan.includes(tags) {
+                self.storm |= !port.sees_all;
                 self.send(place, tags, key, out);
             }
         }
@@ -444,9 +425,10 @@ impl Normal for Pass<'_> {
         match known {
             Some(place) if place == input => out.drop(DropCause::SamePort),
             Some(place) => self.send(place, tags, key, out),
-            None => self.send_unknown(input, tags, key, out),
+            None if from_uplink => {}
+            None => self.send_outside(input, tags, key, out),
         }
-        self.send_to_watchers(input, known, tags, key, out);
+        self.send_to_listeners(input, known, tags, key, out);
         if out.steps() == before {
             out.drop(DropCause::Unknown);
         }

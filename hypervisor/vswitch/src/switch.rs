@@ -71,6 +71,8 @@ pub(crate) struct Core {
     addresses: Vec<(MacAddr, usize)>,
     /// The places of the uplinks, by preference.
     pub uplinks: Vec<usize>,
+    /// The places of guests' ports that get unicasts which are not for them.
+    pub listeners: Vec<usize>,
     pub teaming: Teaming,
     pub mirrors: Vec<Mirror>,
     pub learned: Table,
@@ -99,11 +101,13 @@ impl Core {
             places,
             addresses: Vec::new(),
             uplinks: Vec::new(),
+            listeners: Vec::new(),
             teaming: config.teaming.clone(),
             mirrors: Vec::new(),
             announcements: VecDeque::new(),
         };
         core.index_addresses();
+        core.index_listeners();
         core.order_uplinks();
         core.set_mirrors(config);
         core
@@ -116,6 +120,16 @@ impl Core {
             self.addresses.extend(own);
         }
         self.addresses.sort_unstable();
+    }
+
+    fn index_listeners(&mut self) {
+        let listens = |(place, port): (usize, &Port)| {
+            let floods = port.config.learning.is_some_and(|learning| learning.flood);
+            (port.is_local() && (port.sees_all || floods)).then_some(place)
+        };
+        self.listeners.clear();
+        self.listeners
+            .extend(self.ports.iter().enumerate().filter_map(listens));
     }
 
     fn order_uplinks(&mut self) {
@@ -234,6 +248,7 @@ impl Core {
                 port.inherit(older);
             }
         }
+        self.index_listeners();
         for place in 0..self.ports.len() {
             let own = self.ports.get(place).and_then(|port| port.own_address);
             let own = own.filter(|mac| self.owner(*mac).is_none());
@@ -588,6 +603,7 @@ impl Switch {
         let port = self.core.port_mut(id).ok_or(Refused::NoPort(id))?;
         if port.sees_all != on {
             self.request(id, |config| config.promiscuous, now)?.sees_all = on;
+            self.core.index_listeners();
             self.changed();
         }
         Ok(())

@@ -6,6 +6,8 @@
 //! outside leaves there, so nothing is sent twice or overtaken (R10), and with the strict reverse
 //! path its unicasts come in by that one only (R6): physical switches that do not know an address
 //! yet flood its frames to all uplinks.
+//!
+//! A failure is seen by the link alone (R8): beacons, which find one further away, are not sent.
 
 use alloc::vec::Vec;
 

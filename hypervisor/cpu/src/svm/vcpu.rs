@@ -46,8 +46,8 @@ const PAUSE_GAP: u16 = 128;
 mod attention {
     /// The vCPU is not loaded.
     pub const UNLOADED: u8 = 1 << 0;
-    /// An NMI is being handled, or its window is waited for; or that of interrupts, by a processor
-    /// that forgets shadows.
+    /// An NMI is being handled, or its window is waited for; or that of interrupts, or an event is
+    /// queued, on QEMU's processor.
     pub const EVENTS: u8 = 1 << 1;
 }
 
@@ -305,6 +305,7 @@ impl SvmVcpu {
     fn requeue(&mut self) {
         let control = self.control_mut();
         control.event_inj = requeue(control.exit_int_info);
+        self.update_attention();
     }
 
     /// [`Vcpu::enter`] while an NMI is being handled or waits, and of a vCPU that is not loaded.
@@ -314,7 +315,11 @@ impl SvmVcpu {
         *exit = if let Some(exit) = self.before_entry() {
             exit
         } else {
+            let lent = self.is_emulated() && self.lend_virtual_interrupt();
             self.switch();
+            if lent {
+                self.take_virtual_interrupt_back();
+            }
             self.after_exit().unwrap_or_else(|| self.decode())
         };
         if let Exit::EntryFailed(_) | Exit::NmiWindow | Exit::Benign = exit {
@@ -331,9 +336,9 @@ impl SvmVcpu {
             }));
         }
         let shadow = self.shadow();
-        // A processor that forgets the shadow at VMRUN would open the window at once, between an
-        // STI and the HLT that waits for just this interrupt.
-        let forgets = shadow && self.window && self.forgets_shadow();
+        // The window would open at once, between an STI and the HLT that waits for just this
+        // interrupt.
+        let forgets = shadow && self.window && self.is_emulated();
         if !self.nmi.window && !forgets || self.pending_event().is_some() {
             return None;
         }
@@ -404,10 +409,44 @@ impl SvmVcpu {
         })
     }
 
-    /// Whether the processor forgets an interrupt shadow at VMRUN, as QEMU 7.2's does, which is the
-    /// one without next-RIP saving.
-    const fn forgets_shadow(&self) -> bool {
+    /// Whether the processor is QEMU's, which is the one without next-RIP saving. It forgets an
+    /// interrupt shadow at VMRUN, and delivers an interrupt from EVENTINJ a second time when it
+    /// turns to its devices before the guest's next exception, interrupt or exit.
+    const fn is_emulated(&self) -> bool {
         !self.features.contains(SvmFeatures::NEXT_RIP)
+    }
+
+    /// Has the interrupt in EVENTINJ delivered as a virtual one (§15.21.4), which that processor
+    /// does once: the guest can take it, so it comes before its first instruction. `false` if
+    /// there is none. No window is told of during this entry: what else waits is looked at again
+    /// when the guest ends this interrupt, which exits.
+    fn lend_virtual_interrupt(&mut self) -> bool {
+        let interrupt = event::VALID | event::INTERRUPT;
+        let control = self.control_mut();
+        if control.event_inj & (event::VALID | event::TYPE) != interrupt {
+            return false;
+        }
+        let vector = control.event_inj as u8;
+        control.event_inj = 0;
+        control.int_ctl |= IntCtl::V_IRQ | IntCtl::V_IGN_TPR | IntCtl::V_INTR_PRIO;
+        control.int_ctl |= IntCtl::from_bits_retain(u64::from(vector) << 32);
+        control.intercept_misc1.remove(Misc1::VINTR);
+        control.clean &= !(Clean::TPR | Clean::INTERCEPTS);
+        true
+    }
+
+    /// After the exit: an interrupt that was not delivered is queued again.
+    fn take_virtual_interrupt_back(&mut self) {
+        let control = self.control_mut();
+        if control.int_ctl.contains(IntCtl::V_IRQ) {
+            let vector = (control.int_ctl & IntCtl::V_INTR_VECTOR).bits() >> 32;
+            control.event_inj = event::VALID | event::INTERRUPT | vector;
+        }
+        control
+            .int_ctl
+            .remove(IntCtl::V_IRQ | IntCtl::V_INTR_VECTOR);
+        control.intercept_misc1.insert(Misc1::VINTR);
+        control.clean &= !(Clean::TPR | Clean::INTERCEPTS);
     }
 
     /// Takes V_IRQ back for one entry.
@@ -425,7 +464,9 @@ impl SvmVcpu {
     }
 
     fn update_attention(&mut self) {
-        let events = self.nmi.blocked || self.nmi.window || self.window && self.forgets_shadow();
+        let queued = self.control().event_inj & event::VALID != 0;
+        let events =
+            self.nmi.blocked || self.nmi.window || (self.window || queued) && self.is_emulated();
         self.attention = if self.loaded() {
             0
         } else {
@@ -948,8 +989,8 @@ impl Vcpu for SvmVcpu {
                 ..Nmi::default()
             };
             self.intercept_iret(true);
-            self.update_attention();
         }
+        self.update_attention();
         true
     }
 
@@ -1299,6 +1340,40 @@ mod tests {
         ] {
             assert_eq!(requeue(info), again, "{info:#x}");
         }
+    }
+
+    #[test]
+    fn qemus_processor_gets_interrupts_as_virtual_ones() {
+        let mut vcpu = vcpu(QEMU);
+        vcpu.host = 0x1000; // as if loaded
+        let event = Event::Interrupt(Vector(0x72));
+        assert!(vcpu.inject(event));
+        vcpu.request_interrupt_window(true);
+        assert_ne!(vcpu.attention & attention::EVENTS, 0);
+        assert!(vcpu.lend_virtual_interrupt());
+        let control = vcpu.control();
+        assert_eq!((control.event_inj, control.int_ctl.bits() >> 32), (0, 0x72));
+        assert!(control.int_ctl.contains(IntCtl::V_IRQ));
+        assert!(!control.intercept_misc1.contains(Misc1::VINTR));
+        // An exit that came first.
+        vcpu.exits(code::INTR, 0);
+        vcpu.take_virtual_interrupt_back();
+        assert_eq!(vcpu.pending_event(), Some(event));
+        assert!(vcpu.lend_virtual_interrupt());
+        // Delivered.
+        vcpu.control_mut().int_ctl.remove(IntCtl::V_IRQ);
+        vcpu.exits(code::INTR, 0);
+        vcpu.take_virtual_interrupt_back();
+        assert_eq!(vcpu.pending_event(), None);
+        assert!(vcpu.control().intercept_misc1.contains(Misc1::VINTR));
+        assert_eq!(vcpu.control().int_ctl.bits() >> 32, 0);
+        // And the window is asked for again.
+        assert_eq!(vcpu.after_exit(), None);
+        assert!(vcpu.control().int_ctl.contains(IntCtl::V_IRQ));
+        // Nothing else goes that way.
+        vcpu.request_interrupt_window(false);
+        assert!(vcpu.inject(Event::GP0));
+        assert!(!vcpu.lend_virtual_interrupt());
     }
 
     #[test]

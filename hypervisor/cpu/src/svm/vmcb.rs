@@ -74,6 +74,7 @@ bitflags! {
         const V_INTR_MASKING = 1 << 24;
         const V_GIF_ENABLE = 1 << 25;
         const V_NMI_ENABLE = 1 << 26;
+        const V_INTR_VECTOR = 0xff << 32;
     }
 
     /// Clean bits at 0C0H (§15.15.3): a set bit lets the CPU keep what it cached of that group

@@ -249,6 +249,13 @@ proptest! {
             frames += 1;
             copies += out.len() as u64;
             prop_assert!(cause.is_some() || !out.is_empty());
+            if config.flows.is_empty() && config.mirrors.is_empty() {
+                let mut ports: Vec<u16> = out.iter().map(|(port, _)| *port).collect();
+                ports.sort_unstable();
+                ports.dedup();
+                prop_assert_eq!(ports.len(), out.len(), "R10");
+                prop_assert!(!ports.contains(from));
+            }
             for (to, bytes) in &out {
                 let both = [kind(&config, *from), kind(&config, *to)];
                 prop_assert_ne!(both, [PortKind::Uplink; 2], "R1");
