@@ -2,7 +2,7 @@
 //! some cut off, some with a byte changed.
 
 use vswitch::PortId;
-use vswitch::key::{ether, proto};
+use vswitch::key::{FlowKey, Vlan, ether, proto};
 
 use super::random::Random;
 use super::world::{EDGES, PORTS, VLANS, World, mac};
@@ -75,8 +75,17 @@ pub fn random(random: &mut Random, world: &World) -> (PortId, Vec<u8>) {
         frame.truncate(14 + random.below(frame.len() - 13));
     }
     if random.once_in(10) {
+        let mut changed = frame.clone();
         let at = random.below(frame.len());
-        frame[at] = random.byte();
+        changed[at] = random.byte();
+        // Addresses are known in the world's own VLANs.
+        let known = |tag: &Vlan| {
+            let ids = VLANS.iter().chain(&EDGES).chain(&[4095]);
+            !tag.present() || ids.into_iter().any(|id| *id == tag.id())
+        };
+        if FlowKey::extract(&changed, port.id).is_ok_and(|key| key.vlans.iter().all(known)) {
+            frame = changed;
+        }
     }
     (port.id, frame)
 }
