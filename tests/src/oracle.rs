@@ -353,6 +353,14 @@ impl Rules<'_> {
         self.within().0
     }
 
+    /// The same; 0 where its port does not admit it, as flows may send it all the same.
+    fn entry_vlan(&self) -> u16 {
+        let ports = &self.world.config.ports;
+        let entry = ports.iter().find(|p| p.id == self.in_port);
+        let admitted = entry.is_some_and(|p| world::admits(p, self.key.vlans[0].id()));
+        if admitted { self.vlan() } else { 0 }
+    }
+
     /// Its VLAN, and that of the tag behind, 0 for none.
     fn within(&self) -> (u16, u16) {
         let ports = &self.world.config.ports;
@@ -417,10 +425,7 @@ impl Rules<'_> {
     /// that (R3, R10: a frame goes to the outside by its own uplink alone, and has none).
     fn floods_to_other_vlan(&self, said: &Traced) -> bool {
         let ports = &self.world.config.ports;
-        let entry = ports.iter().find(|p| p.id == self.in_port);
-        // A frame that its port does not admit is in none.
-        let admitted = entry.is_some_and(|p| world::admits(p, self.key.vlans[0].id()));
-        let vlan = if admitted { self.vlan() } else { 0 };
+        let vlan = self.entry_vlan();
         let mut uplinks = ports.iter().filter(|p| p.kind == PortKind::Uplink);
         let other = uplinks.any(|p| !world::carries(p, vlan));
         let floods = ["    FLOOD\n", "    ALL\n"];
@@ -456,7 +461,7 @@ impl Rules<'_> {
 
     /// Whether another uplink of the frame's VLAN is preferred to the one it came by.
     fn is_passive(&self) -> bool {
-        let vlan = self.vlan();
+        let vlan = self.entry_vlan();
         let mut uplinks = self
             .world
             .config
