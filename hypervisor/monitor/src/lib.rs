@@ -1,5 +1,6 @@
 //! The machine's console as seen by the person in front of it: many voices on one line ([`mux`]),
-//! a line to type on ([`line`]), what can be typed ([`command`]) and how lists look ([`table`]).
+//! a line to type on ([`line`]), what can be typed ([`command`]), what the switches answer
+//! ([`network`]) and how lists look ([`table`]).
 //!
 //! Nothing here touches a port, a clock or a lock. Bytes come in as arguments and go out through
 //! a function, so that all of it runs on the host under random input. What a guest writes is
@@ -14,5 +15,6 @@ pub mod contain;
 pub mod keys;
 pub mod line;
 pub mod mux;
+pub mod network;
 pub mod scroll;
 pub mod table;
