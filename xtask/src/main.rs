@@ -6,6 +6,7 @@
 
 mod bench;
 mod bundle;
+mod capture;
 mod config;
 mod doctor;
 mod factory;
@@ -20,6 +21,7 @@ mod select;
 mod terminal;
 mod test;
 mod toolchain;
+mod trace;
 
 use std::path::PathBuf;
 use std::process::{ExitCode, exit};
@@ -71,6 +73,12 @@ enum Command {
     ///
     /// Without filters everything, on QEMU and on Bochs. The last line is `N passed, N failed`.
     Test(TestArgs),
+    /// Say what a configuration's switch does with a frame, stage by stage
+    ///
+    /// The frame is written as for `ovs-appctl ofproto/trace`: fields with commas between them, of
+    /// which `in_port`, a port's name or number, must be one. The last line, `Datapath actions: …`,
+    /// is in Open vSwitch's words, with the port numbers that are listed first.
+    SwitchTrace(TraceArgs),
     /// Measure what Tessera costs, in counted instructions that repeat
     ///
     /// On Bochs and on QEMU, from inside a guest, beside what KVM takes on the same emulator.
@@ -210,6 +218,21 @@ struct TestArgs {
 }
 
 #[derive(Args)]
+struct TraceArgs {
+    /// The tessera.toml
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// The switch, where `in_port` does not say which
+    #[arg(long, value_name = "NAME")]
+    switch: Option<String>,
+    /// A port whose link is down
+    #[arg(long, value_name = "PORT")]
+    down: Vec<String>,
+    /// The frame: 'in_port=vm1,dl_vlan=9,dl_src=52:54:00:00:00:01,...'
+    flow: String,
+}
+
+#[derive(Args)]
 struct BenchArgs {
     /// The bench [default: all; known: exits, smp, share, boot, sched]
     name: Option<String>,
@@ -256,6 +279,15 @@ fn main() -> ExitCode {
             };
             let good = bench::bench(&factory, &request)?;
             Ok(u8::from(!good))
+        }
+        Command::SwitchTrace(args) => {
+            let question = trace::Question {
+                flow: &args.flow,
+                switch: args.switch.as_deref(),
+                down: &args.down,
+            };
+            print!("{}", trace::trace_file(&args.config, &question)?);
+            Ok(0)
         }
         Command::Doctor => Ok(u8::from(!doctor::doctor())),
     });
@@ -403,7 +435,7 @@ impl Job<'_> {
         };
         let hard = limits.timeout.map_or(DAY, |t| t + Duration::from_secs(30));
         let mut session = machine.start(&self.dir, hard)?;
-        let (outcome, console) = attend(&mut session, &limits, self.guest_only);
+        let (outcome, console) = attend(&mut session, &limits, self.guest_only, &self.dir);
         let quiet = self.guest_only && matches!(outcome, Outcome::Ended(_));
         let status = match &outcome {
             Outcome::Ended(end) if quiet => end.status,

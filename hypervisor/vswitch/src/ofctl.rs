@@ -983,6 +983,17 @@ impl FlowMod {
     }
 
     /// Reads what stands behind the name of a command.
+    ///
+    /// # Errors
+    /// As [`FlowMod::parse`].
+    pub fn parse_command(
+        command: Command,
+        text: &str,
+        names: Names<'_>,
+    ) -> Result<Self, TextError> {
+        Self::parse_as(command, Words { text, at: 0 }, names)
+    }
+
     fn parse_as(
         command: Command,
         mut words: Words<'_>,
@@ -1078,8 +1089,7 @@ impl Flow {
     /// # Errors
     /// See [`FlowMod::parse`].
     pub fn parse(text: &str, names: Names<'_>) -> Result<Self, TextError> {
-        let text = Words { text, at: 0 };
-        FlowMod::parse_as(Command::Add, text, names).map(Self::from)
+        FlowMod::parse_command(Command::Add, text, names).map(Self::from)
     }
 }
 
