@@ -67,7 +67,6 @@ const LAN: Case = Case {
         spoil: None,
     },
     cards: &[Card::E1000],
-    deadline: 60,
     ..LINUX
 };
 
@@ -182,6 +181,9 @@ pub(super) const CASES: &[Case] = &[
             Expect("^forged-1$"),
             Send("arping -c 3 -w 5 -I eth0 10.0.2.2; echo honest-$?\n"),
             Expect("^honest-0$"),
+            Send("\x140port show one\r"),
+            Expect(r"^tessera\| dropped: forged-source [1-9]"),
+            Send("\x141"),
             Send("poweroff\n"),
             Expect(r"^tessera\| vm one: ended: powered off$"),
             Send("\x142"),
