@@ -35,7 +35,7 @@ pub struct Captures<'a> {
     /// The line is somebody else's.
     other: bool,
     files: Vec<Written>,
-    /// The first thing that did not work.
+    /// Something did not work, and was told.
     failed: bool,
 }
 
@@ -62,6 +62,11 @@ impl<'a> Captures<'a> {
                 continue;
             }
             let place = self.held.len();
+            if place == 0 && byte == b'\r' {
+                // Behind a line feed alone the line begins with it.
+                out.push(byte);
+                continue;
+            }
             let fits = MARK.get(place).is_none_or(|mark| *mark == byte);
             self.held.push(byte);
             if !fits || place > LONGEST {
@@ -70,7 +75,9 @@ impl<'a> Captures<'a> {
             } else if byte == b'\n' {
                 let line = std::mem::take(&mut self.held);
                 self.seen = 0;
-                self.take(&line);
+                if let Some(told) = self.take(&line) {
+                    out.extend(format!("xtask: {told}\r\n").bytes());
+                }
             }
         }
         out
@@ -88,32 +95,25 @@ impl<'a> Captures<'a> {
         waiting
     }
 
-    /// Takes a whole line of ours.
-    fn take(&mut self, line: &[u8]) {
+    /// Takes a whole line of ours; gives what a person is to be told.
+    fn take(&mut self, line: &[u8]) -> Option<String> {
         let text = String::from_utf8_lossy(line.get(MARK.len()..).unwrap_or_default());
-        let Some((switch, text)) = text.trim_end().split_once(' ') else {
-            return;
-        };
+        let (switch, text) = text.trim_end().split_once(' ')?;
         // The hypervisor names switches so; the name becomes a file's.
         let sound = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        let Some(bytes) = STANDARD
-            .decode(text)
-            .ok()
-            .filter(|_| switch.chars().all(sound))
-        else {
-            return;
-        };
-        if let Err(error) = self.write(switch, &bytes)
-            && !self.failed
-        {
-            self.failed = true;
-            note(&format!(
-                "captured frames of switch {switch} are lost: {error}"
-            ));
+        let bytes = STANDARD.decode(text).ok();
+        let bytes = bytes.filter(|_| switch.chars().all(sound))?;
+        match self.write(switch, &bytes) {
+            Ok(told) => told,
+            Err(error) => {
+                let first = !std::mem::replace(&mut self.failed, true);
+                first.then(|| format!("captured frames of switch {switch} are lost: {error}"))
+            }
         }
     }
 
-    fn write(&mut self, switch: &str, bytes: &[u8]) -> io::Result<()> {
+    /// Writes a piece; says where to if it is the first.
+    fn write(&mut self, switch: &str, bytes: &[u8]) -> io::Result<Option<String>> {
         if bytes.starts_with(&MAGIC) {
             let before = self
                 .files
@@ -127,24 +127,21 @@ impl<'a> Captures<'a> {
             let path = self.dir.join(name);
             let mut file = File::create(&path)?;
             file.write_all(bytes)?;
-            note(&format!(
-                "frames of switch {switch} go to {}",
-                path.display()
-            ));
+            let told = format!("frames of switch {switch} go to {}", path.display());
             self.files.push(Written {
                 switch: switch.to_owned(),
                 path,
                 file,
                 frames: 0,
             });
-            return Ok(());
+            return Ok(Some(told));
         }
         let mut files = self.files.iter_mut().rev();
         if let Some(written) = files.find(|file| file.switch == switch) {
             written.file.write_all(bytes)?;
             written.frames += 1;
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Says where the files are.
@@ -169,7 +166,7 @@ mod tests {
         let mut captures = Captures::new(dir.path());
         let header = STANDARD.encode([&MAGIC[..], &[0; 20]].concat());
         let said = format!(
-            "~ # ls\r\ntessera| pcap lan {header}\r\ntessera| up\r\n\
+            "~ # ls\n\rtessera| pcap lan {header}\r\ntessera| up\r\n\
              a tessera| pcap lan AAAA\r\ntessera| pcap lan AAEC\r\ntessera| pcap lan !\r\n\
              tessera| pcap ../x {header}\r\ntessera| pcap lan {header}\r\ntes"
         );
@@ -181,8 +178,17 @@ mod tests {
         seen.extend(captures.show());
         assert!(!captures.waits());
         seen.extend(captures.pass(b"s~ # "));
-        let want = "~ # ls\r\ntessera| up\r\na tessera| pcap lan AAAA\r\ntess~ # ";
-        assert_eq!(String::from_utf8_lossy(&seen), want);
+        let seen = String::from_utf8_lossy(&seen);
+        let told = |name| {
+            format!(
+                "xtask: frames of switch lan go to {}\r\n",
+                dir.path().join(name).display()
+            )
+        };
+        let (first, second) = (told("lan.pcap"), told("lan-2.pcap"));
+        let want =
+            format!("~ # ls\n\r{first}tessera| up\r\na tessera| pcap lan AAAA\r\n{second}tess~ # ");
+        assert_eq!(seen, want);
         let file = std::fs::read(dir.path().join("lan.pcap")).expect("the file");
         assert_eq!(file.len(), 24 + 3);
         assert_eq!(file.get(24..), Some(&[0, 1, 2][..]));

@@ -221,7 +221,9 @@ impl Network {
         let Some(asked) = asked else { return };
         let mut switch = source.room.switch.lock();
         let (port, now) = (source.port, source.now);
-        let _ = switch.set_promiscuous(port, asked.promiscuous, now);
+        if let Some(on) = asked.promiscuous {
+            let _ = switch.set_promiscuous(port, on, now);
+        }
         if let Some(mac) = asked.mac {
             let _ = switch.change_address(port, MacAddr(mac), now);
         }

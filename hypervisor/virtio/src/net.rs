@@ -218,7 +218,7 @@ pub struct Asked {
     /// This address for itself; of several the last.
     pub mac: Option<[u8; 6]>,
     /// Unicasts that are not for it, or no longer any.
-    pub promiscuous: bool,
+    pub promiscuous: Option<bool>,
 }
 
 /// Why a frame did not leave the guest.
@@ -499,7 +499,7 @@ impl NetDevice {
     pub fn take_asked(&mut self) -> Asked {
         Asked {
             mac: self.state.settings.asked.take(),
-            promiscuous: self.state.settings.is_promiscuous(),
+            promiscuous: self.state.settings.asked_all.take(),
         }
     }
 
@@ -784,7 +784,11 @@ impl NetDevice {
             let before = settings.is_promiscuous();
             let (pairs, may_move) = (self.config.pairs, self.config.mac_change);
             let written = settings.command(mem, &self.chain, pairs, may_move)?;
-            if settings.asked.is_some() || settings.is_promiscuous() != before {
+            let after = settings.is_promiscuous();
+            if after != before {
+                settings.asked_all = Some(after);
+            }
+            if settings.asked.is_some() || after != before {
                 self.bells.notify(ASKED);
             }
             queue.push(mem, self.chain.token(), written)?;
@@ -1068,9 +1072,10 @@ impl Device for SharedNet {
 
     fn start(&mut self, features: u64) {
         let mut net = self.lock();
-        let asked = net.state.settings.asked;
-        net.state.settings = Settings::new(features, self.config.mac);
-        net.state.settings.asked = asked;
+        let asked = (net.state.settings.asked, net.state.settings.asked_all);
+        let settings = &mut net.state.settings;
+        *settings = Settings::new(features, self.config.mac);
+        (settings.asked, settings.asked_all) = asked;
         net.state.started = true;
         net.update_served();
     }
@@ -1099,6 +1104,7 @@ impl Device for SharedNet {
         let news = before.is_promiscuous() || before.mac.is_some_and(|mac| mac != own);
         net.state.settings = Settings::new(0, own);
         net.state.settings.asked = news.then_some(own);
+        net.state.settings.asked_all = news.then_some(false);
         (net.state.started, net.state.broken) = (false, false);
         net.state.queues.fill(None);
         net.state.unsettled = 0;

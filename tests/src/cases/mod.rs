@@ -10,6 +10,7 @@ mod lifecycle;
 mod linux;
 mod network;
 mod smp;
+mod switch;
 
 use crate::dialogue::{Case, Heard};
 
@@ -71,6 +72,7 @@ pub fn all() -> Vec<&'static Case> {
         inject::CASES,
         lifecycle::CASES,
         network::CASES,
+        switch::CASES,
         console::CASES,
         bad_input::CASES,
     ];

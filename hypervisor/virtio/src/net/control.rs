@@ -78,6 +78,9 @@ pub(super) struct Settings {
     pub mac: Option<[u8; 6]>,
     /// The address that the driver asked for last, granted or not, until it is passed on.
     pub asked: Option<[u8; 6]>,
+    /// Whether the driver wants unicasts that are not for it, if that has changed since it was
+    /// passed on.
+    pub asked_all: Option<bool>,
     /// A bit for each receive mode.
     modes: u8,
     unicast: Addresses,
@@ -96,6 +99,7 @@ impl Settings {
             announce: false,
             mac: (features & feature::MAC != 0).then_some(mac),
             asked: None,
+            asked_all: None,
             modes: 0,
             unicast: Addresses::None,
             multicast: Addresses::None,

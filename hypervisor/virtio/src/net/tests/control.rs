@@ -100,15 +100,15 @@ fn the_switch_hears_what_it_is_to_grant() {
     let wants = |mac, promiscuous| Some(Asked { mac, promiscuous });
     assert_eq!(asked(&mut guest), None);
     guest.command(1, 1, &OTHER);
-    assert_eq!(asked(&mut guest), wants(Some(OTHER), false));
+    assert_eq!(asked(&mut guest), wants(Some(OTHER), None));
     assert_eq!(asked(&mut guest), None);
     guest.command(0, 0, &[1]);
-    assert_eq!(asked(&mut guest), wants(None, true));
+    assert_eq!(asked(&mut guest), wants(None, Some(true)));
     // All multicasts are nothing to ask for.
     guest.command(0, 1, &[1]);
     assert_eq!(asked(&mut guest), None);
     guest.net.reset();
-    assert_eq!(asked(&mut guest), wants(Some(MAC), false));
+    assert_eq!(asked(&mut guest), wants(Some(MAC), Some(false)));
     guest.net.reset();
     assert_eq!(asked(&mut guest), None);
 }
