@@ -149,10 +149,13 @@ impl SplitQueue {
         let slot = self.slot(self.next_available);
         let to_end = u64::from(self.layout.size) - slot;
         // Up to where a line of the cache ends, most of the time.
-        let count = u64::from(waiting).min(to_end).min(AHEAD as u64 - slot % AHEAD as u64);
+        let count = u64::from(waiting)
+            .min(to_end)
+            .min(AHEAD as u64 - slot % AHEAD as u64);
         let mut bytes = [0; 2 * AHEAD];
         let bytes = bytes.get_mut(..2 * count as usize).unwrap_or_default();
-        mem.read(at(self.layout.driver, 4 + 2 * slot)?, bytes).map_err(ring)?;
+        mem.read(at(self.layout.driver, 4 + 2 * slot)?, bytes)
+            .map_err(ring)?;
         let (pairs, _) = bytes.as_chunks();
         for (to, from) in self.ahead.entries.iter_mut().zip(pairs) {
             *to = u16::from_le_bytes(*from);
@@ -247,7 +250,8 @@ impl SplitQueue {
             *to = from.to_le_bytes();
         }
         let bytes = bytes.get(..8 * usize::from(count)).unwrap_or_default();
-        mem.write(at(self.layout.device, 4 + 8 * slot)?, bytes).map_err(ring)
+        mem.write(at(self.layout.device, 4 + 8 * slot)?, bytes)
+            .map_err(ring)
     }
 
     pub(crate) fn publish(&mut self, mem: &mut dyn GuestMemory) -> Result<(), QueueError> {

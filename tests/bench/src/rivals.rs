@@ -1,5 +1,7 @@
 //! Rivals.
-use std::path::Path;
 use anyhow::Result;
+use std::path::Path;
 /// Measures.
-pub fn measure(_scratch: &Path) -> Result<()> { Ok(()) }
+pub fn measure(_scratch: &Path) -> Result<()> {
+    Ok(())
+}

@@ -49,12 +49,14 @@ impl Ram {
     fn part(&mut self, addr: GuestPhysAddr, length: usize) -> Result<&mut [u8], MemoryFault> {
         let start = usize::try_from(addr.as_u64()).unwrap_or(usize::MAX);
         let end = start.saturating_add(length);
-        self.0
-            .get_mut(start..end)
-            .ok_or(MemoryFault::NotRam(addr))
+        self.0.get_mut(start..end).ok_or(MemoryFault::NotRam(addr))
     }
     fn put<const N: usize>(&mut self, at: u64, bytes: [u8; N]) {
-        if let Some(to) = self.0.get_mut(at as usize..).and_then(|m| m.first_chunk_mut()) {
+        if let Some(to) = self
+            .0
+            .get_mut(at as usize..)
+            .and_then(|m| m.first_chunk_mut())
+        {
             *to = bytes;
         }
     }
