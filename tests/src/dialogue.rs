@@ -1,5 +1,6 @@
 //! What a case is, and how it is played: start the machine, hold the dialogue, judge the end.
 
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -51,6 +52,8 @@ pub struct Case {
     pub memory: Option<u32>,
     /// The machine's logical processors.
     pub cpus: u32,
+    /// The last of them has APIC id 254.
+    pub sparse: bool,
     /// How its time relates to ours.
     pub pace: Pace,
     /// The machine's virtualization extension.
@@ -79,6 +82,7 @@ impl Case {
         fails: false,
         memory: None,
         cpus: 1,
+        sparse: false,
         pace: Pace::Free,
         extension: Extension::On,
         cards: &[],
@@ -147,10 +151,19 @@ pub enum Source {
 pub enum Step {
     /// Waits for a match in what came after the last match or sending.
     Expect(&'static str),
-    /// The same, and the match must be on the screen as well, where that can be read.
+    /// The same, and the match must be on the screen as well, where that can be read: there a
+    /// row's end is no line's end.
     Told(&'static str),
+    /// Waits for a match on the screen, where that can be read. Its rows are lines, without the
+    /// blanks at their ends.
+    Shown(&'static str),
     /// Types this.
     Send(&'static str),
+    /// Waits for a match in what came on the second serial port since the last such match. A case
+    /// with this step or the next has a machine with that port.
+    ExpectSecond(&'static str),
+    /// Types this there.
+    SendSecond(&'static str),
     /// None of these may match in what came since the last sending.
     Refuse(&'static [&'static str]),
     /// A judgement in code of what came since the last sending.
@@ -179,6 +192,8 @@ pub struct Heard<'a> {
     pub sent_at: SystemTime,
     /// All of it.
     pub all: &'a str,
+    /// What came on the second serial port.
+    pub second: &'a str,
     /// The emulator.
     pub emulator: Emulator,
     /// The machine's folder, with its settings and log.
@@ -214,6 +229,7 @@ pub(crate) fn compile(pattern: &str, facts: &Facts) -> Result<Regex> {
 pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result<(), Box<Failure>> {
     let limit = case.limit(machine.emulator);
     let mut console = Console::default();
+    let mut second = Console::default();
     let mut log = None;
     let result = (|| {
         let session = machine.start(dir, limit + Duration::from_secs(60))?;
@@ -224,6 +240,8 @@ pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result
         let mut talk = Talk {
             session,
             console,
+            second: &mut second,
+            matched_second: 0,
             facts,
             emulator,
             dir,
@@ -274,6 +292,8 @@ pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result
 struct Talk<'a> {
     session: Session,
     console: &'a mut Console,
+    second: &'a mut Console,
+    matched_second: usize,
     facts: &'a Facts,
     emulator: Emulator,
     dir: &'a Path,
@@ -291,6 +311,7 @@ impl Talk<'_> {
             since: self.console.since(self.sent),
             sent_at: self.sent_at,
             all: self.console.text(),
+            second: self.second.text(),
             emulator: self.emulator,
             dir: self.dir,
         }
@@ -330,7 +351,28 @@ impl Talk<'_> {
             }
             Step::Told(pattern) => {
                 self.step(&Step::Expect(pattern))?;
-                self.on_screen(pattern)
+                let plain = pattern.trim_start_matches('^').trim_end_matches('$');
+                self.on_screen(plain, |rows| rows.concat())
+            }
+            Step::Shown(pattern) => self.on_screen(pattern, |rows| {
+                let rows: Vec<&str> = rows.iter().map(|row| row.trim_end()).collect();
+                rows.join("\n")
+            }),
+            Step::SendSecond(text) => {
+                let line = self.session.second().context("no second serial port")?;
+                line.write_all(text.as_bytes()).context("typing there")
+            }
+            Step::ExpectSecond(pattern) => {
+                let regex = compile(pattern, self.facts)?;
+                loop {
+                    let text = self.second.since(self.matched_second);
+                    if let Some(found) = regex.find(text) {
+                        self.matched_second += found.end();
+                        return Ok(());
+                    }
+                    self.more_second()
+                        .with_context(|| format!("waiting for `{}` there", regex.as_str()))?;
+                }
             }
             Step::Refuse(patterns) => {
                 for pattern in *patterns {
@@ -350,28 +392,24 @@ impl Talk<'_> {
         }
     }
 
-    /// Looks for a pattern on the screen, where a row's end is no line's end and the log, which
-    /// has it for itself, carries no mark.
-    fn on_screen(&mut self, pattern: &str) -> Result<()> {
-        let plain = pattern
-            .trim_start_matches('^')
-            .trim_start_matches(r"tessera\| ");
-        let regex = compile(plain, self.facts)?;
+    /// Waits for a pattern on the screen, whose text is made of its rows.
+    fn on_screen(&mut self, pattern: &str, text: fn(&[String]) -> String) -> Result<()> {
+        let regex = compile(pattern, self.facts)?;
         // What the serial line has, the screen may be about to get.
         let until = Instant::now() + SCREEN_LIMIT;
         loop {
             let Some(screen) = self.session.screen() else {
                 return Ok(());
             };
-            let screen = screen?;
+            let screen = text(&screen?);
             if regex.is_match(&screen) {
                 return Ok(());
             }
             if Instant::now() > until {
                 bail!(
-                    "`{}` is not on the screen: {}",
+                    "`{}` is not on the screen:\n{}",
                     regex.as_str(),
-                    screen.trim()
+                    screen.trim_end()
                 );
             }
             std::thread::sleep(Duration::from_millis(100));
@@ -398,6 +436,21 @@ impl Talk<'_> {
                 Ok(())
             }
             Received::Nothing => bail!("nothing more within {} s", self.limit.as_secs()),
+        }
+    }
+
+    /// Takes what comes next on the second serial port.
+    fn more_second(&mut self) -> Result<()> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let line = self.session.second().context("no second serial port")?;
+        line.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        let mut buffer = [0; 4096];
+        match line.read(&mut buffer).context("nothing more came")? {
+            0 => bail!("the machine ended"),
+            count => {
+                self.second.feed(buffer.get(..count).unwrap_or_default());
+                Ok(())
+            }
         }
     }
 

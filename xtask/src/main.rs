@@ -174,6 +174,12 @@ struct TestArgs {
     /// Say what groups and cases there are
     #[arg(long)]
     list: bool,
+    /// How many frames the group vswitch-oracle compares
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    frames: u64,
+    /// Where its random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
     /// A group (lint, host, boot, linux, ...), group/case, or a part of a case's name
     filter: Vec<String>,
 }
@@ -208,7 +214,12 @@ fn main() -> ExitCode {
             Ok(0)
         }
         Command::Test(args) => {
-            let passed = test::test(Workspace::find()?, args.on, &args.filter)?;
+            let passed = test::test(
+                Workspace::find()?,
+                args.on,
+                &args.filter,
+                (args.frames, args.seed),
+            )?;
             Ok(u8::from(!passed))
         }
         Command::Bench(args) => {

@@ -15,7 +15,7 @@ use harness::{Emulator, Firmware, Machine};
 use crate::config::memory_for;
 use crate::factory::{Factory, Kernel, bundle_of};
 use crate::lint::lint;
-use crate::packages::need;
+use crate::packages::{OPEN_VSWITCH, need};
 use crate::progress::{note, seconds, step};
 use crate::select::{On, packages};
 use crate::toolchain::{Toolchain, Workspace, cargo};
@@ -26,9 +26,13 @@ const WORKERS: usize = 2;
 const TAIL: usize = 60;
 
 /// The groups beside those of the emulator cases.
-const GROUPS: [(&str, &str); 3] = [
+const GROUPS: [(&str, &str); 4] = [
     ("lint", "rustfmt, clippy, and the house rules about unsafe"),
     ("host", "the tests of every safe room, on this machine"),
+    (
+        "vswitch-oracle",
+        "the switch beside Open vSwitch: random switches, flows and frames",
+    ),
     (
         "toolchain",
         "the distribution's Rust, from its sources, makes an image that boots",
@@ -89,8 +93,14 @@ pub fn list() {
     }
 }
 
-/// Runs what the filters pick. True when all of it passed.
-pub fn test(workspace: Workspace, on: Option<On>, filters: &[String]) -> Result<bool> {
+/// Runs what the filters pick. True when all of it passed. `frames` is how many are compared with
+/// Open vSwitch, and with which seed.
+pub fn test(
+    workspace: Workspace,
+    on: Option<On>,
+    filters: &[String],
+    frames: (u64, u64),
+) -> Result<bool> {
     let begin = Instant::now();
     let players = players(on)?;
     let tasks = tasks(filters, &players);
@@ -108,6 +118,9 @@ pub fn test(workspace: Workspace, on: Option<On>, filters: &[String]) -> Result<
     if other("toolchain") {
         needed.extend(packages(Emulator::QemuTcg, Firmware::Bios));
     }
+    if other("vswitch-oracle") {
+        needed.push(OPEN_VSWITCH);
+    }
     needed.dedup_by_key(|p| p.name);
     need(&needed)?;
 
@@ -117,6 +130,15 @@ pub fn test(workspace: Workspace, on: Option<On>, filters: &[String]) -> Result<
     }
     if other("host") {
         outcomes.push(single("host", "host", || host_tests(&workspace)));
+    }
+    if other("vswitch-oracle") {
+        outcomes.push(single("vswitch-oracle", "host", || {
+            let scratch = workspace.dir("test/oracle")?;
+            let (count, seed) = frames;
+            step("comparing with Open vSwitch", |_| {
+                harness::oracle::run(&scratch, count, seed)
+            })
+        }));
     }
     let factory = Factory::new(workspace.clone());
     if !tasks.is_empty() {
@@ -387,9 +409,13 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     let mut machine = Machine::new(emulator, firmware, &disk, 512);
     machine.cpus = case.cpus;
     machine.cards = case.cards.to_vec();
+    machine.sparse = case.sparse;
     machine.pace = case.pace;
     machine.extension = case.extension;
-    machine.watched = case.steps.iter().any(|s| matches!(s, Step::Told(_)));
+    let looks = |step: &Step| matches!(step, Step::Told(_) | Step::Shown(_));
+    let second = |step: &Step| matches!(step, Step::SendSecond(_) | Step::ExpectSecond(_));
+    machine.second_port = case.steps.iter().any(second);
+    machine.watched = case.steps.iter().any(looks);
     match case.load {
         Load::Bundle {
             config,

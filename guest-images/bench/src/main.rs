@@ -32,6 +32,8 @@ entry!(main);
 const LOOPS: u64 = 2000;
 const WARM_UP: u64 = 16;
 const WAKES: u64 = 200;
+/// Ticks in which what was printed has left, and the hypervisor has brought its screen up to date.
+const SCREEN: u64 = 200_000_000;
 /// How far ahead the timer of `hlt-wake` is set, in ticks.
 const AHEAD: u64 = 200_000;
 const PAGES: u64 = 2000;
@@ -267,6 +269,11 @@ fn hlt_wake() {
         tsc_per_timer_tick()
     };
     arm_mode();
+    // The machine has its screen to draw, after what was just printed.
+    let printed = rdtsc();
+    while rdtsc() - printed < SCREEN {
+        core::hint::spin_loop();
+    }
     let mut total = 0;
     for turn in 0..WAKES + WARM_UP {
         let deadline = rdtsc() + AHEAD;

@@ -3,7 +3,7 @@
 
 use crate::smp_start::need_two;
 use crate::time::{kvm, pv_nanos_at};
-use crate::util::{OSXSAVE, need, vector};
+use crate::util::{OSXSAVE, PATIENCE, need, vector, wait_until};
 use core::arch::asm;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use guest_runtime::cpu::{self, cpuid, rdmsr, rdtsc, wrmsr};
@@ -152,6 +152,58 @@ fn adds_up(rounds: u64, name: &str, add: impl Fn(u64) + Sync) {
         assert_eq!(peek(base + offset), wanted, "{name} at {offset}");
         poke(base + offset, 0);
     }
+}
+
+/// KVM's call that wakes who halted in wait for a lock.
+fn kick(cpu: usize) {
+    const KICK_CPU: u64 = 5;
+    let (mut result, target) = (KICK_CPU, u64::from(apic_id(cpu)));
+    // SAFETY: it changes RAX alone; RBX, which the compiler keeps to itself, is put back.
+    unsafe {
+        if is_intel() {
+            asm!("push rbx", "xor ebx, ebx", "vmcall", "pop rbx", inout("rax") result, in("rcx") target);
+        } else {
+            asm!("push rbx", "xor ebx, ebx", "vmmcall", "pop rbx", inout("rax") result, in("rcx") target);
+        }
+    }
+    assert_eq!(result, 0);
+}
+
+#[guest_test]
+fn smp_kicks_end_halts_without_interrupts() {
+    const ROUNDS: u64 = 200;
+    need_two();
+    need(
+        kvm().is_some_and(|features| features >> 7 & 1 != 0),
+        "KVM kicks",
+    );
+    smp::start_all();
+    let (halts, ready) = (AtomicU64::new(0), AtomicU64::new(0));
+    // One that finds its condition false halts; the other makes it true, and kicks. The kick may
+    // come before the halt, or the halt end without one.
+    let waiter = || {
+        for round in 1..=ROUNDS {
+            while ready.load(Ordering::SeqCst) < round {
+                // SAFETY: interrupts are off, and the kick ends it.
+                unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
+            }
+            halts.store(round, Ordering::SeqCst);
+        }
+    };
+    smp::beside([1], &waiter, || {
+        for round in 1..=ROUNDS {
+            if round & 1 != 0 {
+                // Give it time to halt.
+                (0..2_000).for_each(|_| core::hint::spin_loop());
+            }
+            ready.store(round, Ordering::SeqCst);
+            kick(1);
+            let woken = || halts.load(Ordering::SeqCst) == round;
+            assert!(wait_until(PATIENCE, woken), "round {round}");
+        }
+    });
+    // Nobody is there: no harm.
+    kick(0);
 }
 
 #[guest_test]

@@ -105,8 +105,9 @@ impl LocalApic {
     /// # Safety
     /// As [`LocalApic::enable`], on the boot core, before another core is started.
     pub unsafe fn widen(&mut self, ids: &[u32]) {
-        let wanted = ids.iter().any(|id| *id > LAST_XAPIC_ID);
-        if wanted && core::arch::x86_64::__cpuid(1).ecx & 1 << 21 != 0 {
+        if ids.iter().any(|id| !self.reaches(*id))
+            && core::arch::x86_64::__cpuid(1).ecx & 1 << 21 != 0
+        {
             self.registers = None;
             // SAFETY: as in `join`.
             unsafe { set_x2apic() };
@@ -182,7 +183,7 @@ impl LocalApic {
         self.send(id, NMI | ASSERT)
     }
 
-    /// Sends a message; false when the one before is stuck. What the caller wrote to memory before
+    /// Sends a message; false when the one before is stuck, or when no message reaches that id. What the caller wrote to memory before
     /// is seen by the core that gets it.
     fn send(&self, id: u32, command: u32) -> bool {
         if self.registers.is_none() {
@@ -190,8 +191,7 @@ impl LocalApic {
             // SAFETY: fences are harmless, and the MSR exists in x2APIC mode.
             unsafe {
                 core::arch::asm!("mfence", "lfence", options(nostack, preserves_flags));
-                Msr::new(msr::X2APIC_FIRST + (ICR_LOW >> 4))
-                    .write(u64::from(id) << 32 | u64::from(command));
+                Msr::new(msr::X2APIC_FIRST + (ICR_LOW >> 4)).write(wide_command(id, command));
             }
             return true;
         }
@@ -199,11 +199,12 @@ impl LocalApic {
             core::hint::spin_loop();
             self.read(ICR_LOW) & PENDING == 0
         });
-        if idle && id <= LAST_XAPIC_ID {
+        let sends = idle && self.reaches(id);
+        if sends {
             self.write(ICR_HIGH, id << 24);
             self.write(ICR_LOW, command);
         }
-        idle
+        sends
     }
 
     fn write(&self, register: u32, value: u32) {
@@ -243,6 +244,11 @@ impl LocalApic {
     pub fn end_of_interrupt(&self) {
         self.write(EOI, 0);
     }
+}
+
+/// The interrupt command as x2APIC mode has it: one register, 32 bits of id (§11.12.9).
+const fn wide_command(id: u32, command: u32) -> u64 {
+    (id as u64) << 32 | command as u64
 }
 
 /// Puts the calling core into x2APIC mode.
@@ -456,5 +462,63 @@ impl IoApic {
             let value = self.access(entry, None) & !MASKED;
             self.access(entry, Some(value | if masked { MASKED } else { 0 }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A local APIC in xAPIC mode whose registers are plain memory.
+    fn with_registers(test: impl FnOnce(&LocalApic, &dyn Fn(u32) -> u32)) {
+        let mut page = vec![0u32; 1024];
+        let pointer = page.as_mut_ptr();
+        let apic = LocalApic {
+            registers: Some(pointer.cast()),
+        };
+        // SAFETY: within the vector, which outlives it.
+        let look = |register: u32| unsafe { pointer.add(register as usize / 4).read_volatile() };
+        test(&apic, &look);
+    }
+
+    #[test]
+    fn messages_in_xapic_mode_reach_254_and_no_further() {
+        for id in [0, 1, 4, 0x7f, 0x80, 254] {
+            with_registers(|apic, look| {
+                assert!(apic.reaches(id) && apic.send_ipi(id, 0x51));
+                assert_eq!((look(ICR_HIGH), look(ICR_LOW)), (id << 24, 0x4051));
+                assert!(apic.send_startup(id, 0x9a));
+                assert_eq!((look(ICR_HIGH), look(ICR_LOW)), (id << 24, 0x469a));
+                assert!(apic.send_init(id) && apic.send_nmi(id));
+            });
+        }
+        // 255 is everybody: an id cut to eight bits would call a core that was not meant.
+        for id in [255, 256, 0x1_0004, u32::MAX] {
+            with_registers(|apic, look| {
+                assert!(!apic.reaches(id) && !apic.send_init(id) && !apic.send_ipi(id, 0x51));
+                assert_eq!((look(ICR_HIGH), look(ICR_LOW)), (0, 0), "{id:#x}");
+            });
+        }
+    }
+
+    #[test]
+    fn messages_in_x2apic_mode_have_32_bits_of_id() {
+        let apic = LocalApic { registers: None };
+        for id in [0, 254, 255, 256, 0x1_0004, u32::MAX - 1] {
+            assert!(apic.reaches(id));
+            assert_eq!(
+                wide_command(id, INIT | ASSERT),
+                u64::from(id) << 32 | 0x4500
+            );
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_stuck_is_told_of() {
+        with_registers(|apic, look| {
+            apic.write(ICR_LOW, PENDING);
+            assert!(!apic.send_ipi(1, 0x51));
+            assert_eq!((look(ICR_HIGH), look(ICR_LOW)), (0, PENDING));
+        });
     }
 }

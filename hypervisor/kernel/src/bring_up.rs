@@ -9,7 +9,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, PAGE_SIZE, PageSize, PhysMemory};
 use bootloader_api::BootInfo;
-use bootloader_api::info::MemoryRegionKind;
+use bootloader_api::info::{MemoryRegionKind, PixelFormat};
 use core::sync::atomic::{AtomicU64, Ordering};
 use cpu::host::{CoreTables, EmergencyStacks, InterruptFrame};
 use cpu::page::HostPage;
@@ -60,11 +60,23 @@ impl Host {
     /// Calls a core out of guest mode or its halt, so that it looks at what was left for it. One
     /// call is enough until the core has taken it ([`Core::take_kick`]).
     pub fn kick(&self, core: usize) {
-        if let Some(core) = self.cores.get(core)
-            && !core.kicked.swap(true, Ordering::AcqRel)
-        {
-            self.apic.send_ipi(core.apic_id(), hw::KICK_VECTOR);
+        if let Some(core) = self.cores.get(core) {
+            kick(&self.apic, core);
         }
+    }
+}
+
+fn kick(apic: &LocalApic, core: &Core) {
+    if !core.kicked.swap(true, Ordering::AcqRel) {
+        apic.send_ipi(core.apic_id(), hw::KICK_VECTOR);
+    }
+}
+
+/// Calls the boot core, which may be the caller, as an interrupt of the machine does.
+pub fn call_boot_core() {
+    run::host_interrupt();
+    if let Some(apic) = APIC.get() {
+        kick(apic, &BOOT_CORE);
     }
 }
 
@@ -219,6 +231,7 @@ unsafe fn find_screen(boot: &BootInfo, map: DirectMap) -> Option<Screen> {
         height: info.height,
         stride: info.stride,
         bytes_per_pixel: info.bytes_per_pixel,
+        red_first: info.pixel_format == PixelFormat::Rgb,
     };
     // The loader maps the framebuffer wherever it lies.
     let end = frame.start.checked_add(frame.bytes)?.as_u64();

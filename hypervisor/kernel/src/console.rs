@@ -1,5 +1,5 @@
-//! The machine's console: the log and all guests' consoles on one serial line (and the log on the
-//! screen), with a prefix key to choose whom the keyboard belongs to. [`monitor::mux`] says what
+//! The machine's console: the log and all guests' consoles on one serial line, with a prefix key to
+//! choose whom the keyboard belongs to, and the same on the screen. [`monitor::mux`] says what
 //! stands on the line; this says how it gets there without one core waiting for another.
 //!
 //! Whoever writes puts it into a bounded ring of its own, the log's or the guest's. Then, if
@@ -12,15 +12,22 @@
 //! others' rings have room, and their cores never wait. To drop its output instead would
 //! lose the last words before a crash, which are what a console is for.
 //!
+//! What goes to the line goes into a grid of the screen's cells as well. The screen itself is slow:
+//! core 0 brings it up to date, [`FRAMES`] times a second at most and for [`DRAW`] microseconds at
+//! most, and is called for it when there is something. So whoever writes pays for no screen, and a
+//! flood of lines shows only where it is every now and then.
+//!
 //! Locks: a ring's is held for a copy. The line's is held while bytes are moved into the port's FIFO,
 //! never while waiting for it; only core 0 and those whose ring is full wait for that lock. Order:
 //! line → ring → heap. Nothing is called back under them.
 
+use crate::bring_up::passed;
 use crate::lock::Lock;
 use alloc::collections::VecDeque;
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use hw::{ComPort, Screen, Serial};
+use monitor::grid::Grid;
 pub use monitor::mux::Request;
 use monitor::mux::{Focus, Mux};
 use spin::Once;
@@ -45,15 +52,22 @@ const TURN: usize = 64;
 const TURNS: usize = 64;
 /// Requests that core 0 has not taken yet.
 const REQUESTS: usize = 16;
+/// How often in a second the screen is brought up to date.
+pub const FRAMES: u64 = 50;
+/// Microseconds that this takes at most, for the time being.
+const DRAW: u64 = 1000;
 
 static LINE: Lock<Option<Line>> = Lock::new(None);
 static LOG: Lock<VecDeque<u8>> = Lock::new(VecDeque::new());
-static SCREEN: Lock<Option<Screen>> = Lock::new(None);
 static GUESTS: [Once<Source>; MAX_VMS] = [const { Once::new() }; MAX_VMS];
 /// Something was put into a ring since the line's holder looked.
 static WAITING: AtomicBool = AtomicBool::new(false);
 /// The port interrupts when it has room; until it does, writers see their words out.
 static INTERRUPTS: AtomicBool = AtomicBool::new(false);
+/// Core 0 is at its work and looks after the screen; until then, writers do.
+static KEPT_UP: AtomicBool = AtomicBool::new(false);
+/// It has been called, and has not finished the screen yet.
+static UNDRAWN: AtomicBool = AtomicBool::new(false);
 /// The next line of the log tells of a panic: it is seen out as well.
 static URGENT: AtomicBool = AtomicBool::new(false);
 
@@ -70,22 +84,45 @@ struct Source {
 struct Line {
     serial: Serial,
     mux: Mux,
-    /// What the mux made, on its way to the port.
-    queue: VecDeque<u8>,
+    wire: Wire,
     requests: VecDeque<Request>,
     /// Whose turn is next.
     next: usize,
 }
 
+/// What the mux made.
+struct Wire {
+    /// On its way to the port.
+    queue: VecDeque<u8>,
+    picture: Option<Picture>,
+}
+
+/// The screen.
+struct Picture {
+    grid: Grid,
+    screen: Screen,
+    /// TSC when it was drawn.
+    drawn: u64,
+}
+
 /// Takes the serial port and, if there is one, the screen.
 pub fn init(serial: Serial, screen: Option<Screen>) {
-    *SCREEN.lock() = screen;
     // What a log line needs is there from the start: it may have to tell that memory is out.
     LOG.lock().reserve_exact(LOG_RING);
     *LINE.lock() = Some(Line {
         serial,
         mux: Mux::new(LOG_KEPT),
-        queue: VecDeque::with_capacity(QUEUE),
+        wire: Wire {
+            queue: VecDeque::with_capacity(QUEUE),
+            picture: screen.map(|screen| {
+                let (columns, rows) = screen.size();
+                Picture {
+                    grid: Grid::new(columns, rows),
+                    screen,
+                    drawn: 0,
+                }
+            }),
+        },
         requests: VecDeque::with_capacity(REQUESTS),
         next: 0,
     });
@@ -203,7 +240,7 @@ pub fn flush(guest: usize) {
     }
 }
 
-/// Waits until all output has left the serial ports.
+/// Waits until all output has left the serial ports and is on the screen.
 pub fn drain() {
     for source in GUESTS.iter().filter_map(Once::get) {
         while source.own.is_some() && !source.ring.lock().is_empty() {
@@ -213,19 +250,30 @@ pub fn drain() {
     while with(|line| line.serve()) == Some(true) {
         core::hint::spin_loop();
     }
-    with(|line| line.serial.drain());
+    with(|line| {
+        line.serial.drain();
+        line.wire.draw(u64::MAX);
+    });
 }
 
-/// Takes what has come in on the serial ports and sends what they have room for. Gives back a
-/// request if one is complete: call it again until there is none. Core 0's loop does.
+/// Takes what has come in on the serial ports, sends what they have room for, and sees to the
+/// screen. Gives back a request if one is complete: call it again until there is none. Core 0's
+/// loop does.
 pub fn poll() -> Option<Request> {
+    KEPT_UP.store(true, Ordering::Relaxed);
     for source in GUESTS.iter().filter_map(Once::get) {
         source.serve_own();
     }
     with(|line| {
-        line.serve();
+        line.move_bytes();
+        line.wire.keep_up();
         line.requests.pop_front()
     })?
+}
+
+/// Whether the screen wants [`poll`] again, a frame from now at the latest.
+pub fn is_undrawn() -> bool {
+    UNDRAWN.load(Ordering::Relaxed)
 }
 
 /// Opens what this core holds of the console, after a panic that happened meanwhile.
@@ -264,7 +312,6 @@ unsafe fn open(all: bool) {
     unsafe {
         one(&LINE, all);
         one(&LOG, all);
-        one(&SCREEN, all);
         for source in GUESTS.iter().filter_map(Once::get) {
             one(&source.ring, all);
             if let Some(own) = &source.own {
@@ -284,7 +331,7 @@ fn on_line(work: impl FnOnce(&mut Mux, &mut dyn FnMut(&[u8]))) {
     with(|line| {
         // What was said before stands before it.
         line.take_all();
-        work(&mut line.mux, &mut |bytes| add(&mut line.queue, bytes));
+        work(&mut line.mux, &mut |bytes| line.wire.put(bytes));
         line.serve();
     });
 }
@@ -320,23 +367,82 @@ fn carry() {
     }
 }
 
+impl Wire {
+    /// Takes what the mux made.
+    fn put(&mut self, bytes: &[u8]) {
+        add(&mut self.queue, bytes);
+        if let Some(picture) = &mut self.picture {
+            picture.grid.feed(bytes);
+        }
+    }
+
+    fn is_changed(&self) -> bool {
+        let picture = self.picture.as_ref();
+        picture.is_some_and(|picture| picture.grid.is_changed())
+    }
+
+    /// Calls core 0 when the screen is to be drawn, once until it is.
+    fn call_for_drawing(&self) {
+        if self.is_changed()
+            && KEPT_UP.load(Ordering::Relaxed)
+            && !UNDRAWN.swap(true, Ordering::Relaxed)
+        {
+            crate::bring_up::call_boot_core();
+        }
+    }
+
+    /// Draws for a while if the time has come.
+    fn keep_up(&mut self) {
+        let mut left = self.is_changed();
+        let drawn = self.picture.as_ref().map_or(0, |picture| picture.drawn);
+        if left && passed(drawn, 1_000_000 / FRAMES) {
+            self.draw(DRAW);
+            left = self.is_changed();
+        }
+        UNDRAWN.store(left, Ordering::Relaxed);
+    }
+
+    /// Brings the screen up to date, as far as that is done in so many microseconds.
+    fn draw(&mut self, most: u64) {
+        let Some(picture) = &mut self.picture else {
+            return;
+        };
+        let Picture {
+            grid,
+            screen,
+            drawn,
+        } = picture;
+        *drawn = hw::rdtsc();
+        grid.draw(&mut |row, column, cells| {
+            screen.draw(row, column, cells);
+            most == u64::MAX || !passed(*drawn, most)
+        });
+    }
+}
+
 impl Line {
     /// Moves bytes both ways until the port has no room or nothing is left. Says whether
     /// something is left.
     fn serve(&mut self) -> bool {
+        let left = self.move_bytes();
+        self.wire.call_for_drawing();
+        left
+    }
+
+    fn move_bytes(&mut self) -> bool {
         for _ in 0..TURNS {
             while let Some(byte) = self.serial.receive() {
-                let queue = &mut self.queue;
-                let request = self.mux.key(byte, &mut |bytes| add(queue, bytes));
+                let wire = &mut self.wire;
+                let request = self.mux.key(byte, &mut |bytes| wire.put(bytes));
                 if let Some(request) = request.filter(|_| self.requests.len() < REQUESTS) {
                     self.requests.push_back(request);
                 }
             }
-            while self.queue.len() < QUEUE_LOW && self.take() {}
-            let (front, _) = self.queue.as_slices();
+            while self.wire.queue.len() < QUEUE_LOW && self.take() {}
+            let (front, _) = self.wire.queue.as_slices();
             let sent = self.serial.try_send(front);
-            self.queue.drain(..sent);
-            let left = !self.queue.is_empty();
+            self.wire.queue.drain(..sent);
+            let left = !self.wire.queue.is_empty();
             if sent > 0 && left {
                 continue;
             }
@@ -374,8 +480,8 @@ impl Line {
             let left = if taken > 0 { before - taken } else { 0 };
             source.before_log.store(left, Ordering::Release);
             if taken == 0 {
-                let queue = &mut self.queue;
-                self.mux.flush(number, &mut |bytes| add(queue, bytes));
+                let wire = &mut self.wire;
+                self.mux.flush(number, &mut |bytes| wire.put(bytes));
             }
             return true;
         }
@@ -401,10 +507,9 @@ impl Line {
         }
         let mut bytes = [0; TURN];
         let count = get(&source.ring, bytes.iter_mut().take(most));
-        let queue = &mut self.queue;
+        let wire = &mut self.wire;
         let bytes = bytes.get(..count).unwrap_or_default();
-        self.mux
-            .output(number, bytes, &mut |bytes| add(queue, bytes));
+        self.mux.output(number, bytes, &mut |bytes| wire.put(bytes));
         count
     }
 
@@ -420,8 +525,8 @@ impl Line {
         drop(ring);
         let text = bytes.get(1..end).unwrap_or_default();
         let text = core::str::from_utf8(text).unwrap_or("");
-        let queue = &mut self.queue;
-        let mut out = |bytes: &[u8]| add(queue, bytes);
+        let wire = &mut self.wire;
+        let mut out = |bytes: &[u8]| wire.put(bytes);
         if bytes.first() == Some(&KEPT) {
             self.mux.log(text, &mut out);
         } else {
@@ -527,11 +632,6 @@ fn write(kind: u8, text: fmt::Arguments<'_>) {
     let _ = whole.write_fmt(text);
     let text = whole.bytes.get(..whole.used).unwrap_or_default();
     for line in core::str::from_utf8(text).unwrap_or("").lines() {
-        if kind == KEPT
-            && let Some(screen) = &mut *SCREEN.lock()
-        {
-            screen.write_line(line);
-        }
         loop {
             let mut ring = LOG.lock();
             if ring.capacity() == 0 {
@@ -551,9 +651,13 @@ fn write(kind: u8, text: fmt::Arguments<'_>) {
         WAITING.store(true, Ordering::SeqCst);
     }
     carry();
-    if URGENT.swap(false, Ordering::Relaxed) || !INTERRUPTS.load(Ordering::Relaxed) {
+    let urgent = URGENT.swap(false, Ordering::Relaxed);
+    if urgent || !INTERRUPTS.load(Ordering::Relaxed) {
         while with(Line::serve) == Some(true) {
             core::hint::spin_loop();
         }
+    }
+    if urgent || !KEPT_UP.load(Ordering::Relaxed) {
+        with(|line| line.wire.draw(u64::MAX));
     }
 }

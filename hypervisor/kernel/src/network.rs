@@ -3,7 +3,7 @@
 //!
 //! A core moves frames in batches, run to completion: it copies a batch out of a queue, asks the
 //! switch about each frame, and copies it to where it goes. It never holds locks of two VMs at
-//! once. The order is uplinks → switch, and a VM's own (board → card → memory) are taken alone; a
+//! once. The order is uplinks → switch, and a VM's own (board → memory → card) are taken alone; a
 //! core counts the lock of its [`Mover`] all the while, so that a panic in here stops the machine
 //! rather than leave another VM's card locked.
 

@@ -429,6 +429,9 @@ impl Worker {
                 due = due.min(self.machine.clock.now() + POLL);
             }
             due = due.min(self.uplinks());
+            if console::is_undrawn() {
+                due = due.min(self.machine.clock.now() + 1_000_000_000 / console::FRAMES);
+            }
             self.turn(due);
         }
     }

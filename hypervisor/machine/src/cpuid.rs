@@ -490,7 +490,8 @@ impl<'a> Builder<'a> {
                 components: Vec::new(),
                 timing: [config.tsc_khz, TIMER_HZ / 1000, 0, 0],
                 kvm: [
-                    KVM_FEATURES,
+                    // Alone, a vCPU waits for nobody's lock.
+                    KVM_FEATURES | (u32::from(config.vcpus > 1) * leaf::kvm::PV_UNHALT),
                     0,
                     0,
                     u32::from(config.dedicated) * leaf::kvm::HINT_DEDICATED,
@@ -1150,7 +1151,7 @@ mod tests {
         assert_eq!(name.as_flattened(), b"KVMKVMKVM\0\0\0");
         assert_eq!(world.cpuid(0x4000_0101, 0), [0x0100_002b, 0, 0, 0]);
         let dedicated = World::new(INTEL, 5, ALL);
-        assert_eq!(dedicated.cpuid(0x4000_0101, 0), [0x0100_002b, 0, 0, 1]);
+        assert_eq!(dedicated.cpuid(0x4000_0101, 0), [0x0100_00ab, 0, 0, 1]);
         assert_eq!(world.cpuid(0x4000_0200, 0), [0; 4]);
     }
 

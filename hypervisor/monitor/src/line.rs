@@ -59,6 +59,8 @@ impl Editor {
                     return Edit::More;
                 }
                 if end == 0 {
+                    // It stands there already where letters were taken back.
+                    out(b"\r");
                     out(PROMPT);
                 }
                 self.text.insert(self.cursor, char::from(byte));

@@ -752,7 +752,7 @@ mod tests {
         world.keys(b"\x140");
         world.said();
         assert_eq!(world.keys(b"li"), None);
-        assert_eq!(world.said(), "> li");
+        assert_eq!(world.said(), "\r> li");
         world.log("tick");
         assert_eq!(world.said(), "\r\ntessera| tick\r\n\r> li\x1b[K");
         assert_eq!(world.keys(b"st\r"), Some(Request::Command(Command::List)));

@@ -1,8 +1,8 @@
 //! A VM's network cards, as the machine reaches them.
 //!
 //! The guest reaches a card through its PCI function, with the board locked. Frames go another
-//! way: whoever moves them locks the card and the guest's memory, and nothing of a second VM. The
-//! order is board → card → memory.
+//! way: whoever moves them locks the guest's memory and the card, and nothing of a second VM. The
+//! order is board → memory → card.
 
 use crate::config::network;
 use crate::vm::Vm;
@@ -69,8 +69,8 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
         work: impl FnOnce(&mut NetDevice, &mut dyn GuestMemory) -> T,
     ) -> Option<T> {
         let nic = self.nics.get(index)?;
-        let mut net = self.lock(nic.net.device()).ok()?;
         let mut memory = self.memory().ok()?;
+        let mut net = self.lock(nic.net.device()).ok()?;
         Some(work(&mut net, &mut *memory))
     }
 }

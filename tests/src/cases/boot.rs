@@ -89,6 +89,15 @@ pub(super) const CASES: &[Case] = &[
         steps: all_come!("4"),
         ..CORES
     },
+    // Ids with a gap, up to the highest that messages in xAPIC mode name.
+    Case {
+        name: "sparse-ids",
+        on: &[QEMU_BIOS, QEMU_UEFI],
+        cpus: 4,
+        sparse: true,
+        steps: all_come!("4"),
+        ..CORES
+    },
     Case {
         name: "sixteen-cores",
         cpus: 16,

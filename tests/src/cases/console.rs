@@ -3,14 +3,9 @@
 
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Load, QEMU_BIOS, Source, Step};
 
-use Step::{Expect, Refuse, Send};
+use Step::{Expect, ExpectSecond, Refuse, Send, SendSecond, Shown, Told};
 
-/// Two guests that do on their consoles what is typed there.
-const TWO: Case = Case {
-    group: "console",
-    on: &[QEMU_BIOS, BOCHS_BIOS],
-    load: Load::Bundle {
-        config: &[r#"
+const ONE_AND_TWO: &str = r#"
 [[vm]]
 name = "one"
 kind = "pvh"
@@ -26,9 +21,18 @@ kind = "pvh"
 kernel = "guest-hostile"
 cmdline = "console"
 memory = "16MiB"
+"#;
+const DEVICES: &str = r#"
 [vm.devices]
 debug_exit = true
-"#],
+"#;
+
+/// Two guests that do on their consoles what is typed there.
+const TWO: Case = Case {
+    group: "console",
+    on: &[QEMU_BIOS, BOCHS_BIOS],
+    load: Load::Bundle {
+        config: &[ONE_AND_TWO, DEVICES],
         files: &[("guest-hostile", Source::Made("guest-hostile"))],
         spoil: None,
     },
@@ -138,6 +142,80 @@ pub(super) const CASES: &[Case] = &[
             Send("\x1b[A\x7f\x17one\r"),
             Expect(r"^tessera\| vm one: ended: "),
         ],
+        ..TWO
+    },
+    // The screen has what the line has.
+    Case {
+        name: "screen",
+        on: &[QEMU_BIOS],
+        steps: &[
+            STARTED,
+            Send("l"),
+            Expect("^line 39$"),
+            // It has moved up: what is seen is the end.
+            Shown(r"^line 20\nline 21\n(line \d+\n){17}line 39\n"),
+            Send("k"),
+            Told("^key 107$"),
+            Send("\x14?"),
+            Told(r"^tessera\| Ctrl-T then: 0 monitor, 1-9 that VM"),
+            // Of a liar all that was contained, and none of its sequences as text.
+            Send("e"),
+            Expect("^lied$"),
+            Shown(r"^tessera\\\| end: status=0 forged\n(.*\n)*lied\n"),
+            Send("\x14"),
+            Send("0he\t"),
+            Shown(r"^tessera\| keyboard: monitor.*\n> help$"),
+            Send("\x7f\x7f\x7f\x7f\x7flist\r"),
+            Shown(r"^> list\ntessera\| 1 one: running.*\ntessera\| 2 two: "),
+            Send("\x142"),
+            Send("k"),
+            Shown(r"^tessera\| keyboard: two .*\n(.*\n)*key 107$"),
+            Send("\x14x"),
+            // The last word of all.
+            Told(r"^tessera\| end: status=0 left at the console$"),
+        ],
+        ..TWO
+    },
+    // A guest on a serial port of its own: both directions, and each line has only what is its.
+    Case {
+        name: "own-port",
+        load: Load::Bundle {
+            config: &[ONE_AND_TWO, "console_port = \"com2\"\n", DEVICES],
+            files: &[("guest-hostile", Source::Made("guest-hostile"))],
+            spoil: None,
+        },
+        steps: &[
+            Expect(r"^tessera\| keyboard: one"),
+            Expect("^#$"),
+            ExpectSecond("^#$"),
+            SendSecond("k"),
+            ExpectSecond("^key 107$"),
+            Send("j"),
+            Expect("^key 106$"),
+            // More than its FIFO and the ring before it take at once.
+            SendSecond("l"),
+            ExpectSecond("(?s)^line 0$.*^line 39$"),
+            // As it has no place on the shared line, the keyboard stays where it is.
+            Send("\x142"),
+            Expect(r"^tessera\| vm two has its console on a port of its own$"),
+            Send("m"),
+            Expect("^key 109$"),
+            SendSecond("n"),
+            ExpectSecond("^key 110$"),
+            SendSecond("q"),
+            Expect(r"^tessera\| vm two: ended: debug exit, code 1$"),
+            Send("q"),
+        ],
+        end: Ending::Judged(0, |heard| {
+            let shared = ["two| ", "line 39", "key 107", "key 110"];
+            let own = ["tessera|", "one|", "key 106", "key 109"];
+            let among = |text: &str, words: &[&str]| words.iter().any(|word| text.contains(word));
+            match (among(heard.all, &shared), among(heard.second, &own)) {
+                (false, false) => super::left_well(heard, &["one", "two"]),
+                (true, _) => Err("the shared line has what was said on the other".into()),
+                (_, true) => Err(format!("the port has what is not its: {}", heard.second)),
+            }
+        }),
         ..TWO
     },
     Case {

@@ -276,7 +276,7 @@ devices.virtio_console = true
             Expect("PCI-MSI.* virtio[0-9]-input"),
             Expect("^is-0$"),
             PROMPT,
-            Send("echo by-the-other >/dev/hvc0; head -n 1 /dev/hvc0\n"),
+            Send("exec 3<>/dev/hvc0; echo by-the-other >&3; head -n 1 <&3\n"),
             Expect("^by-the-other"),
             Send("typed-there\n"),
             Expect("^typed-there"),

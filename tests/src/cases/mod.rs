@@ -98,7 +98,10 @@ mod tests {
             assert!(!case.on.is_empty(), "{} runs nowhere", case.full_name());
             for step in case.steps {
                 let patterns: &[&str] = match step {
-                    Step::Expect(pattern) | Step::Told(pattern) => &[pattern],
+                    Step::Expect(pattern)
+                    | Step::Told(pattern)
+                    | Step::Shown(pattern)
+                    | Step::ExpectSecond(pattern) => &[pattern],
                     Step::Refuse(patterns) => patterns,
                     _ => &[],
                 };

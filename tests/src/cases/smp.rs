@@ -64,6 +64,8 @@ vcpus = 4
             Step::Expect("^0-3$"),
             linux::PROMPT,
             Step::Send("dmesg; echo is-$?\n"),
+            // Who waits for a lock halts, and is kicked.
+            Step::Expect(r"kvm-guest: PV spinlocks enabled"),
             Step::Expect("^is-0$"),
             Step::Refuse(linux::FAULTS),
             linux::PROMPT,

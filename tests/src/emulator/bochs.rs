@@ -6,7 +6,9 @@
 //! fails it names the exact check.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::net::TcpListener;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -14,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Card, Extension, Firmware, Machine, Pace, Session, accept};
+use super::{Boot, Card, Extension, Firmware, Machine, Pace, Session, accept, second_port};
 use crate::process::{Process, limited};
 
 /// The program.
@@ -73,9 +75,17 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     let Boot::Disk(disk) = &machine.boot else {
         bail!("Bochs starts disks, not kernels: use QEMU for the reference");
     };
+    if machine.sparse {
+        bail!("Bochs numbers its processors without gaps: use QEMU");
+    }
     let version = version().context("Bochs does not run: apt-get install bochs bochs-term")?;
     let listener = TcpListener::bind("127.0.0.1:0").context("a port for Bochs's serial line")?;
     let port = listener.local_addr()?.port();
+
+    let second = second_port(machine)?;
+    let com2 = second.as_ref().map_or(String::new(), |(_, port)| {
+        format!("com2: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n")
+    });
 
     let rom = match (machine.firmware, machine.extension) {
         (Firmware::Uefi, _) => OVMF.to_owned(),
@@ -135,6 +145,7 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
          heads=16, spt=63\n\
          boot: disk\n\
          com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
+         {com2}\
          {sound}\
          speaker: enabled=1, mode=none\n\
          log: {log}\n\
@@ -156,7 +167,8 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         fs::write(&go, "c\n").with_context(|| format!("writing {}", go.display()))?;
         command.arg("-rc").arg(&go);
     }
-    let screen = File::create(dir.join("bochs.out")).context("creating bochs.out")?;
+    let said = dir.join("bochs.out");
+    let screen = File::create(&said).context("creating bochs.out")?;
     // A start time given as a number is local time to Bochs.
     command
         .env("TERM", "vt100")
@@ -166,8 +178,47 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     let mut process = Process::spawn(command)?;
 
     let stream = accept(&listener, &mut process, &log)?;
+    std::thread::spawn(move || watch_screen(&said));
+    let second = match second {
+        None => None,
+        Some((listener, _)) => Some(accept(&listener, &mut process, &log)?),
+    };
     let writer = stream.try_clone()?;
-    Ok(Session::new(process, stream, writer, log))
+    let mut session = Session::new(process, stream, writer, log);
+    session.second = second;
+    Ok(session)
+}
+
+/// Bochs draws its screen on a terminal that it makes and names, for somebody to look at; it stands
+/// still when nobody does and the terminal is full. So it is read, for as long as it is there.
+fn watch_screen(said: &Path) {
+    const NAME: &str = "connected to screen \"";
+    let terminal = (0..100).find_map(|_| {
+        let text = fs::read_to_string(said).unwrap_or_default();
+        let name = text
+            .split_once(NAME)
+            .and_then(|(_, rest)| rest.split_once('"'));
+        if name.is_none() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        name.map(|(name, _)| name.to_owned())
+    });
+    // Not as the terminal that controls us.
+    const NO_CONTROL: i32 = 0o400;
+    let mut options = File::options();
+    options.read(true).custom_flags(NO_CONTROL);
+    let Some(mut screen) = terminal.and_then(|name| options.open(name).ok()) else {
+        return;
+    };
+    // It must not answer, and lines mean nothing.
+    if let Ok(input) = screen.try_clone() {
+        let _ = Command::new("stty")
+            .args(["raw", "-echo"])
+            .stdin(input)
+            .status();
+    }
+    let mut buffer = [0; 4096];
+    while screen.read(&mut buffer).is_ok_and(|count| count > 0) {}
 }
 
 /// The emulated time in seconds since 1970 at which Bochs wrote the last line of its log: where a

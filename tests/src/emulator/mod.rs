@@ -168,12 +168,16 @@ pub struct Machine {
     pub memory: u32,
     /// Logical processors.
     pub cpus: u32,
+    /// The last of them has the highest APIC id of xAPIC mode, far from the others' (QEMU only).
+    pub sparse: bool,
     /// How its time runs.
     pub pace: Pace,
     /// Its virtualization extension.
     pub extension: Extension,
     /// Its network cards.
     pub cards: Vec<Card>,
+    /// A second serial port, for [`Session::second`].
+    pub second_port: bool,
     /// Keep the screen readable by [`Session::screen`], also after power-off.
     pub watched: bool,
 }
@@ -187,9 +191,11 @@ impl Machine {
             boot: Boot::Disk(disk.to_owned()),
             memory,
             cpus: 1,
+            sparse: false,
             pace: Pace::Free,
             extension: Extension::On,
             cards: Vec::new(),
+            second_port: false,
             watched: false,
         }
     }
@@ -224,8 +230,19 @@ pub struct Session {
     receiver: Receiver<Received>,
     sender: Sender<Received>,
     line: Line,
+    second: Option<TcpStream>,
     log: PathBuf,
     monitor: Option<qemu::Monitor>,
+}
+
+/// Where the emulator is to connect a second serial port, if the machine has one.
+fn second_port(machine: &Machine) -> Result<Option<(TcpListener, u16)>> {
+    if !machine.second_port {
+        return Ok(None);
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").context("a port for the second serial line")?;
+    let port = listener.local_addr()?.port();
+    Ok(Some((listener, port)))
 }
 
 /// Waits for an emulator that was just started to connect to us.
@@ -292,9 +309,15 @@ impl Session {
             receiver,
             sender,
             line: Line(Box::new(writer)),
+            second: None,
             log,
             monitor: None,
         }
+    }
+
+    /// The second serial port, of a machine that has one.
+    pub fn second(&mut self) -> Option<&mut TcpStream> {
+        self.second.as_mut()
     }
 
     /// Waits for the next event until `deadline`.
@@ -324,9 +347,9 @@ impl Session {
             .and_then(|()| self.line.0.flush());
     }
 
-    /// The text on the screen, its rows joined; `None` where it cannot be read: outside QEMU's
-    /// BIOS machines, and in those that are not [`Machine::watched`].
-    pub fn screen(&mut self) -> Option<Result<String>> {
+    /// The rows of text on the screen, as wide as it is; `None` where it cannot be read: outside
+    /// QEMU's BIOS machines, and in those that are not [`Machine::watched`].
+    pub fn screen(&mut self) -> Option<Result<Vec<String>>> {
         self.monitor.as_mut().map(qemu::Monitor::screen)
     }
 

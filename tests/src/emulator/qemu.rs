@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Card, Emulator, Extension, Firmware, Machine, Pace, Session, accept};
+use super::{
+    Boot, Card, Emulator, Extension, Firmware, Machine, Pace, Session, accept, second_port,
+};
 use crate::process::{Process, limited};
 
 /// The program.
@@ -50,13 +52,31 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     arg("-display", "none");
     arg("-monitor", "none");
     arg("-serial", "stdio");
+    let second = second_port(machine)?;
+    if let Some((_, port)) = &second {
+        let line = format!("socket,id=second,host=127.0.0.1,port={port}");
+        arg("-chardev", &line);
+        arg("-serial", "chardev:second");
+    }
     arg("-m", &machine.memory.to_string());
-    arg("-smp", &machine.cpus.to_string());
+    if machine.sparse {
+        // Ids of the second package begin at 128.
+        let near = machine.cpus.saturating_sub(1).max(1);
+        arg("-smp", &format!("{near},maxcpus=254,sockets=2,cores=127"));
+    } else {
+        arg("-smp", &machine.cpus.to_string());
+    }
+    let far = |model: &str, options: &str| {
+        format!("{model}-x86_64-cpu,socket-id=1,core-id=126,thread-id=0{options}")
+    };
     match (machine.emulator, machine.extension) {
         (_, Extension::LockedOff) => bail!("QEMU cannot lock the extension off; Bochs can"),
         (Emulator::QemuKvm, Extension::On) => {
             arg("-accel", "kvm");
             arg("-cpu", "host");
+            if machine.sparse {
+                arg("-device", &far("host", ""));
+            }
         }
         (Emulator::QemuKvm, Extension::Absent) => {
             arg("-accel", "kvm");
@@ -70,6 +90,9 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
                 "max,-svm"
             };
             arg("-cpu", svm);
+            if machine.sparse {
+                arg("-device", &far("max", ",svm=on,npt=on"));
+            }
         }
     }
     match machine.pace {
@@ -135,6 +158,10 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         .stdout(Stdio::piped())
         .stderr(errors);
     let mut process = Process::spawn(command)?;
+    let second = match second {
+        None => None,
+        Some((listener, _)) => Some(accept(&listener, &mut process, &log)?),
+    };
     let monitor = match monitor {
         None => None,
         Some(m) => {
@@ -149,7 +176,7 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     let reader = child.stdout.take().context("QEMU's output")?;
     let writer = child.stdin.take().context("QEMU's input")?;
     let mut session = Session::new(process, reader, writer, log);
-    session.monitor = monitor;
+    (session.monitor, session.second) = (monitor, second);
     Ok(session)
 }
 
@@ -161,9 +188,10 @@ pub(super) struct Monitor {
 }
 
 impl Monitor {
-    /// The characters of the VGA text page: 80 columns, 25 rows, each with an attribute byte.
-    pub(super) fn screen(&mut self) -> Result<String> {
-        const PAGE: usize = 80 * 25 * 2;
+    /// The rows of the VGA text page: 80 columns, 25 rows, each with an attribute byte.
+    pub(super) fn screen(&mut self) -> Result<Vec<String>> {
+        const ROW: usize = 80 * 2;
+        const PAGE: usize = ROW * 25;
         let _ = fs::remove_file(&self.file);
         writeln!(
             self.line,
@@ -174,7 +202,8 @@ impl Monitor {
         loop {
             let page = fs::read(&self.file).unwrap_or_default();
             if page.len() == PAGE {
-                return Ok(page.iter().step_by(2).map(|&c| char::from(c)).collect());
+                let row = |row: &[u8]| row.iter().step_by(2).map(|&c| char::from(c)).collect();
+                return Ok(page.chunks(ROW).map(row).collect());
             }
             if Instant::now() > until {
                 bail!("QEMU's monitor saved no screen to {}", self.file.display());

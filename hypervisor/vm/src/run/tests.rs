@@ -1022,6 +1022,41 @@ fn the_vm_ends_when_its_last_cpu_goes_deaf() {
 }
 
 #[test]
+fn a_kick_ends_a_halt_without_interrupts_or_the_next_one() {
+    let mut pair = Pair::new();
+    pair.command(1, 0x4601);
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+    pair.worlds[1].open(false);
+    let kick = |pair: &mut Pair, target: u64| {
+        let gprs = pair.worlds[0].gprs();
+        (gprs[Gpr::Rax], gprs[Gpr::Rcx]) = (abi::hypercall::KICK_CPU, target);
+        pair.worlds[0].core.kicked = 0;
+        assert_eq!(pair.worlds[0].run(&[Exit::Hypercall]), PREEMPTED);
+        assert_eq!(pair.worlds[0].gprs()[Gpr::Rax], 0);
+    };
+    let halted = |stop| matches!(stop, Stop::Halted { .. });
+    assert!(halted(pair.worlds[1].run(&[Exit::Hlt])));
+    kick(&mut pair, 1);
+    assert_eq!(pair.worlds[0].core.kicked, 0b10);
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED, "goes on");
+    // Two before a halt are one.
+    kick(&mut pair, 1);
+    kick(&mut pair, 1);
+    assert_eq!(pair.worlds[1].run(&[Exit::Hlt]), PREEMPTED);
+    assert!(halted(pair.worlds[1].run(&[Exit::Hlt])));
+    // Nobody is there.
+    for target in [2, 63, 64, u64::MAX] {
+        kick(&mut pair, target);
+        assert_eq!(pair.worlds[0].core.kicked, 0, "{target}");
+    }
+    // The sender may halt at once: who was kicked is not deaf.
+    kick(&mut pair, 1);
+    pair.worlds[0].open(false);
+    assert!(halted(pair.worlds[0].run(&[Exit::Hlt])));
+    assert_eq!(pair.worlds[1].run(&[]), PREEMPTED);
+}
+
+#[test]
 fn the_board_keeps_time_on_the_first_cpu_whoever_programs_it() {
     let mut pair = Pair::new();
     pair.command(1, 0x4601);
