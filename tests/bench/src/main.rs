@@ -154,7 +154,10 @@ fn main() -> Result<()> {
             Ok(())
         }
         ["count", name, frames] => count(name, frames.parse()?),
-        ["rivals", scratch] => rivals::measure(scratch.as_ref()),
+        ["rivals", scratch] => {
+            rivals::measure(scratch.as_ref());
+            Ok(())
+        }
         _ => bail!("path, cases, count CASE FRAMES, or rivals FOLDER"),
     }
 }
