@@ -11,7 +11,7 @@
 //! print alike.
 
 mod frames;
-mod ovs;
+pub mod ovs;
 mod random;
 mod text;
 mod world;

@@ -10,6 +10,7 @@ mod capture;
 mod config;
 mod doctor;
 mod factory;
+mod fuzz;
 mod image;
 mod kernel;
 mod lint;
@@ -213,6 +214,9 @@ struct TestArgs {
     /// Where its random numbers begin
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
+    /// For how many seconds the group fuzz tries each of its targets, two at a time
+    #[arg(long, value_name = "S", default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..))]
+    fuzz_seconds: u64,
     /// A group (lint, host, boot, linux, ...), group/case, or a part of a case's name
     filter: Vec<String>,
 }
@@ -234,7 +238,7 @@ struct TraceArgs {
 
 #[derive(Args)]
 struct BenchArgs {
-    /// The bench [default: all; known: exits, smp, share, boot, sched]
+    /// The bench [default: all; known: exits, smp, share, boot, sched, switch]
     name: Option<String>,
     /// Measure on this one only [default: Bochs and QEMU's own emulation]
     #[arg(long, value_enum)]
@@ -266,7 +270,11 @@ fn main() -> ExitCode {
                 Workspace::find()?,
                 args.on,
                 &args.filter,
-                (args.frames, args.seed),
+                &test::Amounts {
+                    frames: args.frames,
+                    seed: args.seed,
+                    fuzz_seconds: args.fuzz_seconds,
+                },
             )?;
             Ok(u8::from(!passed))
         }

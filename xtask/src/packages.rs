@@ -98,6 +98,8 @@ pub const OPEN_VSWITCH: Package = package(
     &["/usr/sbin/ovs-vswitchd"],
     "comparison of the switch with Open vSwitch",
 );
+/// A C++ compiler, for libFuzzer.
+pub const CPP: Package = package("g++", &["g++", "c++", "clang++"], "the fuzz targets");
 /// The distribution's Rust, where rustup cannot add a target.
 pub const DISTRO_RUST: [Package; 4] = [
     package("rustc-web", &["/usr/bin/rustc"], "toolchain fall-back"),

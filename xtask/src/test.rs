@@ -15,8 +15,9 @@ use harness::{Emulator, Firmware, Machine};
 
 use crate::config::memory_for;
 use crate::factory::{Factory, Kernel, bundle_of};
+use crate::fuzz::fuzz;
 use crate::lint::lint;
-use crate::packages::{OPEN_VSWITCH, need};
+use crate::packages::{CPP, OPEN_VSWITCH, need};
 use crate::progress::{note, seconds, step};
 use crate::select::{On, packages};
 use crate::toolchain::{Toolchain, Workspace, cargo};
@@ -27,12 +28,16 @@ const WORKERS: usize = 2;
 const TAIL: usize = 60;
 
 /// The groups beside those of the emulator cases.
-const GROUPS: [(&str, &str); 4] = [
+const GROUPS: [(&str, &str); 5] = [
     ("lint", "rustfmt, clippy, and the house rules about unsafe"),
     ("host", "the tests of every safe room, on this machine"),
     (
         "vswitch-oracle",
         "the switch beside Open vSwitch: random switches, flows and frames",
+    ),
+    (
+        "fuzz",
+        "libFuzzer at frames, flow text and the rings of each device",
     ),
     (
         "toolchain",
@@ -94,13 +99,22 @@ pub fn list() {
     }
 }
 
-/// Runs what the filters pick. True when all of it passed. `frames` is how many are compared with
-/// Open vSwitch, and with which seed.
+/// How much of what has no end of its own.
+pub struct Amounts {
+    /// Frames that are compared with Open vSwitch, ...
+    pub frames: u64,
+    /// ... and where their random numbers begin.
+    pub seed: u64,
+    /// For each fuzz target.
+    pub fuzz_seconds: u64,
+}
+
+/// Runs what the filters pick. True when all of it passed.
 pub fn test(
     workspace: Workspace,
     on: Option<On>,
     filters: &[String],
-    frames: (u64, u64),
+    amounts: &Amounts,
 ) -> Result<bool> {
     let begin = Instant::now();
     let players = players(on)?;
@@ -125,6 +139,9 @@ pub fn test(
     if other("vswitch-oracle") {
         needed.push(OPEN_VSWITCH);
     }
+    if other("fuzz") {
+        needed.push(CPP);
+    }
     needed.dedup_by_key(|p| p.name);
     need(&needed)?;
 
@@ -138,10 +155,14 @@ pub fn test(
     if other("vswitch-oracle") {
         outcomes.push(single("vswitch-oracle", "host", || {
             let scratch = workspace.dir("test/oracle")?;
-            let (count, seed) = frames;
             step("comparing with Open vSwitch", |_| {
-                harness::oracle::run(&scratch, count, seed)
+                harness::oracle::run(&scratch, amounts.frames, amounts.seed)
             })
+        }));
+    }
+    if other("fuzz") {
+        outcomes.push(single("fuzz", "host", || {
+            fuzz(&workspace, amounts.fuzz_seconds)
         }));
     }
     let factory = Factory::new(workspace.clone());

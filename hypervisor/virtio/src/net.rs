@@ -134,6 +134,8 @@ pub const FRAME_ROOM: usize = NetHeader::SIZE + MAX_FRAME;
 
 /// Chains of one frame in mergeable buffers: 512 bytes each suffice for the longest.
 const MAX_BUFFERS: usize = 130;
+/// The longest frame that is written with its header in one go.
+const SMALL: usize = 116;
 /// Flows that are remembered for steering.
 const FLOWS: usize = 256;
 const QUEUE_SIZE: u16 = 1024;
@@ -885,12 +887,45 @@ fn write_frame(
             false => Ok(Err(ReceiveDrop::Long)),
         };
     }
-    let mut at = first.write(mem, 0, &header)?;
-    for piece in frame.pieces() {
-        at += first.write(mem, at as u64, piece)?;
+    if let Some(small) = SmallFrame::join(&header, frame) {
+        first.write(mem, 0, small.bytes())?;
+    } else {
+        let mut at = first.write(mem, 0, &header)?;
+        for piece in frame.pieces() {
+            at += first.write(mem, at as u64, piece)?;
+        }
     }
-    queue.stage(mem, first.token(), at as u32)?;
+    queue.stage(mem, first.token(), total as u32)?;
     Ok(Ok(()))
+}
+
+/// A header and a frame in one piece: to copy a short frame twice costs less than to reach guest
+/// memory once more.
+struct SmallFrame {
+    bytes: [u8; NetHeader::SIZE + SMALL],
+    length: usize,
+}
+
+impl SmallFrame {
+    fn join(header: &[u8; NetHeader::SIZE], frame: &Frame<'_>) -> Option<Self> {
+        if frame.len() > SMALL {
+            return None;
+        }
+        let mut bytes = [0; NetHeader::SIZE + SMALL];
+        let (to, mut rest) = bytes.split_first_chunk_mut()?;
+        *to = *header;
+        for piece in frame.pieces() {
+            let (to, behind) = rest.split_at_mut_checked(piece.len())?;
+            to.copy_from_slice(piece);
+            rest = behind;
+        }
+        let length = NetHeader::SIZE + frame.len();
+        Some(Self { bytes, length })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.length).unwrap_or_default()
+    }
 }
 
 /// Writes a frame into several chains, each but the last up to its end (§5.1.6.4.1). The first is

@@ -24,6 +24,76 @@ const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 /// Longer than a million cases take.
 const LIMIT: Duration = Duration::from_secs(1500);
 
+/// A bridge whose frames go through Open vSwitch's userspace datapath.
+pub struct Userspace {
+    _switch: Process,
+    _database: Process,
+}
+
+impl Userspace {
+    /// Starts the daemons, with all their files in a folder of `scratch`, and a bridge of these
+    /// interfaces, which must be there. It needs the right to open packet sockets.
+    pub fn start(scratch: &Path, interfaces: &[&str]) -> Result<Self> {
+        let (dir, database) = database(scratch)?;
+        let switch = switch_daemon(&dir, &[])?;
+        vsctl(
+            &dir,
+            &[
+                "add-br",
+                "tsb-ovs",
+                "--",
+                "set",
+                "bridge",
+                "tsb-ovs",
+                "datapath_type=netdev",
+            ],
+        )?;
+        for interface in interfaces {
+            vsctl(&dir, &["add-port", "tsb-ovs", interface])?;
+        }
+        Ok(Self {
+            _switch: switch,
+            _database: database,
+        })
+    }
+}
+
+/// Starts the database, empty; gives the folder with all files.
+fn database(scratch: &Path) -> Result<(PathBuf, Process)> {
+    // A socket's path must be short.
+    let dir = scratch.join("ovs");
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+    let at = |name: &str| dir.join(name).display().to_string();
+    run(&dir, "ovsdb-tool", &["create", &at("conf.db"), SCHEMA])?;
+    let database = daemon(
+        &dir,
+        "ovsdb-server",
+        &[
+            at("conf.db"),
+            format!("--remote=punix:{}", at("db.sock")),
+            format!("--unixctl={}", at("db.ctl")),
+        ],
+    )?;
+    appears(&dir.join("db.sock"))?;
+    vsctl(&dir, &["--no-wait", "init"])?;
+    Ok((dir, database))
+}
+
+/// Starts the daemon that switches, without the kernel's datapath.
+fn switch_daemon(dir: &Path, more: &[&str]) -> Result<Process> {
+    let at = |name: &str| dir.join(name).display().to_string();
+    let mut words = vec![
+        format!("unix:{}", at("db.sock")),
+        "--disable-system".to_owned(),
+        format!("--unixctl={}", at("vs.ctl")),
+    ];
+    words.extend(more.iter().copied().map(str::to_owned));
+    let switch = daemon(dir, "ovs-vswitchd", &words)?;
+    appears(&dir.join("vs.ctl"))?;
+    Ok(switch)
+}
+
 /// The two daemons.
 pub struct Daemons {
     dir: PathBuf,
@@ -37,37 +107,11 @@ pub struct Daemons {
 impl Daemons {
     /// Starts them with all their files in a folder of `scratch`.
     pub fn start(scratch: &Path) -> Result<Self> {
-        // A socket's path must be short.
-        let dir = scratch.join("ovs");
-        let _ = fs::remove_dir_all(&dir);
-        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
-        let at = |name: &str| dir.join(name).display().to_string();
-        run(&dir, "ovsdb-tool", &["create", &at("conf.db"), SCHEMA])?;
-        let database = daemon(
-            &dir,
-            "ovsdb-server",
-            &[
-                at("conf.db"),
-                format!("--remote=punix:{}", at("db.sock")),
-                format!("--unixctl={}", at("db.ctl")),
-            ],
-        )?;
-        appears(&dir.join("db.sock"))?;
-        vsctl(&dir, &["--no-wait", "init"])?;
+        let (dir, database) = database(scratch)?;
         let limit = "other_config:vlan-limit=2";
         vsctl(&dir, &["--no-wait", "set", "Open_vSwitch", ".", limit])?;
-        let switch = daemon(
-            &dir,
-            "ovs-vswitchd",
-            &[
-                format!("unix:{}", at("db.sock")),
-                "--enable-dummy=override".to_owned(),
-                "--disable-system".to_owned(),
-                format!("--unixctl={}", at("vs.ctl")),
-            ],
-        )?;
+        let switch = switch_daemon(&dir, &["--enable-dummy=override"])?;
         let socket = dir.join("vs.ctl");
-        appears(&socket)?;
         let control = UnixStream::connect(&socket).context("ovs-vswitchd's control socket")?;
         control.set_read_timeout(Some(Duration::from_secs(20)))?;
         let answers = Deserializer::from_reader(control.try_clone()?).into_iter();
