@@ -7,8 +7,8 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 
 use crc32fast::Hasher;
 use guest_runtime::cpu::rdtsc;
-use guest_runtime::{clock, cmdline, println};
-use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet, SocketStorage};
+use guest_runtime::{clock, cmdline, print, println};
+use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet, SocketStorage};
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::{dhcpv4, icmp, tcp};
 use smoltcp::time::Instant;
@@ -26,7 +26,7 @@ const FIRST_PORT: u16 = 49152;
 /// What the source sends.
 const FILE: u64 = 1 << 20;
 const IDENT: u16 = 0x7e55;
-const PINGS: u16 = 4;
+const PINGS: usize = 4;
 /// How often one is asked that never answered, once a second.
 const TRIES: u16 = 30;
 const SECOND: u64 = 1_000_000;
@@ -314,10 +314,12 @@ impl Network<'_> {
     /// Moves everything on, and halts until there is news or the time is `until`.
     fn step(&mut self, until: u64) {
         self.card.look();
-        self.interface
+        let polled = self
+            .interface
             .poll(instant(), &mut self.card, &mut self.sockets);
         self.lease();
-        let mut worked = false;
+        // Sockets with news are for the caller to look at.
+        let mut worked = polled == PollResult::SocketStateChanged;
         for server in &mut self.servers {
             worked |= server.serve(self.sockets.get_mut(server.socket));
         }
@@ -391,23 +393,27 @@ impl Network<'_> {
     }
 
     fn ping(&mut self, whom: Ipv4Address) -> bool {
-        let (mut number, mut answers, mut least, mut most) = (0, 0, u64::MAX, 0);
-        let mut asked = 0;
+        let (mut number, mut asked, mut answers) = (0, 0, 0);
+        let mut trips = [None; PINGS];
         while asked < PINGS && number < TRIES {
             number += 1;
             let answer = self.ask(whom, number);
-            if let Some(micros) = answer {
-                answers += 1;
-                (least, most) = (least.min(micros), most.max(micros));
+            answers += usize::from(answer.is_some());
+            if answers != 0 {
+                trips[asked] = answer;
+                asked += 1;
             }
-            asked += u16::from(answers != 0);
         }
         if answers == 0 {
             println!("hello: ping {whom}: no answer to {number}");
-        } else {
-            println!("hello: ping {whom}: {answers} of {asked}, {least} to {most} us");
+            return false;
         }
-        answers != 0
+        print!("hello: ping {whom}: {answers} of {asked},");
+        for trip in trips.iter().flatten() {
+            print!(" {trip}");
+        }
+        println!(" us");
+        true
     }
 
     fn connect(&mut self, to: (Ipv4Address, u16)) -> bool {
