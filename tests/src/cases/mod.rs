@@ -10,11 +10,12 @@ mod lifecycle;
 mod linux;
 mod network;
 mod smp;
+mod virtio;
 
 use crate::dialogue::{Case, Heard};
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 11] = [
+pub const GROUPS: [(&str, &str); 12] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -34,6 +35,10 @@ pub const GROUPS: [(&str, &str); 11] = [
     (
         "lifecycle",
         "VMs start, pause, end and start again, and leave nothing behind",
+    ),
+    (
+        "virtio",
+        "rings and registers as no driver would write them, beside a heartbeat",
     ),
     ("network", "the machine's network cards are found and used"),
     (
@@ -68,6 +73,7 @@ pub fn all() -> Vec<&'static Case> {
         inject::CASES,
         lifecycle::CASES,
         network::CASES,
+        virtio::CASES,
         console::CASES,
         bad_input::CASES,
     ];
