@@ -582,7 +582,7 @@ pub fn ring_window() {
 pub fn ring_storm() {
     each(|target| {
         let rig = target.begin(0);
-        for turn in 0..5_000u64 {
+        for turn in 0..3_000u64 {
             match turn % 3 {
                 0 => rig.kick(),
                 1 => ring(target.device.notify + turn % 64 * 4, turn as u16),

@@ -317,6 +317,8 @@ pub struct Transmitted {
 pub struct NetState {
     settings: Settings,
     started: bool,
+    /// It may reach memory.
+    master: bool,
     /// The driver broke the rules.
     broken: bool,
     link: bool,
@@ -378,6 +380,7 @@ impl NetDevice {
             state: NetState {
                 settings: Settings::new(0, config.mac),
                 started: false,
+                master: true,
                 broken: false,
                 link: true,
                 queues: (0..queues).map(|_| None).collect(),
@@ -473,10 +476,10 @@ impl NetDevice {
         }
     }
 
-    /// Whether a driver runs that kept to the rules so far.
+    /// Whether a driver runs that kept to the rules so far, and lets the device reach memory.
     #[must_use]
     pub const fn ready(&self) -> bool {
-        self.state.started && !self.state.broken
+        self.state.started && self.state.master && !self.state.broken
     }
 
     fn broken(&mut self, error: QueueError) {
@@ -1044,6 +1047,21 @@ impl Device for SharedNet {
         net.flows = [u8::MAX; FLOWS];
         net.update_served();
         self.bells.set(0, 0);
+    }
+
+    fn set_master(&mut self, on: bool) {
+        let mut net = self.lock();
+        if net.state.master != on {
+            net.state.master = on;
+            net.update_served();
+            // Doorbells in between were not heard.
+            for (index, _) in (0..)
+                .zip(&net.state.queues)
+                .filter(|(_, queue)| on && queue.is_some())
+            {
+                self.bells.notify(bit(index));
+            }
+        }
     }
 
     fn notify(&mut self, index: u16) {
