@@ -356,6 +356,8 @@ pub struct Transmitted {
 pub struct NetState {
     settings: Settings,
     started: bool,
+    /// It may reach memory.
+    master: bool,
     /// The driver broke the rules.
     broken: bool,
     link: bool,
@@ -417,6 +419,7 @@ impl NetDevice {
             state: NetState {
                 settings: Settings::new(0, config.mac),
                 started: false,
+                master: true,
                 broken: false,
                 link: true,
                 queues: (0..queues).map(|_| None).collect(),
@@ -520,10 +523,10 @@ impl NetDevice {
         }
     }
 
-    /// Whether a driver runs that kept to the rules so far.
+    /// Whether a driver runs that kept to the rules so far, and lets the device reach memory.
     #[must_use]
     pub const fn ready(&self) -> bool {
-        self.state.started && !self.state.broken
+        self.state.started && self.state.master && !self.state.broken
     }
 
     fn broken(&mut self, error: QueueError) {
@@ -1147,6 +1150,21 @@ impl Device for SharedNet {
         net.flows = [u8::MAX; FLOWS];
         net.update_served();
         self.bells.set(if news { ASKED } else { 0 }, 0);
+    }
+
+    fn set_master(&mut self, on: bool) {
+        let mut net = self.lock();
+        if net.state.master != on {
+            net.state.master = on;
+            net.update_served();
+            // Doorbells in between were not heard.
+            for (index, _) in (0..)
+                .zip(&net.state.queues)
+                .filter(|(_, queue)| on && queue.is_some())
+            {
+                self.bells.notify(bit(index));
+            }
+        }
     }
 
     fn notify(&mut self, index: u16) {

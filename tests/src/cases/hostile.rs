@@ -26,7 +26,7 @@ pub(super) const FILES: &[(&str, Source)] = &[
 
 /// The greatest lateness in microseconds that is right: a report of a crash and a line of the log
 /// beside the slices of those who run.
-const BOUND: u64 = 40_000;
+pub(super) const BOUND: u64 = 40_000;
 
 /// A VM that makes the attacks given. The first in a configuration has the console's focus, so its
 /// lines may be broken by others'; the heartbeat never is the first.

@@ -11,11 +11,12 @@ mod linux;
 mod network;
 mod smp;
 mod switch;
+mod virtio;
 
 use crate::dialogue::{Case, Heard};
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 11] = [
+pub const GROUPS: [(&str, &str); 12] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -35,6 +36,10 @@ pub const GROUPS: [(&str, &str); 11] = [
     (
         "lifecycle",
         "VMs start, pause, end and start again, and leave nothing behind",
+    ),
+    (
+        "virtio",
+        "rings and registers as no driver would write them, beside a heartbeat",
     ),
     (
         "network",
@@ -73,6 +78,7 @@ pub fn all() -> Vec<&'static Case> {
         lifecycle::CASES,
         network::CASES,
         switch::CASES,
+        virtio::CASES,
         console::CASES,
         bad_input::CASES,
     ];
