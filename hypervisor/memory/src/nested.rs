@@ -298,16 +298,20 @@ impl NestedTables {
         Some(leaf)
     }
 
-    /// Unmaps everything, hands every leaf to `release`, and frees the tables below the root.
+    /// Unmaps up to `most` pages, hands each leaf to `release`, and frees the tables below the root
+    /// that have become empty. `true` when nothing is left.
     pub fn clear(
         &mut self,
         phys: &impl PhysMemory,
         frames: &mut impl FrameSource,
+        mut most: u64,
         release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf),
-    ) {
-        self.clear_table(phys, frames, self.root, 4, GuestPhysAddr::new(0), release);
+    ) -> bool {
+        let (root, base) = (self.root, GuestPhysAddr::new(0));
+        self.clear_table(phys, frames, root, 4, base, &mut most, release)
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn clear_table(
         &mut self,
         phys: &impl PhysMemory,
@@ -315,8 +319,9 @@ impl NestedTables {
         table: HostPhysAddr,
         level: u32,
         base: GuestPhysAddr,
+        most: &mut u64,
         release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf),
-    ) {
+    ) -> bool {
         for index in 0..512 {
             let entry_at = table.wrapping_add(index * 8);
             let entry = phys.read_u64(entry_at);
@@ -325,8 +330,12 @@ impl NestedTables {
             }
             let gpa = base.wrapping_add(index << (12 + 9 * (level - 1)));
             let next = HostPhysAddr::new(entry & ADDRESS);
-            phys.write_u64(entry_at, 0);
             if level == 1 || (level < 4 && entry & LARGE != 0) {
+                let Some(rest) = most.checked_sub(1) else {
+                    return false;
+                };
+                *most = rest;
+                phys.write_u64(entry_at, 0);
                 let size = size_at(level);
                 let frame = next.align_down(size.bytes());
                 release(
@@ -339,11 +348,15 @@ impl NestedTables {
                     },
                 );
             } else {
-                self.clear_table(phys, frames, next, level - 1, gpa, release);
+                if !self.clear_table(phys, frames, next, level - 1, gpa, most, release) {
+                    return false;
+                }
+                phys.write_u64(entry_at, 0);
                 frames.free(next, PageSize::Size4K);
                 self.tables -= 1;
             }
         }
+        true
     }
 
     /// Frees the root of tables that [`NestedTables::clear`] has emptied.
@@ -484,9 +497,10 @@ mod tests {
                 .unwrap();
         }
         assert!(tables.table_bytes() > 3 * PAGE_SIZE);
-        tables.clear(&phys, &mut frames, &mut |frames, _, leaf| {
-            frames.free(leaf.frame, leaf.size)
-        });
+        let mut free =
+            |frames: &mut dyn FrameSource, _, leaf: Leaf| frames.free(leaf.frame, leaf.size);
+        assert!(!tables.clear(&phys, &mut frames, 1, &mut free));
+        assert!(tables.clear(&phys, &mut frames, u64::MAX, &mut free));
         assert_eq!(tables.table_bytes(), PAGE_SIZE);
         tables.free_root(&mut frames);
         assert_eq!(frames.free_bytes(), before);
