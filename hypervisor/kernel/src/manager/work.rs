@@ -138,8 +138,12 @@ impl Manager {
             begun,
         } = half;
         let (mut made, before) = (None, taken());
+        let t0 = self.machine.clock.now();
+        let st = match &stage { Stage::Images => 0, Stage::Memory(_) => 1, Stage::Vcpus(..) => 2 };
         let sound = cpu::guard::run(|| made = Some(self.advance(number, &numbers, stage)));
         let taken = so_far + taken() - before;
+        let t1 = self.machine.clock.now().since(t0);
+        if t1 > 2_500_000 { debug!("piece {st} {} µs", t1/1000); }
         let failed = || VmError::Vcpu("the hypervisor failed while it made this VM".to_string());
         let made = made.filter(|_| sound.is_ok());
         match made.unwrap_or_else(|| Err(failed())) {
