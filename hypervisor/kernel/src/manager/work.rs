@@ -138,12 +138,8 @@ impl Manager {
             begun,
         } = half;
         let (mut made, before) = (None, taken());
-        let t0 = self.machine.clock.now();
-        let st = match &stage { Stage::Images => 0, Stage::Memory(_) => 1, Stage::Vcpus(..) => 2 };
         let sound = cpu::guard::run(|| made = Some(self.advance(number, &numbers, stage)));
         let taken = so_far + taken() - before;
-        let t1 = self.machine.clock.now().since(t0);
-        if t1 > 2_500_000 { debug!("piece {st} {} µs", t1/1000); }
         let failed = || VmError::Vcpu("the hypervisor failed while it made this VM".to_string());
         let made = made.filter(|_| sound.is_ok());
         match made.unwrap_or_else(|| Err(failed())) {
@@ -151,13 +147,11 @@ impl Manager {
                 let away = self.work.away.max(self.machine.clock.now().since(start));
                 let took = self.machine.clock.now().since(begun);
                 let overhead = taken.saturating_sub_unsigned(vm.backed_bytes());
+                let name = vm.name().to_string();
                 self.finish(number, numbers, Live::new(number, vm, vcpus));
                 console::say(format_args!("bench vm-memory {overhead} bytes"));
-                debug!(
-                    "made in {} µs, {} at most at once",
-                    took / 1000,
-                    away / 1000
-                );
+                let (took, away) = (took / 1000, away / 1000);
+                debug!("vm {name}: made in {took} µs, at most {away} of them at once");
             }
             Ok(stage) => {
                 self.work.half = Some(Half {
