@@ -298,20 +298,17 @@ impl NestedTables {
         Some(leaf)
     }
 
-    /// Unmaps up to `most` pages, hands each leaf to `release`, and frees the tables below the root
-    /// that have become empty. `true` when nothing is left.
+    /// Hands leaves to `release` and unmaps them for as long as that takes them, and frees the
+    /// tables below the root that have become empty. `true` when nothing is left.
     pub fn clear(
         &mut self,
         phys: &impl PhysMemory,
         frames: &mut impl FrameSource,
-        mut most: u64,
-        release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf),
+        release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf) -> bool,
     ) -> bool {
-        let (root, base) = (self.root, GuestPhysAddr::new(0));
-        self.clear_table(phys, frames, root, 4, base, &mut most, release)
+        self.clear_table(phys, frames, self.root, 4, GuestPhysAddr::new(0), release)
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn clear_table(
         &mut self,
         phys: &impl PhysMemory,
@@ -319,8 +316,7 @@ impl NestedTables {
         table: HostPhysAddr,
         level: u32,
         base: GuestPhysAddr,
-        most: &mut u64,
-        release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf),
+        release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf) -> bool,
     ) -> bool {
         for index in 0..512 {
             let entry_at = table.wrapping_add(index * 8);
@@ -331,24 +327,19 @@ impl NestedTables {
             let gpa = base.wrapping_add(index << (12 + 9 * (level - 1)));
             let next = HostPhysAddr::new(entry & ADDRESS);
             if level == 1 || (level < 4 && entry & LARGE != 0) {
-                let Some(rest) = most.checked_sub(1) else {
-                    return false;
-                };
-                *most = rest;
-                phys.write_u64(entry_at, 0);
                 let size = size_at(level);
                 let frame = next.align_down(size.bytes());
-                release(
-                    frames,
-                    gpa,
-                    Leaf {
-                        frame,
-                        size,
-                        rights: self.format.rights(entry),
-                    },
-                );
+                let leaf = Leaf {
+                    frame,
+                    size,
+                    rights: self.format.rights(entry),
+                };
+                if !release(frames, gpa, leaf) {
+                    return false;
+                }
+                phys.write_u64(entry_at, 0);
             } else {
-                if !self.clear_table(phys, frames, next, level - 1, gpa, most, release) {
+                if !self.clear_table(phys, frames, next, level - 1, gpa, release) {
                     return false;
                 }
                 phys.write_u64(entry_at, 0);
@@ -497,10 +488,17 @@ mod tests {
                 .unwrap();
         }
         assert!(tables.table_bytes() > 3 * PAGE_SIZE);
-        let mut free =
-            |frames: &mut dyn FrameSource, _, leaf: Leaf| frames.free(leaf.frame, leaf.size);
-        assert!(!tables.clear(&phys, &mut frames, 1, &mut free));
-        assert!(tables.clear(&phys, &mut frames, u64::MAX, &mut free));
+        let pieces = [1, u64::MAX].map(|mut most| {
+            tables.clear(&phys, &mut frames, &mut |frames, _, leaf| {
+                let takes = most > 0;
+                if takes {
+                    most -= 1;
+                    frames.free(leaf.frame, leaf.size);
+                }
+                takes
+            })
+        });
+        assert_eq!(pieces, [false, true]);
         assert_eq!(tables.table_bytes(), PAGE_SIZE);
         tables.free_root(&mut frames);
         assert_eq!(frames.free_bytes(), before);

@@ -340,19 +340,24 @@ impl<P: PhysMemory, F: FrameSource> AddressSpace<P, F> {
 
     /// Takes up to `most` frames back; `true` when none is left. The caller invalidates cached
     /// translations.
-    pub fn give_back(&mut self, most: u64) -> bool {
+    pub fn give_back(&mut self, mut most: u64) -> bool {
         self.cache = [EMPTY; CACHE_ENTRIES];
         let (regions, backed) = (&self.regions, &mut self.backed);
         let Some(tables) = &mut self.tables else {
             return true;
         };
         let (phys, frames) = (&self.phys, &mut self.frames);
-        tables.clear(phys, frames, most, &mut |frames, gpa, leaf| {
+        tables.clear(phys, frames, &mut |frames, gpa, leaf| {
+            let Some(rest) = most.checked_sub(1) else {
+                return false;
+            };
+            most = rest;
             // A device page was lent, not backed: it is not ours to free.
             if regions.iter().any(|region| region.contains(gpa)) {
                 frames.free(leaf.frame, leaf.size);
                 *backed -= leaf.size.bytes();
             }
+            true
         })
     }
 }
