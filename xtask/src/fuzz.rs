@@ -95,10 +95,7 @@ fn one(workspace: &Workspace, target: &str, seconds: u64) -> Result<String> {
     let found = workspace.dir(&format!("fuzz/{target}/corpus"))?;
     let faults = workspace.dir(&format!("fuzz/{target}/faults"))?;
     let program = program(workspace, target)?;
-    let mut fuzzer = limited(
-        &program.to_string_lossy(),
-        Duration::from_secs(seconds + 120),
-    );
+    let mut fuzzer = limited(&program, Duration::from_secs(seconds + 120));
     fuzzer
         .arg(format!("-max_total_time={seconds}"))
         .args([MAX_LENGTH, "-timeout=10", "-rss_limit_mb=1024"])

@@ -7,7 +7,6 @@ use crate::run::CoreHost;
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
-use alloc::vec::Vec;
 use arch::{Cr4, FrameSource, HostPhysAddr, PageSize, Vcpu};
 use cpu::page::HostPage;
 use cpu::svm::{Svm, SvmBitmaps, SvmCaps, SvmConfig, SvmFeatures, SvmVcpu};
@@ -19,6 +18,7 @@ use machine::cpuid::Enabled;
 use memory::Format;
 use vm::dump::Dump;
 use vm::exits::Exits;
+use vm::load::EntryState;
 use vm::{MakeVcpu, Processor, Stop, VcpuParts, Vm, VmError, VmSetup};
 
 /// One vendor's way to make VMs.
@@ -35,16 +35,24 @@ pub trait Backend: Sync {
     fn enabled(&self) -> Enabled;
     /// A page to map at the local APIC's address in every guest, if the hardware wants one.
     fn apic_access_page(&self) -> Option<HostPhysAddr>;
-    /// A VM, whose vCPUs have these numbers in the machine.
-    fn create(&self, host: &Host, numbers: &[u16], setup: Setup<'_>) -> Result<Made, VmError>;
+    /// A VM's vCPU `id`, with this number in the machine; the first starts as `entry` says.
+    ///
+    /// # Errors
+    /// See [`Processor::new`].
+    fn vcpu(
+        &self,
+        host: &Host,
+        number: u16,
+        vm: &Arc<AnyVm>,
+        id: u32,
+        entry: &EntryState,
+    ) -> Result<Box<dyn Guest>, VmError>;
 }
 
 /// What a VM is made from.
-pub type Setup<'a> = VmSetup<'a, DirectMap, Frames>;
+pub type Setup<'a> = VmSetup<'a, 'static, DirectMap, Frames>;
 /// What the vCPUs of a VM share.
 pub type AnyVm = Vm<DirectMap, Frames>;
-/// A VM and its vCPUs.
-pub type Made = (Arc<AnyVm>, Vec<Box<dyn Guest>>);
 
 /// A vCPU on the heap. Only what is called once a turn goes through here; what happens at an exit
 /// knows the vendor.
@@ -84,26 +92,13 @@ impl<V: OwnsPages + Send + 'static> Guest for Processor<V, DirectMap, Frames> {
     }
 }
 
-fn create<V: OwnsPages + Send + 'static>(
-    setup: Setup<'_>,
+fn boxed<V: OwnsPages + Send + 'static>(
+    vm: &Arc<AnyVm>,
+    id: u32,
+    entry: &EntryState,
     make: MakeVcpu<'_, V>,
-) -> Result<Made, VmError> {
-    let mut made = Vec::new();
-    match Processor::create_all(setup, make, &mut made) {
-        Ok(vm) => {
-            let vcpus = made.into_iter();
-            Ok((
-                vm,
-                vcpus.map(|vcpu| Box::new(vcpu) as Box<dyn Guest>).collect(),
-            ))
-        }
-        Err(error) => {
-            for vcpu in made {
-                vcpu.into_vcpu().give_back();
-            }
-            Err(error)
-        }
-    }
+) -> Result<Box<dyn Guest>, VmError> {
+    Ok(Box::new(Processor::new(vm, id, entry, make)?))
 }
 
 /// A vCPU that holds pages of the machine.
@@ -257,10 +252,16 @@ impl Backend for VmxBackend {
         Format::Ept
     }
 
-    fn create(&self, host: &Host, numbers: &[u16], setup: Setup<'_>) -> Result<Made, VmError> {
-        create(setup, &mut |parts| {
-            let number = numbers.get(parts.id as usize).copied();
-            self.create_vcpu(host, number.unwrap_or(0), &parts)
+    fn vcpu(
+        &self,
+        host: &Host,
+        number: u16,
+        vm: &Arc<AnyVm>,
+        id: u32,
+        entry: &EntryState,
+    ) -> Result<Box<dyn Guest>, VmError> {
+        boxed(vm, id, entry, &mut |parts| {
+            self.create_vcpu(host, number, &parts)
         })
     }
 
@@ -343,10 +344,16 @@ impl Backend for SvmBackend {
         Format::Npt
     }
 
-    fn create(&self, host: &Host, numbers: &[u16], setup: Setup<'_>) -> Result<Made, VmError> {
-        create(setup, &mut |parts| {
-            let number = numbers.get(parts.id as usize).copied();
-            self.create_vcpu(host, number.unwrap_or(0), parts.root)
+    fn vcpu(
+        &self,
+        host: &Host,
+        number: u16,
+        vm: &Arc<AnyVm>,
+        id: u32,
+        entry: &EntryState,
+    ) -> Result<Box<dyn Guest>, VmError> {
+        boxed(vm, id, entry, &mut |parts| {
+            self.create_vcpu(host, number, parts.root)
         })
     }
 

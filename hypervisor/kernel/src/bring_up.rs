@@ -478,6 +478,7 @@ fn start(
     config: &Config,
 ) -> ! {
     machine::emulate::prepare();
+    let _ = machine::acpi::prepare();
     let base = frames::heap_used();
     console::say(format_args!("bench hypervisor-heap {base} bytes"));
     let machine = Box::leak(Box::new(Machine::new(host, backend, config)));

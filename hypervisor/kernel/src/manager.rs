@@ -3,26 +3,24 @@
 
 mod answers;
 mod network;
+mod work;
 
-use crate::backend::{Guest, Setup};
 use crate::bring_up::STATUS_BOOT;
 use crate::console::{self, Request};
-use crate::cores;
-use crate::frames::{self, Frames};
-use crate::run::{Live, Machine};
+use crate::run::Machine;
 use alloc::format;
 use alloc::string::{String, ToString};
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 use arch::Nanos;
 use core::sync::atomic::Ordering;
 use log::{error, info, warn};
 use monitor::command::Command;
-use sched::{CoreId, CoreSet, Policy, VcpuId, VmId};
+use sched::{CoreId, CoreSet, Policy, VmId};
 use vm::bundle::Bundle;
 use vm::config::{Class, Config, MAX_VMS, Placement, Scheduling, VmConfig, WhenDone};
 use vm::life::{Do, Life, Request as Ask, State};
-use vm::{End, Order, VmError};
+use vm::{End, Order};
+use work::Work;
 
 /// Exit status for a VM that crashed.
 const STATUS_CRASH: u32 = 101;
@@ -65,6 +63,7 @@ pub struct Manager {
     machine: &'static Machine,
     bundle: &'static Bundle<'static>,
     vms: Vec<Kept>,
+    work: Work,
     /// The numbers that vCPUs have.
     numbers: [u64; MAX_NUMBERS / 64],
     /// The first bad end: exit status and reason.
@@ -86,6 +85,7 @@ impl Manager {
             machine,
             bundle,
             vms: Vec::new(),
+            work: Work::new(),
             numbers: [0; MAX_NUMBERS / 64],
             failure: None,
             topped: Nanos::ZERO,
@@ -136,7 +136,7 @@ impl Manager {
 
     /// Adds a VM and starts it.
     fn add(&mut self, config: &VmConfig) {
-        let number = console::add_guest(&config.name, config.console_port);
+        console::add_guest(&config.name, config.console_port);
         let cores = self.machine.host.cores.len() as u32;
         let mut life = Life::new(config.into());
         let fits = config.check_cores("tessera.toml", cores);
@@ -155,13 +155,9 @@ impl Manager {
             dump: Wanted::No,
             seen: alloc::vec![0; config.vcpus as usize],
         });
-        self.start_due(number);
-    }
-
-    /// When something is to be done by itself.
-    pub fn due(&self) -> Nanos {
-        let due = self.vms.iter().map(|vm| vm.life.due());
-        due.min().unwrap_or(Nanos::NEVER).min(self.drain)
+        // No guest runs yet, and images are summed up for seconds: no case for the watchdog.
+        cpu::percpu::this().rest();
+        self.work(u64::MAX);
     }
 
     /// Does what is to be done, and says when it is all over: once a VM ran, the machine goes on
@@ -181,89 +177,10 @@ impl Manager {
         if let Some(over) = self.console() {
             return Some(over);
         }
-        for number in 0..self.vms.len() {
-            self.start_due(number);
-        }
+        self.work_if_due();
         self.drain_captures();
         let active = self.vms.iter().any(|vm| vm.life.is_active());
         (!active && !self.waits()).then_some(Over::Done)
-    }
-
-    fn start_due(&mut self, number: usize) {
-        let now = self.machine.clock.now();
-        if self
-            .vms
-            .get(number)
-            .is_some_and(|vm| vm.life.state() != State::Defined && vm.life.due() <= now)
-        {
-            self.start(number);
-        }
-    }
-
-    /// Makes a VM and lets it run.
-    fn start(&mut self, number: usize) {
-        let Some(config) = self.vms.get(number).map(|vm| vm.config.clone()) else {
-            return;
-        };
-        let now = self.machine.clock.now();
-        // Images are copied and summed up for seconds: no case for the watchdog.
-        cpu::percpu::this().rest();
-        let result = self.make(number, &config);
-        let Some(vm) = self.vms.get_mut(number) else {
-            return;
-        };
-        match result {
-            Ok(live) => {
-                vm.life.started(now);
-                self.machine.set_live(number, Some(Arc::new(live)));
-                let first = VcpuId {
-                    vm: VmId(number as u16),
-                    index: 0,
-                };
-                self.machine.schedule(|s, now| s.wake(first, now));
-            }
-            Err(error) => {
-                vm.life.failed();
-                vm.end = None;
-                error!("vm {}: {error}", config.name);
-                self.fail(STATUS_BOOT, format!("vm {}: {error}", config.name));
-            }
-        }
-    }
-
-    fn make(&mut self, number: usize, config: &VmConfig) -> Result<Live, String> {
-        let id = VmId(number as u16);
-        let numbers = self.take_numbers(config.vcpus);
-        let policy = self.vms.get(number).map(|vm| vm.policy.clone());
-        let policy = policy.unwrap_or_default();
-        let admitted = self
-            .machine
-            .schedule(|s, _| s.add_vm(id, config.vcpus as u16, policy));
-        let result = match admitted {
-            Ok(()) => {
-                let mut made = None;
-                let sound = cpu::guard::run(|| made = Some(self.create(number, config, &numbers)));
-                let failed =
-                    || VmError::Vcpu("the hypervisor failed while it made this VM".to_string());
-                let result = made
-                    .filter(|_| sound.is_ok())
-                    .unwrap_or_else(|| Err(failed()));
-                if result.is_err() {
-                    self.machine.schedule(|s, _| s.remove_vm(id));
-                }
-                result.map_err(|error| error.to_string())
-            }
-            Err(error) => Err(error.to_string()),
-        };
-        match &result {
-            Ok(_) => {
-                if let Some(vm) = self.vms.get_mut(number) {
-                    vm.numbers = numbers;
-                }
-            }
-            Err(_) => self.give_numbers(&numbers),
-        }
-        result
     }
 
     /// The lowest free numbers: hardware has few tags on some machines.
@@ -289,51 +206,6 @@ impl Manager {
                 *word &= !(1 << (number % 64));
             }
         }
-    }
-
-    fn create(&self, number: usize, config: &VmConfig, numbers: &[u16]) -> Result<Live, VmError> {
-        let (before_heap, before_frames) = (frames::heap_used(), frames::free_bytes());
-        let promised: u64 = (0..self.vms.len())
-            .filter_map(|number| self.machine.live(number))
-            .map(|live| live.vm.outstanding_bytes())
-            .sum();
-        let (host, backend) = (self.machine.host, self.machine.backend);
-        let now = hw::rdtsc();
-        let setup = Setup {
-            config,
-            bundle: self.bundle,
-            format: backend.format(),
-            phys: host.map,
-            frames: Frames,
-            free_bytes: before_frames.saturating_sub(promised),
-            tsc: now,
-            tsc_hz: host.tsc_hz,
-            wall_clock: host.wall_clock + Nanos::from_ticks(now - host.wall_tsc, host.tsc_hz).0,
-            enabled: backend.enabled(),
-            host_cpuid: &|leaf, subleaf| {
-                let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);
-                [result.eax, result.ebx, result.ecx, result.edx]
-            },
-            random_seed: hw::random_seed(),
-            apic_access_page: backend.apic_access_page(),
-            still_waiting: cores::watch_while_waiting,
-        };
-        let (vm, vcpus) = backend.create(host, numbers, setup)?;
-        info!(
-            "vm {}: {} MiB, {} vCPU{}, kernel {}",
-            config.name,
-            config.memory >> 20,
-            config.vcpus,
-            if config.vcpus == 1 { "" } else { "s" },
-            config.kernel.name
-        );
-        let heap = frames::heap_used().saturating_sub(before_heap) as u64;
-        let taken = before_frames.saturating_sub(frames::free_bytes());
-        console::say(format_args!(
-            "bench vm-memory {} bytes",
-            heap + taken.saturating_sub(vm.backed_bytes())
-        ));
-        Ok(Live::new(number, vm, vcpus))
     }
 
     /// All vCPUs of a VM have left the cores.
@@ -391,16 +263,10 @@ impl Manager {
         let name = vm.config.name.clone();
         if sound {
             let (shared, vcpus) = live.take_apart();
-            let released = cpu::guard::run(|| {
-                vcpus.into_iter().for_each(Guest::destroy);
-                drop(shared);
-            });
-            if released.is_err() {
-                error!("vm {name}: its memory is lost until the machine starts again");
-            }
+            self.leave(shared, vcpus);
             self.give_numbers(&numbers);
         } else {
-            error!("vm {name}: its memory is lost until the machine starts again");
+            self.lost(&name);
             core::mem::forget(live);
         }
     }
@@ -441,6 +307,8 @@ impl Manager {
                 live.vm.power_button();
                 self.machine.kick_touched(&live);
             }
+            // It was starting.
+            (Do::Nothing, None) => self.give_up(number),
             (Do::InjectNmi, Some(live)) => {
                 info!("vm {name}: NMI raised");
                 live.vm.inject_nmi();

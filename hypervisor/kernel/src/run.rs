@@ -403,7 +403,7 @@ impl Worker {
     pub fn work(mut self) -> ! {
         loop {
             self.answer();
-            self.turn(Nanos::NEVER);
+            self.turn(Nanos::NEVER, Nanos::NEVER);
         }
     }
 
@@ -424,7 +424,7 @@ impl Worker {
                 self.put_back();
                 manager.dump();
             }
-            let mut due = manager.due();
+            let (work, mut due) = (manager.has_work(), manager.due());
             if POLL_SERIAL.load(Ordering::Relaxed) {
                 due = due.min(self.machine.clock.now() + POLL);
             }
@@ -432,7 +432,11 @@ impl Worker {
             if console::is_undrawn() {
                 due = due.min(self.machine.clock.now() + 1_000_000_000 / console::FRAMES);
             }
-            self.turn(due);
+            // Where no guest wants the core, work goes on.
+            let idle = if work { Nanos::ZERO } else { due };
+            if self.turn(due, idle) {
+                manager.go_on();
+            }
         }
     }
 
@@ -455,8 +459,9 @@ impl Worker {
         self.core.reschedule.store(false, Ordering::SeqCst);
     }
 
-    /// Does what the scheduler says, until then at the latest.
-    fn turn(&mut self, due: Nanos) {
+    /// Does what the scheduler says, until `due` at the latest. Where that is nothing, until `idle`,
+    /// and says so.
+    fn turn(&mut self, due: Nanos, idle: Nanos) -> bool {
         self.core.beat();
         let number = CoreId(self.core.number() as u16);
         let (decision, stolen, owned) = self.machine.schedule(|scheduler, now| {
@@ -469,8 +474,14 @@ impl Worker {
         });
         self.owned = owned;
         match decision {
-            Decision::Run { vcpu, until } => self.run(vcpu, until.min(due), stolen),
-            Decision::Idle { until } => self.idle(until.min(due)),
+            Decision::Run { vcpu, until } => {
+                self.run(vcpu, until.min(due), stolen);
+                false
+            }
+            Decision::Idle { until } => {
+                self.idle(until.min(idle));
+                true
+            }
         }
     }
 
@@ -510,14 +521,10 @@ impl Worker {
 
     /// Leaves the vCPU to the other cores, before work that may last.
     fn hand_over(&mut self) {
-        if let Some(loaded) = &self.loaded {
-            let vcpu = loaded.live.vcpu_id(loaded.index);
-            self.put_back();
-            self.machine.schedule(|scheduler, now| {
-                scheduler.sleep(vcpu, Nanos::NEVER, now);
-                scheduler.wake(vcpu, now);
-            });
-        }
+        self.put_back();
+        let number = CoreId(self.core.number() as u16);
+        self.machine
+            .schedule(|scheduler, now| scheduler.put_off(number, now));
     }
 
     /// Takes a vCPU out of its seat and loads it; `None` if it is not to be had any more.

@@ -26,6 +26,7 @@ use acpi_tables::{
 };
 
 use arch::{GuestMemory, GuestPhysAddr, MemoryFault};
+use spin::Once;
 
 use crate::{map, watchdog};
 
@@ -410,7 +411,7 @@ fn dsdt(config: &AcpiConfig) -> Sdt {
     )
     .to_aml_bytes(&mut body);
 
-    let mut devices = pci_root();
+    let mut devices = prepare().to_vec();
     devices.extend(motherboard());
     for uid in 0..config.vcpus {
         // Names have three hexadecimal digits; `build` refuses so many CPUs long before.
@@ -425,6 +426,13 @@ fn dsdt(config: &AcpiConfig) -> Sdt {
     }
     Scope::new("_SB_".into(), vec![&Raw(&devices)]).to_aml_bytes(&mut body);
     table(*b"DSDT", 2, &body)
+}
+
+/// Builds what is the same for all guests, so that to make one takes no time for it: an interrupt
+/// for each pin of each device is a million instructions' work.
+pub fn prepare() -> &'static [u8] {
+    static PCI_ROOT: Once<Vec<u8>> = Once::new();
+    PCI_ROOT.call_once(pci_root)
 }
 
 /// The PCI Express root (PCI Firmware Specification 3.3 §4), with its windows and interrupts.

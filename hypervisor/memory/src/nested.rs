@@ -298,14 +298,15 @@ impl NestedTables {
         Some(leaf)
     }
 
-    /// Unmaps everything, hands every leaf to `release`, and frees the tables below the root.
+    /// Hands leaves to `release` and unmaps them for as long as that takes them, and frees the
+    /// tables below the root that have become empty. `true` when nothing is left.
     pub fn clear(
         &mut self,
         phys: &impl PhysMemory,
         frames: &mut impl FrameSource,
-        release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf),
-    ) {
-        self.clear_table(phys, frames, self.root, 4, GuestPhysAddr::new(0), release);
+        release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf) -> bool,
+    ) -> bool {
+        self.clear_table(phys, frames, self.root, 4, GuestPhysAddr::new(0), release)
     }
 
     fn clear_table(
@@ -315,8 +316,8 @@ impl NestedTables {
         table: HostPhysAddr,
         level: u32,
         base: GuestPhysAddr,
-        release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf),
-    ) {
+        release: &mut impl FnMut(&mut dyn FrameSource, GuestPhysAddr, Leaf) -> bool,
+    ) -> bool {
         for index in 0..512 {
             let entry_at = table.wrapping_add(index * 8);
             let entry = phys.read_u64(entry_at);
@@ -325,25 +326,28 @@ impl NestedTables {
             }
             let gpa = base.wrapping_add(index << (12 + 9 * (level - 1)));
             let next = HostPhysAddr::new(entry & ADDRESS);
-            phys.write_u64(entry_at, 0);
             if level == 1 || (level < 4 && entry & LARGE != 0) {
                 let size = size_at(level);
                 let frame = next.align_down(size.bytes());
-                release(
-                    frames,
-                    gpa,
-                    Leaf {
-                        frame,
-                        size,
-                        rights: self.format.rights(entry),
-                    },
-                );
+                let leaf = Leaf {
+                    frame,
+                    size,
+                    rights: self.format.rights(entry),
+                };
+                if !release(frames, gpa, leaf) {
+                    return false;
+                }
+                phys.write_u64(entry_at, 0);
             } else {
-                self.clear_table(phys, frames, next, level - 1, gpa, release);
+                if !self.clear_table(phys, frames, next, level - 1, gpa, release) {
+                    return false;
+                }
+                phys.write_u64(entry_at, 0);
                 frames.free(next, PageSize::Size4K);
                 self.tables -= 1;
             }
         }
+        true
     }
 
     /// Frees the root of tables that [`NestedTables::clear`] has emptied.
@@ -484,9 +488,17 @@ mod tests {
                 .unwrap();
         }
         assert!(tables.table_bytes() > 3 * PAGE_SIZE);
-        tables.clear(&phys, &mut frames, &mut |frames, _, leaf| {
-            frames.free(leaf.frame, leaf.size)
+        let pieces = [1, u64::MAX].map(|mut most| {
+            tables.clear(&phys, &mut frames, &mut |frames, _, leaf| {
+                let takes = most > 0;
+                if takes {
+                    most -= 1;
+                    frames.free(leaf.frame, leaf.size);
+                }
+                takes
+            })
         });
+        assert_eq!(pieces, [false, true]);
         assert_eq!(tables.table_bytes(), PAGE_SIZE);
         tables.free_root(&mut frames);
         assert_eq!(frames.free_bytes(), before);

@@ -335,17 +335,30 @@ impl<P: PhysMemory, F: FrameSource> AddressSpace<P, F> {
 
     /// Takes every frame back, as at power-on. The caller invalidates cached translations.
     pub fn reset(&mut self) {
+        self.give_back(u64::MAX);
+    }
+
+    /// Takes up to `most` frames back; `true` when none is left. The caller invalidates cached
+    /// translations.
+    pub fn give_back(&mut self, mut most: u64) -> bool {
         self.cache = [EMPTY; CACHE_ENTRIES];
-        self.backed = 0;
-        let regions = &self.regions;
-        if let Some(tables) = &mut self.tables {
-            tables.clear(&self.phys, &mut self.frames, &mut |frames, gpa, leaf| {
-                // A device page was lent, not backed: it is not ours to free.
-                if regions.iter().any(|region| region.contains(gpa)) {
-                    frames.free(leaf.frame, leaf.size);
-                }
-            });
-        }
+        let (regions, backed) = (&self.regions, &mut self.backed);
+        let Some(tables) = &mut self.tables else {
+            return true;
+        };
+        let (phys, frames) = (&self.phys, &mut self.frames);
+        tables.clear(phys, frames, &mut |frames, gpa, leaf| {
+            let Some(rest) = most.checked_sub(1) else {
+                return false;
+            };
+            most = rest;
+            // A device page was lent, not backed: it is not ours to free.
+            if regions.iter().any(|region| region.contains(gpa)) {
+                frames.free(leaf.frame, leaf.size);
+                *backed -= leaf.size.bytes();
+            }
+            true
+        })
     }
 }
 
@@ -563,6 +576,32 @@ mod tests {
                 RegionError::OutOfMemory => panic!("there was memory"),
             }
         }
+    }
+
+    #[test]
+    fn memory_goes_back_in_pieces_as_well() {
+        let (mut space, frames) = world(&[ram(0, 0xa_0000), ram(0x10_0000, 9 << 20)], true);
+        let empty = frames.0.borrow().free_bytes();
+        space
+            .map_device_page(gpa(0xfee0_0000), HostPhysAddr::new(0x5000))
+            .unwrap();
+        for page in [0, 1, 7, 0x100, 0x101, 0x200, 0x400, 0x600] {
+            space.fault(gpa(page * PAGE_SIZE), Access::WRITE);
+        }
+        let (mut backed, mut pieces) = (space.backed_bytes(), 0);
+        loop {
+            let done = space.give_back(3);
+            pieces += 1;
+            assert_eq!(done, space.backed_bytes() == 0 && pieces == 3, "{pieces}");
+            if done {
+                break;
+            }
+            assert!(space.backed_bytes() < backed);
+            backed = space.backed_bytes();
+        }
+        assert_eq!(frames.0.borrow().free_bytes(), empty);
+        // As at power-on.
+        assert_eq!(space.fault(gpa(0), Access::WRITE), FaultOutcome::Backed);
     }
 
     /// Two guests take and lose pages at random; no frame is ever in both, and software's view

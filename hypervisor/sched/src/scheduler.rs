@@ -747,6 +747,22 @@ impl Scheduler {
         }
     }
 
+    /// Takes what a core runs off it, before the core does something else: it waits for that one or
+    /// another.
+    pub fn put_off(&mut self, core: CoreId, now: Nanos) {
+        if !self.present.contains(core) {
+            return;
+        }
+        if let Some(slot) = self.core(core.0).current {
+            self.charge(slot, now);
+            self.open.remove(core);
+            let entry = self.core(core.0);
+            entry.yielded = false;
+            entry.until = Nanos::ZERO;
+            self.release(slot, core.0, now);
+        }
+    }
+
     /// Lets the others of its core go first, once, at the next decision.
     pub fn yield_now(&mut self, vcpu: VcpuId, _now: Nanos) {
         if let Some(slot) = self.find(vcpu)

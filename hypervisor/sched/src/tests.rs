@@ -407,6 +407,34 @@ fn cores_share_again_after_one_was_far_ahead() {
     assert!(got[2] > SECOND / 25, "{got:?}");
 }
 
+#[test]
+fn a_core_with_something_else_to_do_gives_its_vcpu_away_and_charges_nothing_for_the_time() {
+    let mut world = Scheduler::new();
+    world.add_core(CoreId(0), Nanos(0));
+    world.add_vm(VmId(0), 1, Policy::default()).unwrap();
+    world.wake(vcpu(0, 0), Nanos(0));
+    let runs = |decision| matches!(decision, Decision::Run { vcpu: who, .. } if who == vcpu(0, 0));
+    assert!(runs(world.next(CoreId(0), Nanos(0))));
+    // Nothing ran: nothing happens.
+    world.put_off(CoreId(1), Nanos(MS));
+    world.put_off(CoreId(0), Nanos(MS));
+    world.put_off(CoreId(0), Nanos(2 * MS));
+    assert!(world.kicks().is_empty());
+    let view = world.view(vcpu(0, 0), Nanos(2 * MS)).unwrap();
+    assert_eq!((view.state, view.used), (State::Waiting, MS));
+    assert!(runs(world.next(CoreId(0), Nanos(3 * MS))));
+    let view = world.view(vcpu(0, 0), Nanos(4 * MS)).unwrap();
+    assert_eq!((view.used, view.stolen), (2 * MS, 2 * MS));
+    // Another core that idles takes it.
+    world.add_core(CoreId(1), Nanos(4 * MS));
+    assert!(!runs(world.next(CoreId(1), Nanos(4 * MS))));
+    world.put_off(CoreId(0), Nanos(5 * MS));
+    assert!(world.kicks().contains(CoreId(1)));
+    assert!(runs(world.next(CoreId(1), Nanos(5 * MS))));
+    let here = world.next(CoreId(0), Nanos(5 * MS));
+    assert!(!runs(here), "{here:?}");
+}
+
 /// Loads as on a machine with many guests.
 fn mixed(vcpus: usize) -> Vec<Load> {
     let loads = [

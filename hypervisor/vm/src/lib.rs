@@ -23,4 +23,7 @@ mod vm;
 
 pub use nic::VmNic;
 pub use seats::Seats;
-pub use vm::{End, Host, MakeVcpu, Order, Processor, Stop, VcpuParts, Vm, VmError, VmSetup};
+pub use vm::{
+    End, Host, MakeVcpu, Making, Order, Processor, Stop, VcpuParts, Vm, VmError, VmSetup,
+    check_images,
+};

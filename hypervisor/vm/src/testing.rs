@@ -4,7 +4,7 @@
 use crate::bundle::{Bundle, pack};
 use crate::config::{self, VmConfig};
 use crate::load::tests::{elf, notes};
-use crate::{Host, Processor, Stop, VmError, VmSetup};
+use crate::{Host, Making, Processor, Stop, VmError, VmSetup};
 use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::{vec, vec::Vec};
@@ -188,10 +188,23 @@ impl Machine {
         make_vcpu: &mut dyn FnMut() -> Result<MockVcpu, String>,
     ) -> Result<Vec<TestCpu>, VmError> {
         let config = parse(keys);
-        let bundle = Bundle::open(&self.archive).unwrap();
-        let setup = VmSetup {
-            config: &config,
-            bundle: &bundle,
+        let mut making = self.begin(&config, &Bundle::open(&self.archive).unwrap())?;
+        while !making.step()? {}
+        let (vm, entry) = making.finish();
+        (0..config.vcpus)
+            .map(|id| Processor::new(&vm, id, &entry, &mut |_| make_vcpu()))
+            .collect()
+    }
+
+    /// Begins to make a VM.
+    pub fn begin<'i>(
+        &self,
+        config: &VmConfig,
+        bundle: &Bundle<'i>,
+    ) -> Result<Making<'i, Phys, Frames>, VmError> {
+        Making::new(VmSetup {
+            config,
+            bundle,
             format: Format::Ept,
             phys: self.phys.clone(),
             frames: self.frames.clone(),
@@ -207,17 +220,14 @@ impl Machine {
             random_seed: [7; 32],
             apic_access_page: None,
             still_waiting: || {},
-        };
-        let mut cpus = Vec::new();
-        Processor::create_all(setup, &mut |_| make_vcpu(), &mut cpus)?;
-        Ok(cpus)
+        })
     }
 }
 
 /// The kernel's entry point.
 pub(crate) const KERNEL: u64 = 0x20_0000;
 
-fn parse(keys: &str) -> VmConfig {
+pub(crate) fn parse(keys: &str) -> VmConfig {
     const TEXT: &str = "[[vm]]\nname = \"t\"\nkernel = \"kernel\"\nkind = \"pvh\"\n\
         memory = \"16MiB\"\nlarge_pages = false\n\
         [vm.devices]\ndebug_exit = true\ndebug_console = true\n";

@@ -5,7 +5,7 @@ use crate::config::{Class, Devices, ImageName, VmConfig};
 use crate::dump::{Dump, Interrupts};
 use crate::exits::{Counts, Exits};
 use crate::layout::MemoryLayout;
-use crate::load::{self, Boot, EntryState, Image, LoadError};
+use crate::load::{self, Boot, Copies, EntryState, Image, LoadError};
 use crate::nic::{self, VmNic};
 use alloc::boxed::Box;
 use alloc::string::String;
@@ -142,11 +142,11 @@ pub enum VmError {
 }
 
 /// What a VM is made from.
-pub struct VmSetup<'a, P, F> {
+pub struct VmSetup<'a, 'i, P, F> {
     /// Its section of the configuration.
     pub config: &'a VmConfig,
     /// Where its images are.
-    pub bundle: &'a Bundle<'a>,
+    pub bundle: &'a Bundle<'i>,
     /// The backend's table format.
     pub format: Format,
     /// Host memory.
@@ -192,11 +192,59 @@ pub struct VcpuParts {
 /// Makes one vCPU.
 pub type MakeVcpu<'a, V> = &'a mut dyn FnMut(VcpuParts) -> Result<V, String>;
 
-fn image<'a>(bundle: &Bundle<'a>, image: &'a ImageName) -> Result<Image<'a>, BundleError> {
-    Ok(Image {
-        name: &image.name,
-        data: bundle.get(&image.name)?,
-    })
+fn image<'i>(bundle: &Bundle<'i>, image: &ImageName) -> Result<Image<'i>, BundleError> {
+    bundle.image(&image.name)
+}
+
+/// How much of a file is checked at once.
+const CHECKED: usize = 4 << 10;
+
+/// How many frames are given back at once.
+const GIVEN_BACK: u64 = 128;
+
+/// Checks the next piece of a VM's images; `true` once all of them are known to be intact.
+///
+/// # Errors
+/// One is missing or damaged.
+pub fn check_images(config: &VmConfig, bundle: &Bundle<'_>) -> Result<bool, BundleError> {
+    for image in config.images() {
+        if !bundle.check(&image.name, CHECKED)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// A VM that is being made: it has its address space and its board, and gets its images' contents
+/// piece by piece, as there may be many megabytes of them. Dropped, it gives back all that it holds.
+pub struct Making<'i, P: PhysMemory, F: FrameSource> {
+    vm: Vm<P, F>,
+    entry: EntryState,
+    copies: Copies<'i>,
+}
+
+impl<'i, P: PhysMemory, F: FrameSource> Making<'i, P, F> {
+    /// Lays a VM out. Its images are checked here as far as [`check_images`] was not asked to.
+    ///
+    /// # Errors
+    /// What stands in the way.
+    pub fn new(setup: VmSetup<'_, 'i, P, F>) -> Result<Self, VmError> {
+        Vm::lay_out(setup)
+    }
+
+    /// Copies the next piece of an image; `true` when all is there.
+    ///
+    /// # Errors
+    /// The host has no memory left.
+    pub fn step(&mut self) -> Result<bool, VmError> {
+        Ok(self.copies.step(self.vm.memory.get_mut())?)
+    }
+
+    /// The VM, to which vCPUs may be made; and what the first of them starts with.
+    #[must_use]
+    pub fn finish(self) -> (Arc<Vm<P, F>>, EntryState) {
+        (Arc::new(self.vm), self.entry)
+    }
 }
 
 /// The columns and rows of a console that nobody knows the size of.
@@ -284,9 +332,7 @@ pub struct Vm<P: PhysMemory, F: FrameSource> {
 }
 
 impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
-    /// Builds the VM up to the point where its first instruction can run. Gives it, and what its
-    /// first vCPU starts with.
-    fn new(setup: VmSetup<'_, P, F>) -> Result<(Self, EntryState), VmError> {
+    fn lay_out<'i>(setup: VmSetup<'_, 'i, P, F>) -> Result<Making<'i, P, F>, VmError> {
         let VmSetup { config, bundle, .. } = setup;
         let overhead = overhead(config.vcpus) + tables_for(config.memory);
         if config.memory.saturating_add(overhead) > setup.free_bytes {
@@ -367,7 +413,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             modules: &modules,
             cmdline: &config.cmdline,
         };
-        let entry = load::load(&boot, &layout, &mut memory, rsdp)?;
+        let (entry, copies) = load::load(&boot, &layout, &mut memory, rsdp)?;
         let vm = Self {
             cpuid,
             clock,
@@ -386,7 +432,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             name: config.name.clone(),
             nics,
         };
-        Ok((vm, entry))
+        Ok(Making { vm, entry, copies })
     }
 
     /// Takes a lock, unless the VM is given up.
@@ -511,6 +557,13 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
         self.memory().map_or(0, |memory| memory.backed_bytes())
     }
 
+    /// Gives a part of its memory back, after its end: that of a large one takes its time. `true`
+    /// when nothing is left.
+    pub fn give_back(&self) -> bool {
+        self.memory()
+            .map_or(true, |mut memory| memory.give_back(GIVEN_BACK))
+    }
+
     /// Bytes of RAM that the guest was promised.
     #[must_use]
     pub fn promised_bytes(&self) -> u64 {
@@ -629,7 +682,16 @@ bitflags::bitflags! {
 }
 
 impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
-    fn new(vm: &Arc<Vm<P, F>>, id: u32, make: MakeVcpu<'_, V>) -> Result<Self, VmError> {
+    /// Makes the vCPU with this number, the next of its VM. Of an error nothing is left.
+    ///
+    /// # Errors
+    /// The backend cannot make it.
+    pub fn new(
+        vm: &Arc<Vm<P, F>>,
+        id: u32,
+        entry: &EntryState,
+        make: MakeVcpu<'_, V>,
+    ) -> Result<Self, VmError> {
         let features = vm.cpuid.features();
         let mut apic = LocalApic::new(id, id == 0, features.phys_bits, vm.clock);
         if id == 0 {
@@ -651,11 +713,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         vcpu.set_apic_mode(arch::ApicMode::XApic);
         // Others than the first wait to be started up.
         let attention = if id == 0 {
+            entry.apply(&mut vcpu);
             Attention::EXTINT
         } else {
             vm.deaf.fetch_or(1 << (id & 63), SeqCst);
             Attention::WAITS
         };
+        // Nobody runs yet who could miss them.
+        let _ = vm.take_kicks();
         Ok(Self {
             msrs: MsrState::new(features),
             vm: vm.clone(),
@@ -672,30 +737,6 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             apic,
             vcpu,
         })
-    }
-
-    /// Builds a VM up to the point where its first instruction can run, and puts its vCPUs into
-    /// `processors` in their order. After an error some may be there, to be taken apart.
-    ///
-    /// # Errors
-    /// What stands in the way.
-    pub fn create_all(
-        setup: VmSetup<'_, P, F>,
-        make: MakeVcpu<'_, V>,
-        processors: &mut Vec<Self>,
-    ) -> Result<Arc<Vm<P, F>>, VmError> {
-        let vcpus = setup.config.vcpus;
-        let (vm, entry) = Vm::new(setup)?;
-        let vm = Arc::new(vm);
-        for id in 0..vcpus {
-            processors.push(Self::new(&vm, id, make)?);
-        }
-        if let Some(first) = processors.first_mut() {
-            entry.apply(&mut first.vcpu);
-        }
-        // Nobody runs yet who could miss them.
-        let _ = vm.take_kicks();
-        Ok(vm)
     }
 
     /// The VM that it belongs to.
@@ -758,5 +799,132 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     pub fn unload(&mut self, preempted: bool) {
         let _ = self.show_stolen(preempted);
         self.vcpu.unload();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::pack;
+    use crate::load::Problem;
+    use crate::load::tests::{elf, notes};
+    use crate::testing::{KERNEL, Machine, parse};
+    use alloc::string::ToString;
+    use arch::GuestMemory;
+    use machine::mock::MockVcpu;
+
+    /// A kernel of one and a module of two pieces and a bit, and what each piece holds.
+    fn archive() -> Vec<u8> {
+        let code: Vec<u8> = (0..150_000u32).map(|i| (i * 7 >> 3) as u8 | 1).collect();
+        let note = notes(KERNEL + 0x800, true);
+        let loads = [(1, KERNEL + 0x800, 0x4_0000, &code[..]), (4, 0, 0, &note)];
+        let module: Vec<u8> = (0..140_000u32).map(|i| (i * 5 >> 2) as u8).collect();
+        let kernel = elf(true, 0, KERNEL + 0x800, &loads);
+        pack(&[("kernel", &kernel), ("module", &module)]).unwrap()
+    }
+
+    const KEYS: &str = "initrd = \"module\"\nvcpus = 3";
+
+    #[test]
+    fn a_vm_is_made_in_pieces_and_none_of_them_is_missing() {
+        let (machine, archive) = (Machine::new(), archive());
+        let (config, bundle) = (parse(KEYS), Bundle::open(&archive).unwrap());
+        let size: usize = ["kernel", "module"]
+            .map(|name| Bundle::open(&archive).unwrap().get(name).unwrap().len())
+            .iter()
+            .sum();
+        let checks = (1..).find(|_| check_images(&config, &bundle).unwrap());
+        let most = size / CHECKED + 2;
+        assert!((most - 2..=most).contains(&checks.unwrap()), "{checks:?}");
+        assert_eq!(check_images(&config, &bundle), Ok(true));
+
+        let mut making = machine.begin(&config, &bundle).unwrap();
+        let steps = (1..).find(|_| making.step().unwrap()).unwrap();
+        assert_eq!(steps, 3 + 3);
+        assert_eq!(making.step(), Ok(true));
+        let (vm, _) = making.finish();
+        let mut memory = vm.memory().unwrap();
+        let mut found = alloc::vec![0; 150_000];
+        memory
+            .read(GuestPhysAddr::new(KERNEL + 0x800), &mut found)
+            .unwrap();
+        assert!((0..150_000u32).all(|i| found[i as usize] == (i * 7 >> 3) as u8 | 1));
+        // A module of PVH lies as high as it can.
+        let at = (16u64 << 20) - 140_000u64.next_multiple_of(4096);
+        let module = &mut found[..140_000];
+        memory.read(GuestPhysAddr::new(at), module).unwrap();
+        assert!((0..140_000u32).all(|i| module[i as usize] == (i * 5 >> 2) as u8));
+    }
+
+    #[test]
+    fn a_vm_given_up_at_any_step_gives_back_all_that_it_held() {
+        let (machine, archive) = (Machine::new(), archive());
+        let (config, bundle) = (parse(KEYS), Bundle::open(&archive).unwrap());
+        for steps in 0..=6 {
+            let mut making = machine.begin(&config, &bundle).unwrap();
+            for _ in 0..steps {
+                making.step().unwrap();
+            }
+            assert!(machine.free_bytes() < machine.total);
+            drop(making);
+            assert_eq!(machine.free_bytes(), machine.total, "after {steps} steps");
+        }
+        for vcpus in 0..=3 {
+            let mut making = machine.begin(&config, &bundle).unwrap();
+            while !making.step().unwrap() {}
+            let (vm, entry) = making.finish();
+            let make = &mut |_| Ok(MockVcpu::protected());
+            let made: Vec<_> = (0..vcpus)
+                .map(|id| Processor::new(&vm, id, &entry, make).unwrap())
+                .collect();
+            assert_eq!(vm.take_kicks(), 0);
+            drop((vm, made));
+            assert_eq!(machine.free_bytes(), machine.total, "with {vcpus} vCPUs");
+        }
+        // Piece by piece, as a large one goes.
+        let mut making = machine.begin(&config, &bundle).unwrap();
+        while !making.step().unwrap() {}
+        let (vm, _) = making.finish();
+        while !vm.give_back() {}
+        assert_eq!(vm.backed_bytes(), 0);
+        drop(vm);
+        assert_eq!(machine.free_bytes(), machine.total);
+    }
+
+    #[test]
+    fn a_machine_that_runs_out_of_memory_says_for_which_image() {
+        let archive = archive();
+        let (config, bundle) = (parse(KEYS), Bundle::open(&archive).unwrap());
+        let mut named = Vec::new();
+        // Others take what was promised, piece by piece.
+        for left in 1..80 {
+            let mut machine = Machine::of(20 << 20);
+            let mut making = machine.begin(&config, &bundle).unwrap();
+            while machine.free_bytes() > left << 12 {
+                machine.frames.allocate(arch::PageSize::Size4K).unwrap();
+            }
+            let taken = machine.free_bytes();
+            let result = loop {
+                match making.step() {
+                    Ok(false) => {}
+                    other => break other,
+                }
+            };
+            let Err(error) = result else { continue };
+            let VmError::Load(LoadError { image, problem }) = &error else {
+                panic!("{error}");
+            };
+            assert!(matches!(
+                problem,
+                Problem::Memory(MemoryFault::OutOfMemory(_))
+            ));
+            assert!(error.to_string().contains("no free frame"));
+            if named.last() != Some(image) {
+                named.push(image.clone());
+            }
+            drop(making);
+            assert!(machine.free_bytes() > taken);
+        }
+        assert_eq!(named, ["kernel", "module"]);
     }
 }

@@ -1,19 +1,17 @@
 //! Guests that do everything they should not, and must harm nobody by it.
 //!
 //! Every attack runs beside a heartbeat in one machine with one core: a guest that wakes every
-//! 100 ms and tells how late it was. Its beats must be complete, and none later than [`BOUND`].
+//! 100 ms and tells how late it was. Its beats must be complete, and none later than its share
+//! explains ([`explained`]).
 //! Attacks that end their VM follow each other by `after=<ms>`, several VMs to a boot; those that a
 //! VM survives follow each other in one; endless ones go on side by side until a person ends them.
 //!
 //! The machine's time is counted in instructions, so that lateness does not depend on
 //! how busy the machine under the emulator is: this holds in Bochs and in QEMU with `-icount`.
-//! What a guest is late by is what it waited for the core (a slice of 1 ms for each neighbour that
-//! runs, and mostly none, as who slept runs first), and what the host did with the core meanwhile:
-//! a line of its log takes 87 µs a character on the serial line, a report of a crash has 250 of
-//! them, and one exit may carry many characters on.
 //!
 //! One attacker is started again after each of its crashes, by its configuration.
 
+use crate::Emulator;
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, Source, Step};
 use crate::emulator::Pace;
 
@@ -22,11 +20,43 @@ use Step::{Expect, Send};
 pub(super) const FILES: &[(&str, Source)] = &[
     ("guest-heartbeat", Source::Made("guest-heartbeat")),
     ("guest-hostile", Source::Made("guest-hostile")),
+    ("vmlinuz", Source::Made("vmlinuz")),
+    ("initrd.cpio", Source::Made("initrd.cpio")),
 ];
 
-/// The greatest lateness in microseconds that is right: a report of a crash and a line of the log
-/// beside the slices of those who run.
-pub(super) const BOUND: u64 = 40_000;
+/// A vCPU's slice, in microseconds (`sched::SLICE`).
+const SLICE: u64 = 1000;
+/// Instructions of the longest exit that a guest can make again and again: 256 iterations of a
+/// string instruction, each of them two accesses to a device's registers.
+const LONGEST_EXIT: u64 = 130_000;
+/// Instructions of a guest's first touch of a frame of 2 MiB: it is filled with zeroes, in 2^18
+/// steps.
+const FIRST_TOUCH: u64 = 270_000;
+/// Instructions of the longest work that the boot core does for VMs before it looks at its guests:
+/// half a millisecond of making one, 16,000 in QEMU and 50,000 in Bochs, and the piece in which
+/// that is over. The longest piece is to lay a VM out; the report of a crash is shorter.
+const LONGEST_WORK: u64 = 380_000;
+
+/// The greatest lateness, in microseconds, of a guest that mostly sleeps, on a core with so many
+/// other vCPUs.
+///
+/// It goes before those that always run as soon as the one on the core has had 100 µs, and before
+/// those that slept as well unless they had less than their share for longer; so it waits for one
+/// slice of each of them at the very most. A turn is over with its slice, or with an exit that
+/// begins before that. Of these one is a first touch: a frame is touched first once. The boot
+/// core, which this is, works for VMs between two turns, and then leaves the core to guests for a
+/// slice.
+///
+/// An instruction takes 32 ns in QEMU as set here ([`Pace::Even`]), and 10 in Bochs.
+fn explained(heard: &Heard, others: u64) -> u64 {
+    let nanos = if heard.emulator == Emulator::Bochs {
+        10
+    } else {
+        32
+    };
+    let work = FIRST_TOUCH + (others - 1) * LONGEST_EXIT + LONGEST_WORK;
+    others * SLICE + work * nanos / 1000
+}
 
 /// A VM that makes the attacks given. The first in a configuration has the console's focus, so its
 /// lines may be broken by others'; the heartbeat never is the first.
@@ -77,9 +107,18 @@ pub(super) use heartbeat;
 /// The heartbeat is over and was right.
 pub(super) const BEATEN: Step = Expect(r"^tessera\| vm heart: ended: debug exit, code 1$");
 
-/// All beats are there, in their order, and none was too late.
+/// All beats are there, in their order, and none was too late beside one other vCPU at a time.
 fn heart_is_sound(heard: &Heard) -> Result<(), String> {
-    beats_within(heard, BOUND)
+    beats_within(heard, explained(heard, 1))
+}
+
+/// The attacker came to its end, beside so many vCPUs of whom the heart is sound.
+fn survived(heard: &Heard, others: u64) -> Result<(), String> {
+    let line = "tessera| vm hostile: ended: debug exit, code 1";
+    if !heard.all.contains(line) {
+        return Err(format!("no line `{line}`"));
+    }
+    beats_within(heard, explained(heard, others))
 }
 
 pub(super) fn beats_within(heard: &Heard, bound: u64) -> Result<(), String> {
@@ -89,7 +128,7 @@ pub(super) fn beats_within(heard: &Heard, bound: u64) -> Result<(), String> {
             .lines()
             .filter_map(|line| line.strip_prefix("heart| "))
     };
-    let mut beats = 0;
+    let (mut beats, mut latest) = (0, (0, ""));
     for line in said() {
         let words: Vec<&str> = line.split_whitespace().collect();
         let ["beat", number, "late", late] = words[..] else {
@@ -99,10 +138,11 @@ pub(super) fn beats_within(heard: &Heard, bound: u64) -> Result<(), String> {
         if number != beats.to_string() {
             return Err(format!("beat {beats} is missing: `{line}`"));
         }
-        match late.parse::<u64>() {
-            Ok(late) if late <= bound => {}
-            _ => return Err(format!("later than {bound} µs: `{line}`")),
-        }
+        let late = late.parse().unwrap_or(u64::MAX);
+        latest = latest.max((late, line));
+    }
+    if latest.0 > bound {
+        return Err(format!("later than {bound} µs: `{}`", latest.1));
     }
     let total = format!("heartbeat: {beats} beats");
     if beats == 0 || !said().any(|line| line.starts_with(&total)) {
@@ -129,13 +169,7 @@ const fn survives(name: &'static str, config: &'static [&'static str]) -> Case {
             spoil: None,
         },
         steps: &[Expect(r"^tessera\| end: status=0 ")],
-        end: Ending::Judged(0, |heard| {
-            let line = "tessera| vm hostile: ended: debug exit, code 1";
-            if !heard.all.contains(line) {
-                return Err(format!("no line `{line}`"));
-            }
-            heart_is_sound(heard)
-        }),
+        end: Ending::Judged(0, |heard| survived(heard, 1)),
         ..BESIDE
     }
 }
@@ -190,15 +224,17 @@ pub(super) const CASES: &[Case] = &[
         ],
     ),
     // Two vCPUs against each other and the host.
-    survives(
-        "two-vcpus",
-        &[
-            attackers!("hostile", "code-races nmi-flood apic-chaos self-ipi-loop"),
-            heartbeat!("40"),
-        ],
-    ),
-    // A crash without end: each time it starts again. To make a VM takes the core for a while, which
-    // is the only one here.
+    Case {
+        end: Ending::Judged(0, |heard| survived(heard, 2)),
+        ..survives(
+            "two-vcpus",
+            &[
+                attackers!("hostile", "code-races nmi-flood apic-chaos self-ipi-loop"),
+                heartbeat!("40"),
+            ],
+        )
+    },
+    // A crash without end: each time it starts again.
     Case {
         steps: &[
             Expect(r"^tessera\| vm hostile: crashed: triple fault"),
@@ -208,7 +244,7 @@ pub(super) const CASES: &[Case] = &[
             Send("\x14x"),
             Expect(r"^tessera\| end: status=0 left at the console"),
         ],
-        end: Ending::Judged(0, |heard| beats_within(heard, 100_000)),
+        end: Ending::Judged(0, heart_is_sound),
         ..endless(
             "crashes-again",
             &[
@@ -312,9 +348,43 @@ pub(super) const CASES: &[Case] = &[
             BEATEN,
         ],
     ),
+    // A VM is made while its neighbour counts time: a kernel and an initial RAM disk are summed up
+    // and copied, and memory is given back.
+    Case {
+        steps: &[
+            Expect(r"^heart\| beat 3 late"),
+            Send("\x140"),
+            Expect(r"^tessera\| keyboard: monitor"),
+            Send("start linux\r"),
+            Expect(r"^heart\| beat \d+ late"),
+            Expect(r"^heart\| beat \d+ late"),
+            Send("list\r"),
+            Expect(r"^tessera\| 1 linux: starting$"),
+            Send("stop linux\r"),
+            Expect(r"^tessera\| vm linux: its start is given up$"),
+            Send("start linux\r"),
+            Expect(r"^tessera\| vm linux: 256 MiB"),
+            Send("reset linux\r"),
+            Expect(r"^tessera\| vm linux: ended: stopped$"),
+            Expect(r"^tessera\| vm linux: 256 MiB"),
+            Send("stop linux\r"),
+            Expect(r"^tessera\| vm linux: ended: stopped$"),
+            BEATEN,
+        ],
+        end: Ending::Judged(0, heart_is_sound),
+        ..survives(
+            "made-beside",
+            &[
+                "[[vm]]\nname = \"linux\"\nkind = \"linux\"\nkernel = \"vmlinuz\"\n\
+                 initrd = \"initrd.cpio\"\ncmdline = \"console=ttyS0\"\nmemory = \"256MiB\"\n\
+                 autostart = false\n",
+                heartbeat!("120"),
+            ],
+        )
+    },
     // All at once: each beat prints its line in turns with ten that never stop.
     Case {
-        end: Ending::Judged(0, |heard| beats_within(heard, 100_000)),
+        end: Ending::Judged(0, |heard| beats_within(heard, explained(heard, 10))),
         ..endless(
             "for-ever",
             &[
@@ -335,6 +405,7 @@ pub(super) const CASES: &[Case] = &[
     // QEMU's emulation knows no #AC, and a breakpoint on the stack of #DB ends the emulator itself.
     Case {
         on: &[BOCHS_BIOS],
+        end: Ending::Judged(0, |heard| beats_within(heard, explained(heard, 2))),
         ..endless(
             "exceptions-in-their-own-delivery",
             &[

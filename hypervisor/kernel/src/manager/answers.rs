@@ -180,7 +180,8 @@ impl Manager {
 
     /// Changes how a VM is scheduled, at once or from its next start on, and shows it.
     pub(super) fn share(&mut self, number: usize, share: &Share) {
-        let live = self.machine.live(number);
+        let known = self.machine.live(number).is_some()
+            || self.work.half.as_ref().is_some_and(|h| h.number == number);
         let Some(vm) = self.vms.get_mut(number) else {
             return;
         };
@@ -200,10 +201,10 @@ impl Manager {
         if policy != vm.policy {
             let (id, new) = (VmId(number as u16), policy.clone());
             let count = vm.config.vcpus as u16;
-            let result = self.machine.schedule(|s, now| match live {
-                Some(_) => s.set_policy(id, new, now),
+            let result = self.machine.schedule(|s, now| match known {
+                true => s.set_policy(id, new, now),
                 // Whether it could start so.
-                None => s.add_vm(id, count, new).map(|()| s.remove_vm(id)),
+                false => s.add_vm(id, count, new).map(|()| s.remove_vm(id)),
             });
             if let Err(error) = result {
                 console::reply(format_args!("vm {}: {error}", vm.config.name));

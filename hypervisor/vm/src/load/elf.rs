@@ -4,7 +4,7 @@
 use alloc::vec::Vec;
 
 use super::{
-    Problem,
+    Image, Problem,
     ram::{Place, Ram},
 };
 
@@ -158,8 +158,9 @@ impl<'a> Elf<'a> {
             .filter(|header| header.kind == LOAD && header.memory_size != 0)
     }
 
-    /// Puts all segments where they belong; gives the address after the last.
-    pub(super) fn load(&self, ram: &mut Ram<'_>) -> Result<u64, Problem> {
+    /// Puts all segments of `image`, which this is, where they belong; gives the address after the
+    /// last.
+    pub(super) fn load(&self, image: &Image<'a>, ram: &mut Ram<'_, 'a>) -> Result<u64, Problem> {
         let mut top = 0;
         for segment in self.loads() {
             let (at, size) = (segment.phys, segment.memory_size);
@@ -177,7 +178,7 @@ impl<'a> Elf<'a> {
                 size: self.file.len() as u64,
             })?;
             ram.claim("a segment of the kernel", size, 1, Place::At(at))?;
-            ram.write(at, data)?;
+            ram.copy(at, image, data);
             top = top.max(at + size);
         }
         if top == 0 {

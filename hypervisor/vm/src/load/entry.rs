@@ -66,7 +66,7 @@ pub struct EntryState {
 
 impl EntryState {
     /// Builds a descriptor table, and page tables if `long`, in the boot area; enters at `rip`.
-    pub(super) fn new(ram: &mut Ram<'_>, long: bool, rip: u64) -> Result<Self, Problem> {
+    pub(super) fn new(ram: &mut Ram<'_, '_>, long: bool, rip: u64) -> Result<Self, Problem> {
         let code = CODE_RIGHTS | if long { LONG } else { BIG };
         let mut table = [0; 56];
         for (selector, rights, limit) in [
@@ -156,7 +156,7 @@ const fn descriptor(rights: u32, limit: u32) -> u64 {
 const _: () = assert!(descriptor(0xc09b, u32::MAX) == 0x00cf_9b00_0000_ffff);
 
 /// Page tables that map the first 4 GiB one to one in 2 MiB pages (Intel SDM Vol. 3A §4.5).
-fn identity_map(ram: &mut Ram<'_>) -> Result<u64, Problem> {
+fn identity_map(ram: &mut Ram<'_, '_>) -> Result<u64, Problem> {
     const PAGE: u64 = arch::PAGE_SIZE;
     const PRESENT_WRITE: u64 = 3;
     const LARGE: u64 = 1 << 7;

@@ -169,7 +169,7 @@ impl Header {
     }
 
     /// Claims the room that the kernel unpacks into; gives the address to load it at.
-    fn place(&self, size: u64, ram: &mut Ram<'_>) -> Result<u64, Problem> {
+    fn place(&self, size: u64, ram: &mut Ram<'_, '_>) -> Result<u64, Problem> {
         const WHAT: &str = "the kernel with its working space";
         let preferred = self.preferred.max(ONE_MIB);
         if !self.relocatable {
@@ -197,9 +197,9 @@ fn bytes<const N: usize>(header: &[u8; field::HEADER_END], at: usize) -> [u8; N]
     value
 }
 
-pub(super) fn load(
-    boot: &Boot<'_>,
-    ram: &mut Ram<'_>,
+pub(super) fn load<'i>(
+    boot: &Boot<'_, 'i>,
+    ram: &mut Ram<'_, 'i>,
     rsdp: GuestPhysAddr,
 ) -> Result<EntryState, LoadError> {
     let of_kernel = |problem: Problem| problem.of(&boot.kernel);
@@ -212,7 +212,7 @@ pub(super) fn load(
         }));
     }
     let at = header.place(code.len() as u64, ram).map_err(of_kernel)?;
-    ram.write(at, code).map_err(of_kernel)?;
+    ram.copy(at, &boot.kernel, code);
 
     let initrd = boot
         .initrd
@@ -220,7 +220,7 @@ pub(super) fn load(
         .map(|image| {
             let within = BELOW_4G.start..header.initrd_max.saturating_add(1).min(BELOW_4G.end);
             let place = Place::Highest(within);
-            let at = ram.put("the initrd", image.data, arch::PAGE_SIZE, place);
+            let at = ram.put_image("the initrd", &image, place);
             at.map(|at| (at, image.data.len() as u64))
                 .map_err(|problem| problem.of(&image))
         });
@@ -230,11 +230,11 @@ pub(super) fn load(
 
 /// Writes zero page, command line and entry state.
 fn finish(
-    boot: &Boot<'_>,
+    boot: &Boot<'_, '_>,
     header: &Header,
     kernel: u64,
     initrd: (u64, u64),
-    ram: &mut Ram<'_>,
+    ram: &mut Ram<'_, '_>,
     rsdp: GuestPhysAddr,
 ) -> Result<EntryState, Problem> {
     let file = boot.kernel.data;

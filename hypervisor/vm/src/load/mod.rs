@@ -15,7 +15,7 @@ mod sniff;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use alloc::{borrow::ToOwned, string::String};
+use alloc::{borrow::ToOwned, string::String, vec::Vec};
 use core::fmt;
 
 use arch::{GuestMemory, GuestPhysAddr, MemoryFault};
@@ -39,35 +39,80 @@ pub struct Image<'a> {
 
 /// What to load.
 #[derive(Clone, Copy, Debug)]
-pub struct Boot<'a> {
+pub struct Boot<'a, 'i> {
     /// How the kernel wants to be loaded.
     pub kind: Kind,
     /// The kernel.
-    pub kernel: Image<'a>,
+    pub kernel: Image<'i>,
     /// Linux: the initial RAM disk. Otherwise: the first module.
-    pub initrd: Option<Image<'a>>,
+    pub initrd: Option<Image<'i>>,
     /// Further modules (multiboot and PVH).
-    pub modules: &'a [Image<'a>],
+    pub modules: &'a [Image<'i>],
     /// The kernel's command line.
     pub cmdline: &'a str,
 }
 
 /// Loads `boot` into `memory`, which must be fresh: laid out as `layout` says, and all zero, so
-/// that BSS needs no writing. `rsdp` is the guest's ACPI root pointer.
+/// that BSS needs no writing. `rsdp` is the guest's ACPI root pointer. What is in the images is
+/// still to be copied, by [`Copies::step`].
 ///
 /// # Errors
 /// What is wrong with an image, or why it does not fit. The memory is then to be thrown away.
-pub fn load(
-    boot: &Boot<'_>,
+pub fn load<'i>(
+    boot: &Boot<'_, 'i>,
     layout: &MemoryLayout,
     memory: &mut dyn GuestMemory,
     rsdp: GuestPhysAddr,
-) -> Result<EntryState, LoadError> {
+) -> Result<(EntryState, Copies<'i>), LoadError> {
     let mut ram = Ram::new(layout, memory);
-    match boot.kind {
+    let entry = match boot.kind {
         Kind::Linux => linux::load(boot, &mut ram, rsdp),
         Kind::Multiboot => multiboot::load(boot, &mut ram),
         Kind::Pvh => pvh::load(boot, &mut ram, rsdp),
+    }?;
+    let mut copies = ram.copies;
+    copies.parts.reverse();
+    Ok((entry, copies))
+}
+
+/// The most that is copied at once. Pieces end at its multiples in the guest's memory, so that
+/// none needs more than one frame.
+const PIECE: u64 = 64 << 10;
+
+/// The parts of images that a guest's memory is still to get.
+#[derive(Debug, Default)]
+pub struct Copies<'i> {
+    /// Where each goes; the next one is last.
+    parts: Vec<(u64, Image<'i>)>,
+}
+
+impl<'i> Copies<'i> {
+    fn push(&mut self, at: u64, part: Image<'i>) {
+        self.parts.push((at, part));
+    }
+
+    /// Copies the next piece; `true` when nothing is left.
+    ///
+    /// # Errors
+    /// The memory cannot be written.
+    pub fn step(&mut self, memory: &mut dyn GuestMemory) -> Result<bool, LoadError> {
+        let Some((at, part)) = self.parts.last_mut() else {
+            return Ok(true);
+        };
+        let room = PIECE - *at % PIECE;
+        let (now, rest) = usize::try_from(room)
+            .ok()
+            .and_then(|room| part.data.split_at_checked(room))
+            .unwrap_or((part.data, &[]));
+        memory
+            .write(GuestPhysAddr::new(*at), now)
+            .map_err(|fault| Problem::Memory(fault).of(part))?;
+        *at += now.len() as u64;
+        part.data = rest;
+        if rest.is_empty() {
+            self.parts.pop();
+        }
+        Ok(self.parts.is_empty())
     }
 }
 

@@ -98,9 +98,12 @@ struct MapEntry {
     kind: u32,
 }
 
-pub(super) fn load(boot: &Boot<'_>, ram: &mut Ram<'_>) -> Result<EntryState, LoadError> {
+pub(super) fn load<'i>(
+    boot: &Boot<'_, 'i>,
+    ram: &mut Ram<'_, 'i>,
+) -> Result<EntryState, LoadError> {
     let of_kernel = |problem: Problem| problem.of(&boot.kernel);
-    let (entry, end) = load_kernel(boot.kernel.data, ram).map_err(of_kernel)?;
+    let (entry, end) = load_kernel(&boot.kernel, ram).map_err(of_kernel)?;
     let mut modules = Vec::new();
     for image in boot.initrd.iter().chain(boot.modules) {
         modules.push(load_module(image, end, ram).map_err(|problem| problem.of(image))?);
@@ -109,7 +112,8 @@ pub(super) fn load(boot: &Boot<'_>, ram: &mut Ram<'_>) -> Result<EntryState, Loa
 }
 
 /// Loads the kernel; gives its entry point and the address after its last byte.
-fn load_kernel(file: &[u8], ram: &mut Ram<'_>) -> Result<(u64, u64), Problem> {
+fn load_kernel<'i>(image: &Image<'i>, ram: &mut Ram<'_, 'i>) -> Result<(u64, u64), Problem> {
+    let file = image.data;
     let wrong = Problem::WrongKind {
         wanted: Kind::Multiboot,
         looks: sniff(file),
@@ -126,7 +130,7 @@ fn load_kernel(file: &[u8], ram: &mut Ram<'_>) -> Result<(u64, u64), Problem> {
         });
     }
     if header.flags & ADDRESSES != 0 {
-        return load_flat(file, header.offset, ram);
+        return load_flat(image, header.offset, ram);
     }
     if !file.starts_with(elf::MAGIC) {
         let (field, found) = ("the multiboot header's flags word", header.flags.into());
@@ -147,12 +151,17 @@ fn load_kernel(file: &[u8], ram: &mut Ram<'_>) -> Result<(u64, u64), Problem> {
             right,
         });
     }
-    let end = elf.load(ram)?;
+    let end = elf.load(image, ram)?;
     Ok((elf.physical_entry()?, end))
 }
 
 /// Loads by the header's address fields (§3.1.3).
-fn load_flat(file: &[u8], offset: usize, ram: &mut Ram<'_>) -> Result<(u64, u64), Problem> {
+fn load_flat<'i>(
+    image: &Image<'i>,
+    offset: usize,
+    ram: &mut Ram<'_, 'i>,
+) -> Result<(u64, u64), Problem> {
+    let file = image.data;
     let size = file.len() as u64;
     let fields = file
         .get(offset + 12..offset + 32)
@@ -213,14 +222,18 @@ fn load_flat(file: &[u8], offset: usize, ram: &mut Ram<'_>) -> Result<(u64, u64)
         ));
     }
     ram.claim("the kernel", memory_end - load, 1, Place::At(load))?;
-    ram.write(load, data)?;
+    ram.copy(load, image, data);
     Ok((entry, memory_end))
 }
 
 /// Puts a module behind the kernel, where kernels expect it, page-aligned.
-fn load_module(image: &Image<'_>, above: u64, ram: &mut Ram<'_>) -> Result<Module, Problem> {
+fn load_module<'i>(
+    image: &Image<'i>,
+    above: u64,
+    ram: &mut Ram<'_, 'i>,
+) -> Result<Module, Problem> {
     let place = Place::Lowest(above.max(1 << 20)..BELOW_4G.end);
-    let start = ram.put("the module", image.data, arch::PAGE_SIZE, place)?;
+    let start = ram.put_image("the module", image, place)?;
     let string = ram.put_string("the module's name", image.name)?;
     // Below 4 GiB, by the place.
     let end = start + image.data.len() as u64;
@@ -233,10 +246,10 @@ fn load_module(image: &Image<'_>, above: u64, ram: &mut Ram<'_>) -> Result<Modul
 }
 
 fn finish(
-    boot: &Boot<'_>,
+    boot: &Boot<'_, '_>,
     entry: u64,
     modules: &[Module],
-    ram: &mut Ram<'_>,
+    ram: &mut Ram<'_, '_>,
 ) -> Result<EntryState, Problem> {
     let cmdline = match boot.cmdline {
         "" => boot.kernel.name.into(),

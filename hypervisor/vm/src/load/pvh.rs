@@ -55,13 +55,13 @@ struct MapEntry {
     reserved: u32,
 }
 
-pub(super) fn load(
-    boot: &Boot<'_>,
-    ram: &mut Ram<'_>,
+pub(super) fn load<'i>(
+    boot: &Boot<'_, 'i>,
+    ram: &mut Ram<'_, 'i>,
     rsdp: GuestPhysAddr,
 ) -> Result<EntryState, LoadError> {
     let of_kernel = |problem: Problem| problem.of(&boot.kernel);
-    let entry = load_kernel(boot.kernel.data, ram).map_err(of_kernel)?;
+    let entry = load_kernel(&boot.kernel, ram).map_err(of_kernel)?;
     let mut modules = Vec::new();
     for image in boot.initrd.iter().chain(boot.modules) {
         modules.push(load_module(image, ram).map_err(|problem| problem.of(image))?);
@@ -69,7 +69,8 @@ pub(super) fn load(
     finish(boot, entry, &modules, rsdp, ram).map_err(of_kernel)
 }
 
-fn load_kernel(file: &[u8], ram: &mut Ram<'_>) -> Result<u64, Problem> {
+fn load_kernel<'i>(image: &Image<'i>, ram: &mut Ram<'_, 'i>) -> Result<u64, Problem> {
+    let file = image.data;
     let wrong = || Problem::WrongKind {
         wanted: Kind::Pvh,
         looks: sniff(file),
@@ -79,7 +80,7 @@ fn load_kernel(file: &[u8], ram: &mut Ram<'_>) -> Result<u64, Problem> {
     }
     let elf = Elf::parse(file)?;
     let entry = elf.pvh_entry().ok_or_else(wrong)?;
-    elf.load(ram)?;
+    elf.load(image, ram)?;
     if elf.holds(entry) && entry < 1 << 32 {
         return Ok(entry);
     }
@@ -95,13 +96,8 @@ fn load_kernel(file: &[u8], ram: &mut Ram<'_>) -> Result<u64, Problem> {
 }
 
 /// Puts a module as high as possible, out of the way of a kernel that unpacks or grows.
-fn load_module(image: &Image<'_>, ram: &mut Ram<'_>) -> Result<Module, Problem> {
-    let address = ram.put(
-        "the module",
-        image.data,
-        arch::PAGE_SIZE,
-        Place::Highest(BELOW_4G),
-    )?;
+fn load_module<'i>(image: &Image<'i>, ram: &mut Ram<'_, 'i>) -> Result<Module, Problem> {
+    let address = ram.put_image("the module", image, Place::Highest(BELOW_4G))?;
     let cmdline = ram.put_string("the module's name", image.name)?;
     Ok(Module {
         address,
@@ -112,11 +108,11 @@ fn load_module(image: &Image<'_>, ram: &mut Ram<'_>) -> Result<Module, Problem> 
 }
 
 fn finish(
-    boot: &Boot<'_>,
+    boot: &Boot<'_, '_>,
     entry: u64,
     modules: &[Module],
     rsdp: GuestPhysAddr,
-    ram: &mut Ram<'_>,
+    ram: &mut Ram<'_, '_>,
 ) -> Result<EntryState, Problem> {
     let cmdline = ram.put_string("the command line", boot.cmdline)?;
     let map: Vec<MapEntry> = ram

@@ -5,7 +5,7 @@ use core::ops::Range;
 
 use arch::{GuestMemory, GuestPhysAddr};
 
-use super::Problem;
+use super::{Copies, Image, Problem};
 use crate::layout::MemoryLayout;
 
 /// Where to look for room.
@@ -30,19 +30,21 @@ struct Claim {
     what: &'static str,
 }
 
-/// RAM with its claims.
-pub(super) struct Ram<'a> {
+/// RAM with its claims. What comes from images is only noted down: it may be much.
+pub(super) struct Ram<'a, 'i> {
     pub(super) layout: &'a MemoryLayout,
     memory: &'a mut dyn GuestMemory,
     claims: Vec<Claim>,
+    pub(super) copies: Copies<'i>,
 }
 
-impl<'a> Ram<'a> {
+impl<'a, 'i> Ram<'a, 'i> {
     pub(super) fn new(layout: &'a MemoryLayout, memory: &'a mut dyn GuestMemory) -> Self {
         Self {
             layout,
             memory,
             claims: Vec::new(),
+            copies: Copies::default(),
         }
     }
 
@@ -151,6 +153,23 @@ impl<'a> Ram<'a> {
         self.memory
             .write(GuestPhysAddr::new(at), data)
             .map_err(Problem::Memory)
+    }
+
+    /// Has a part of an image copied into RAM that was claimed.
+    pub(super) fn copy(&mut self, at: u64, image: &Image<'i>, data: &'i [u8]) {
+        self.copies.push(at, Image { data, ..*image });
+    }
+
+    /// Claims room for an image and has it copied there.
+    pub(super) fn put_image(
+        &mut self,
+        what: &'static str,
+        image: &Image<'i>,
+        place: Place,
+    ) -> Result<u64, Problem> {
+        let at = self.claim(what, image.data.len() as u64, arch::PAGE_SIZE, place)?;
+        self.copy(at, image, image.data);
+        Ok(at)
     }
 
     /// Claims room for `data` and writes it there.

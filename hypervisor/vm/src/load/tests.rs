@@ -85,7 +85,7 @@ impl GuestMemory for Sparse {
 
 const RSDP: GuestPhysAddr = GuestPhysAddr::new(0xe_0000);
 
-fn boot<'a>(kind: Kind, kernel: &'a [u8]) -> Boot<'a> {
+fn boot<'a>(kind: Kind, kernel: &'a [u8]) -> Boot<'a, 'a> {
     let kernel = Image {
         name: "kernel",
         data: kernel,
@@ -99,13 +99,15 @@ fn boot<'a>(kind: Kind, kernel: &'a [u8]) -> Boot<'a> {
     }
 }
 
-fn run(boot: &Boot<'_>, memory: &mut Sparse) -> Result<EntryState, LoadError> {
+fn run(boot: &Boot<'_, '_>, memory: &mut Sparse) -> Result<EntryState, LoadError> {
     let layout = memory.layout.clone();
-    load(boot, &layout, memory, RSDP)
+    let (entry, mut copies) = load(boot, &layout, memory, RSDP)?;
+    while !copies.step(memory)? {}
+    Ok(entry)
 }
 
 /// Why `boot` does not load in 64 MiB, in words.
-fn refusal(boot: &Boot<'_>) -> String {
+fn refusal(boot: &Boot<'_, '_>) -> String {
     run(boot, &mut Sparse::new(64)).unwrap_err().to_string()
 }
 
