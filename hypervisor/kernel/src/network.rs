@@ -6,6 +6,9 @@
 //! once. The order is uplinks → switch, and a VM's own (board → memory → card) are taken alone; a
 //! core counts the lock of its [`Mover`] all the while, so that a panic in here stops the machine
 //! rather than leave another VM's card locked.
+//!
+//! What the monitor asks and changes goes through [`Room`]: under the switch's lock, so that a
+//! change is in use for every frame after it.
 
 use crate::lock::{Held, Lock};
 use crate::run::{Live, Machine};
@@ -15,14 +18,17 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use arch::Nanos;
+use core::sync::atomic::{AtomicBool, Ordering};
 use cpu::percpu::this;
 use log::{error, info, warn};
+use monitor::command::SwitchNames;
+use monitor::network::{At, Drain};
 use virtio::net::{FRAME_ROOM, Frame, NetHeader};
 use vm::config::{Config, network};
 use vswitch::cache::Cache;
 use vswitch::edit::{Checksum, Editor};
 use vswitch::translate::Step;
-use vswitch::{PortId, Switch};
+use vswitch::{MacAddr, PortId, Switch};
 
 /// Frames of a batch.
 const BATCH: usize = 32;
@@ -36,6 +42,10 @@ const CACHED: usize = 2048;
 const PADDING: [u8; vswitch::edit::MIN_FRAME] = [0; vswitch::edit::MIN_FRAME];
 /// Guests that a batch may reach before they are told.
 const TOUCHED: usize = 64;
+/// How often captured frames are written out, in nanoseconds, and how many characters at a time:
+/// so that a serial line at 115200 has room for others.
+const DRAIN: u64 = 100_000_000;
+const DRAINED: usize = 800;
 
 /// All switches, and what is plugged into them.
 pub struct Network {
@@ -44,18 +54,27 @@ pub struct Network {
 }
 
 /// A switch and what is behind its ports.
-struct Room {
+pub struct Room {
     name: String,
     switch: Lock<Switch>,
     /// By port number; 0 is nobody's.
     ports: Vec<Option<Behind>>,
+    /// By port number: a person has pulled its cable.
+    pulled: Vec<AtomicBool>,
+    /// The way of captured frames out.
+    drain: Lock<Drain>,
 }
 
 /// What is behind a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Behind {
-    /// A card of a VM: the VM's number, and which of its cards.
-    Guest { vm: usize, nic: usize },
+pub enum Behind {
+    /// A card of a VM.
+    Guest {
+        /// The VM's number.
+        vm: usize,
+        /// Which of its cards.
+        nic: usize,
+    },
     /// A card of the machine, by its number among them.
     Uplink(usize),
 }
@@ -105,12 +124,108 @@ impl Network {
         self.movers.get(this().number() as usize).map(Lock::lock)
     }
 
-    /// Plugs a VM's cables in, or pulls them.
-    pub fn set_links(&self, live: &Live, up: bool) {
-        for nic in live.vm.nics() {
-            if let Some(room) = self.rooms.get(nic.switch) {
-                let _ = room.switch.lock().set_link(nic.port, up);
+    /// The switches in the order of the configuration.
+    pub fn rooms(&self) -> &[Room] {
+        &self.rooms
+    }
+
+    /// What can be named at the monitor.
+    pub fn names(&self) -> Vec<SwitchNames> {
+        let names = self.rooms.iter().map(|room| {
+            let mut names = SwitchNames::new(&room.name);
+            for (port, ..) in room.switch.lock().ports() {
+                names.add(port.id.0, &port.name);
             }
+            names
+        });
+        names.collect()
+    }
+
+    /// Plugs a VM's cables in, or pulls them: those that a person has pulled stay so. A VM that
+    /// starts has the addresses and rights of its configuration.
+    pub fn set_links(&self, machine: &Machine, live: &Live, up: bool) {
+        for (index, nic) in live.vm.nics().iter().enumerate() {
+            let Some(room) = self.rooms.get(nic.switch) else {
+                continue;
+            };
+            let pulled = room.is_pulled(nic.port);
+            if up {
+                let mac = live.vm.with_nic(index, |net, _| {
+                    net.set_link(!pulled);
+                    net.config().mac
+                });
+                let mut switch = room.switch.lock();
+                let now = machine.clock.now();
+                let _ = switch.set_promiscuous(nic.port, false, now);
+                if let Some(mac) = mac {
+                    let _ = switch.change_address(nic.port, MacAddr(mac), now);
+                }
+            }
+            let _ = room.switch.lock().set_link(nic.port, up && !pulled);
+        }
+    }
+
+    /// Plugs a port's cable in, or pulls it, whoever is behind, from now on.
+    ///
+    /// # Errors
+    /// Nobody is behind it.
+    pub fn set_cable(&self, machine: &Machine, at: At, up: bool) -> Result<(), &'static str> {
+        let room = self.rooms.get(at.switch).ok_or("no such switch")?;
+        let port = PortId(at.port);
+        let behind = room.behind(port).ok_or("no card is behind that port")?;
+        if let Some(pulled) = room.pulled.get(usize::from(at.port)) {
+            pulled.store(!up, Ordering::Relaxed);
+        }
+        match behind {
+            Behind::Guest { vm, nic } => {
+                let live = machine.live(vm);
+                let _ = room.switch.lock().set_link(port, up && live.is_some());
+                if let Some(live) = live {
+                    live.vm.with_nic(nic, |net, _| net.set_link(up));
+                    live.vm.carry_devices();
+                    machine.kick_touched(&live);
+                }
+            }
+            Behind::Uplink(number) => {
+                let up = up && uplinks::has_link(number);
+                let _ = room.switch.lock().set_link(port, up);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes captured frames out, a bounded share. Gives the time of the next look.
+    pub fn drain(&self, now: Nanos, say: &mut dyn FnMut(&str)) -> Nanos {
+        let mut due = Nanos::NEVER;
+        for room in &self.rooms {
+            let mut drain = room.drain.lock();
+            let mut lines = Vec::new();
+            {
+                let mut switch = room.switch.lock();
+                drain.step(&mut switch, DRAINED, &mut |line| {
+                    lines.push(String::from(line))
+                });
+                if drain.is_busy(&switch) {
+                    due = now + DRAIN;
+                }
+            }
+            // The console may take its time, and frames need not wait for it.
+            lines.iter().for_each(|line| say(line));
+        }
+        due
+    }
+
+    /// Tells the switch what a guest's driver asked for. What is refused is counted there.
+    fn grant(&self, live: &Live, index: usize, source: Source<'_>) {
+        let asked = live.vm.with_nic(index, |net, _| net.take_asked());
+        let Some(asked) = asked else { return };
+        let mut switch = source.room.switch.lock();
+        let (port, now) = (source.port, source.now);
+        if let Some(on) = asked.promiscuous {
+            let _ = switch.set_promiscuous(port, on, now);
+        }
+        if let Some(mac) = asked.mac {
+            let _ = switch.change_address(port, MacAddr(mac), now);
         }
     }
 
@@ -124,6 +239,14 @@ impl Network {
             let Some(room) = self.rooms.get(nic.switch) else {
                 continue;
             };
+            if nic.net.take_asked() {
+                let source = Source {
+                    room,
+                    port: nic.port,
+                    now: machine.clock.now(),
+                };
+                self.grant(live, index, source);
+            }
             let mut pairs = nic.net.take_notified();
             while pairs != 0 {
                 let pair = pairs.trailing_zeros() as u16;
@@ -237,7 +360,8 @@ impl Network {
             let mut switch = room.switch.lock();
             for (port, behind) in (0..).zip(&room.ports) {
                 if let Some(Behind::Uplink(number)) = *behind {
-                    let _ = switch.set_link(PortId(port), uplinks::has_link(number));
+                    let up = uplinks::has_link(number) && !room.is_pulled(PortId(port));
+                    let _ = switch.set_link(PortId(port), up);
                 }
             }
             switch.tick(now);
@@ -425,14 +549,30 @@ impl Room {
         Self {
             name,
             switch: Lock::new(switch),
+            pulled: ports.iter().map(|_| AtomicBool::new(false)).collect(),
             ports,
+            drain: Lock::new(Drain::default()),
         }
     }
 
-    /// Its name.
-    #[expect(dead_code, reason = "the monitor will ask")]
-    pub fn name(&self) -> &str {
-        &self.name
+    /// The switch, locked: not for long.
+    pub fn switch(&self) -> Held<'_, Switch> {
+        self.switch.lock()
+    }
+
+    /// The numbers that ports can have.
+    pub fn numbers(&self) -> impl Iterator<Item = PortId> {
+        (0..).zip(&self.ports).map(|(number, _)| PortId(number))
+    }
+
+    /// Who is behind a port.
+    pub fn behind(&self, port: PortId) -> Option<Behind> {
+        self.ports.get(usize::from(port.0)).copied().flatten()
+    }
+
+    fn is_pulled(&self, port: PortId) -> bool {
+        let pulled = self.pulled.get(usize::from(port.0));
+        pulled.is_some_and(|pulled| pulled.load(Ordering::Relaxed))
     }
 }
 

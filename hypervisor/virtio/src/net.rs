@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::chain::{Chain, QueueError, Token};
 use crate::device::{Device, MAX_QUEUES, Signals};
 use crate::queue::Queue;
-use bells::{BROKEN, Bells, CONFIG};
+use bells::{ASKED, BROKEN, Bells, CONFIG};
 use control::{Settings, Unwanted};
 use frame::flow_hash;
 use offload::largest_packet;
@@ -163,6 +163,8 @@ pub struct NetConfig {
     pub speed: u32,
     /// What it offers of [`feature::ALL`].
     pub offer: u64,
+    /// The driver may give itself another address.
+    pub mac_change: bool,
 }
 
 impl NetConfig {
@@ -175,6 +177,7 @@ impl NetConfig {
             pairs: 1,
             speed: 10_000,
             offer: feature::ALL,
+            mac_change: true,
         }
     }
 
@@ -209,6 +212,15 @@ pub enum NetConfigError {
     Mac,
 }
 
+/// What the driver asked for that is for the switch to grant as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// This address for itself; of several the last.
+    pub mac: Option<[u8; 6]>,
+    /// Unicasts that are not for it, or no longer any.
+    pub promiscuous: Option<bool>,
+}
+
 /// Why a frame did not leave the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TransmitDrop {
@@ -224,6 +236,18 @@ pub enum TransmitDrop {
     Checksum,
     /// It cannot be segmented as is said.
     Segmentation,
+}
+
+impl TransmitDrop {
+    /// Each, with the word for it.
+    pub const ALL: [(Self, &'static str); 6] = [
+        (Self::LinkDown, "link-down"),
+        (Self::Short, "short"),
+        (Self::Long, "long"),
+        (Self::NotNegotiated, "not-negotiated"),
+        (Self::Checksum, "checksum"),
+        (Self::Segmentation, "segmentation"),
+    ];
 }
 
 impl From<HeaderError> for TransmitDrop {
@@ -260,6 +284,19 @@ pub enum ReceiveDrop {
     /// The driver has no buffer left.
     #[error("the driver has no buffer")]
     NoBuffer,
+}
+
+impl ReceiveDrop {
+    /// Each, with the word for it.
+    pub const ALL: [(Self, &'static str); 7] = [
+        (Self::NotReady, "not-ready"),
+        (Self::LinkDown, "link-down"),
+        (Self::Address, "address"),
+        (Self::Vlan, "vlan"),
+        (Self::Long, "long"),
+        (Self::Malformed, "malformed"),
+        (Self::NoBuffer, "no-buffer"),
+    ];
 }
 
 /// Frames and bytes that passed, and frames that did not, by cause.
@@ -458,6 +495,14 @@ impl NetDevice {
         if self.state.link != up {
             self.state.link = up;
             self.config_changed(feature::STATUS);
+        }
+    }
+
+    /// What the driver asked for since the last call; after a reset what it has then.
+    pub fn take_asked(&mut self) -> Asked {
+        Asked {
+            mac: self.state.settings.asked.take(),
+            promiscuous: self.state.settings.asked_all.take(),
         }
     }
 
@@ -738,9 +783,17 @@ impl NetDevice {
                     break;
                 }
             }
-            let written = state
-                .settings
-                .command(mem, &self.chain, self.config.pairs)?;
+            let settings = &mut state.settings;
+            let before = settings.is_promiscuous();
+            let (pairs, may_move) = (self.config.pairs, self.config.mac_change);
+            let written = settings.command(mem, &self.chain, pairs, may_move)?;
+            let after = settings.is_promiscuous();
+            if after != before {
+                settings.asked_all = Some(after);
+            }
+            if settings.asked.is_some() || after != before {
+                self.bells.notify(ASKED);
+            }
             queue.push(mem, self.chain.token(), written)?;
             if count >= COMMANDS {
                 self.bells.notify(bit(index));
@@ -939,12 +992,19 @@ impl SharedNet {
             .fold(0, |set, pair| set | 1 << pair)
     }
 
-    /// Whether [`SharedNet::take_notified`] has something to give. Takes no lock.
+    /// Whether [`SharedNet::take_notified`] or [`SharedNet::take_asked`] has something to give.
+    /// Takes no lock.
     #[inline]
     #[must_use]
     pub fn has_notified(&self) -> bool {
         const TRANSMIT: u64 = 0xaaaa_aaaa_aaaa_aaaa;
         self.bells.notified() & TRANSMIT != 0
+    }
+
+    /// Whether since the last call there is something for [`NetDevice::take_asked`] to give. Takes
+    /// no lock.
+    pub fn take_asked(&self) -> bool {
+        self.bells.take(ASKED) != 0
     }
 
     /// Marks the transmit queue of `pair` as notified: there is more in it than was taken.
@@ -1015,7 +1075,10 @@ impl Device for SharedNet {
 
     fn start(&mut self, features: u64) {
         let mut net = self.lock();
-        net.state.settings = Settings::new(features, self.config.mac);
+        let asked = (net.state.settings.asked, net.state.settings.asked_all);
+        let settings = &mut net.state.settings;
+        *settings = Settings::new(features, self.config.mac);
+        (settings.asked, settings.asked_all) = asked;
         net.state.started = true;
         net.update_served();
     }
@@ -1039,14 +1102,19 @@ impl Device for SharedNet {
 
     fn reset(&mut self) {
         let mut net = self.lock();
-        net.state.settings = Settings::new(0, self.config.mac);
+        let before = &net.state.settings;
+        let own = self.config.mac;
+        let news = before.is_promiscuous() || before.mac.is_some_and(|mac| mac != own);
+        net.state.settings = Settings::new(0, own);
+        net.state.settings.asked = news.then_some(own);
+        net.state.settings.asked_all = news.then_some(false);
         (net.state.started, net.state.broken) = (false, false);
         net.state.queues.fill(None);
         net.state.unsettled = 0;
         net.fault = None;
         net.flows = [u8::MAX; FLOWS];
         net.update_served();
-        self.bells.set(0, 0);
+        self.bells.set(if news { ASKED } else { 0 }, 0);
     }
 
     fn set_master(&mut self, on: bool) {

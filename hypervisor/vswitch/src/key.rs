@@ -411,8 +411,12 @@ impl FlowKey {
         match (self.nw_proto, self.dl_type) {
             (proto::TCP, _) => {
                 let head: &[u8; 20] = at.peek()?;
-                (self.tp_src, self.tp_dst) = pair(*head.first_chunk()?);
                 let [.., high, low, _, _, _, _, _, _] = *head;
+                let length = usize::from(high >> 4) * 4;
+                if length < head.len() || length > at.length {
+                    return None;
+                }
+                (self.tp_src, self.tp_dst) = pair(*head.first_chunk()?);
                 self.tcp_flags = u16::from_be_bytes([high & 0xf, low]);
             }
             (proto::UDP, _) => {

@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::Emulator;
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, QEMU_UEFI, Source, Step};
-use crate::emulator::bochs;
+use crate::emulator::{Card, bochs};
 
 use Step::{Check, Expect, Refuse, Send};
 
@@ -190,11 +190,17 @@ pub(super) const CASES: &[Case] = &[
             ],
             spoil: None,
         },
+        cards: &[Card::E1000],
         steps: &[
             UP,
             PROMPT,
+            Expect(r"^eth0: 10\.0\.2\.1[56]/24 by DHCP, gateway 10\.0\.2\.2$"),
             Send("poweroff\n"),
             Expect(r"^tessera\| vm linux: ended: powered off$"),
+            Send("\x142"),
+            Expect("linux2# "),
+            Send("poweroff\n"),
+            Expect(r"^tessera\| vm linux2: ended: powered off$"),
         ],
         end: Ending::Judged(0, |heard| super::left_well(heard, &["hello"])),
         ..LINUX

@@ -11,11 +11,11 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Deserializer, StreamDeserializer, Value, json};
 use vswitch::key::{FlowKey, Vlan, ether, ipv4};
 use vswitch::mirror::MirrorOutput;
-use vswitch::port::{PortKind, PriorityTags, VlanMode};
+use vswitch::port::{PriorityTags, VlanMode};
 use vswitch::translate::Field;
 use vswitch::{MacAddr, PortId};
 
-use super::world::{VLANS, World, carries};
+use super::world::{EDGES, VLANS, World, carries};
 use super::{LOCAL, Output};
 use crate::process::{Process, limited};
 
@@ -93,10 +93,12 @@ impl Daemons {
 
     /// Makes the bridge that is like the world's switch, instead of the one before.
     pub fn build(&mut self, world: &World) -> Result<()> {
+        // On its own: a bridge that comes again at once keeps its flows and addresses.
+        vsctl(&self.dir, &["--if-exists", "del-br", "br0"])?;
         let config = &world.config;
         let mut words: Vec<String> = Vec::new();
         let mut say = |line: &str| words.extend(line.split(' ').map(str::to_owned));
-        say("--if-exists del-br br0 -- add-br br0");
+        say("add-br br0");
         say("-- set bridge br0 datapath_type=dummy fail-mode=secure");
         let list = |ids: &[u16]| {
             let ids: Vec<String> = ids.iter().map(u16::to_string).collect();
@@ -142,8 +144,7 @@ impl Daemons {
             say(&format!(
                 "-- set port {name} other_config:priority-tags={tags}"
             ));
-            // R1 in its words.
-            if port.protected || port.kind == PortKind::Uplink {
+            if port.protected {
                 say(&format!("-- set port {name} protected=true"));
             }
         }
@@ -192,7 +193,8 @@ impl Daemons {
         vsctl(&self.dir, &words)?;
         self.add_flows(world)?;
         for (mac, port) in world.homes() {
-            let vlans = VLANS.iter().filter(|vlan| carries(port, **vlan));
+            let all = VLANS.iter().chain(&EDGES);
+            let vlans = all.filter(|vlan| carries(port, **vlan));
             for vlan in vlans {
                 let (vlan, mac) = (vlan.to_string(), mac.to_string());
                 self.ask("fdb/add", &["br0", &port.name, &vlan, &mac])?;
@@ -240,9 +242,14 @@ impl Daemons {
 /// What a trace says when it learns.
 const LEARNED: &str = "learned that ";
 
-/// Whether a flow changes tags that need not be there, as only OpenFlow 1.0 can say.
+/// Whether a flow changes tags that need not be there, or matches bits of them, as only OpenFlow
+/// 1.0 can say.
 pub fn is_old(flow: &str) -> bool {
-    flow.contains("mod_vlan") || flow.contains("strip_vlan")
+    let odd = flow.split_once("vlan_tci=").is_some_and(|(_, tci)| {
+        let plain = ["0x0000/0x1fff", "0x1000/0x1000", "0x0000/0x1000"];
+        !plain.iter().any(|p| tci.starts_with(p))
+    });
+    odd || flow.contains("mod_vlan") || flow.contains("strip_vlan")
 }
 
 fn command(dir: &Path, program: &str, limit: Duration) -> Command {
@@ -403,6 +410,10 @@ fn apply(action: &str, key: &mut FlowKey, outputs: &mut Vec<Output>) -> Result<(
             }
         }
         key.vlans = [tag, key.vlans[0]];
+        return Ok(());
+    }
+    if name == "userspace" {
+        // Tells a controller that a time to live is over.
         return Ok(());
     }
     ensure!(name == "set", "unknown");
