@@ -6,6 +6,8 @@ use crate::Emulator;
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, QEMU_UEFI, Source, Step};
 use crate::emulator::{Card, bochs};
 
+use super::network::{KEYBOARD, TO_MONITOR, TWO_LEASES};
+
 use Step::{Check, Expect, Refuse, Send};
 
 pub(super) const FILES: &[(&str, Source)] = &[
@@ -192,13 +194,14 @@ pub(super) const CASES: &[Case] = &[
         },
         cards: &[Card::E1000],
         steps: &[
-            UP,
-            PROMPT,
-            Expect(r"^eth0: 10\.0\.2\.1[56]/24 by DHCP, gateway 10\.0\.2\.2$"),
+            KEYBOARD,
+            TO_MONITOR,
+            TWO_LEASES,
+            Send("\x141"),
+            Expect(r"Linux {release} is up after"),
             Send("poweroff\n"),
             Expect(r"^tessera\| vm linux: ended: powered off$"),
             Send("\x142"),
-            Expect("linux2# "),
             Send("poweroff\n"),
             Expect(r"^tessera\| vm linux2: ended: powered off$"),
         ],
