@@ -60,6 +60,8 @@ pub struct Case {
     pub extension: Extension,
     /// Its network cards.
     pub cards: &'static [Card],
+    /// What a second machine starts, a QEMU with one card, which a wire joins to this one's first.
+    pub beside: Option<Load>,
     /// The dialogue.
     pub steps: &'static [Step],
     /// How it must end.
@@ -86,6 +88,7 @@ impl Case {
         pace: Pace::Free,
         extension: Extension::On,
         cards: &[],
+        beside: None,
         steps: &[],
         end: Ending::Closing(0),
         deadline: 60,
@@ -166,6 +169,8 @@ pub enum Step {
     SendSecond(&'static str),
     /// None of these may match in what came since the last sending.
     Refuse(&'static [&'static str]),
+    /// Steps with the machine beside this one, which has a dialogue of its own.
+    Beside(&'static [Step]),
     /// A judgement in code of what came since the last sending.
     Check(fn(&Heard) -> Result<(), String>),
 }
@@ -225,36 +230,39 @@ pub(crate) fn compile(pattern: &str, facts: &Facts) -> Result<Regex> {
     regex.with_context(|| format!("the case's pattern {pattern:?}"))
 }
 
-/// Plays `case` on `machine`, which already has what the case loads.
-pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result<(), Box<Failure>> {
+/// What a machine said, on its line and on its second serial port.
+type Consoles = (Console, Console);
+
+/// Plays `case` on `machine`, and on the one `beside` it if there is one, which already have what
+/// the case loads.
+pub fn play(
+    case: &Case,
+    machine: &Machine,
+    beside: Option<&Machine>,
+    facts: &Facts,
+    dir: &Path,
+) -> Result<(), Box<Failure>> {
     let limit = case.limit(machine.emulator);
-    let mut console = Console::default();
-    let mut second = Console::default();
+    let mut consoles = Consoles::default();
+    let mut theirs = Consoles::default();
     let mut log = None;
+    let their_dir = dir.join("beside");
     let result = (|| {
-        let session = machine.start(dir, limit + Duration::from_secs(60))?;
-        log = Some(session.log().to_owned());
-        let deadline = Instant::now() + limit;
-        let console = &mut console;
-        let emulator = machine.emulator;
-        let mut talk = Talk {
-            session,
-            console,
-            second: &mut second,
-            matched_second: 0,
-            facts,
-            emulator,
-            dir,
-            deadline,
-            limit,
-            matched: 0,
-            sent: 0,
-            sent_at: SystemTime::now(),
-            closed: false,
+        let mut other = match beside {
+            Some(beside) => Some(Talk::begin(beside, facts, &their_dir, limit, &mut theirs)?),
+            None => None,
         };
+        let mut talk = Talk::begin(machine, facts, dir, limit, &mut consoles)?;
+        log = Some(talk.session.log().to_owned());
         for (number, step) in case.steps.iter().enumerate() {
-            talk.step(step)
-                .with_context(|| format!("step {}", number + 1))?;
+            let played = match (step, &mut other) {
+                (Step::Beside(steps), Some(other)) => {
+                    let played = steps.iter().try_for_each(|step| other.step(step));
+                    played.context("on the machine beside")
+                }
+                _ => talk.step(step),
+            };
+            played.with_context(|| format!("step {}", number + 1))?;
         }
         match case.end {
             Ending::Dialogue => Ok(()),
@@ -280,9 +288,16 @@ pub fn play(case: &Case, machine: &Machine, facts: &Facts, dir: &Path) -> Result
         }
     })();
     result.map_err(|error| {
+        let mut console = consoles.0.text().to_owned();
+        if beside.is_some() {
+            console = format!(
+                "{}\n--- above: the machine beside\n{console}",
+                theirs.0.text()
+            );
+        }
         Box::new(Failure {
             error,
-            console: console.text().to_owned(),
+            console,
             log,
         })
     })
@@ -305,7 +320,32 @@ struct Talk<'a> {
     closed: bool,
 }
 
-impl Talk<'_> {
+impl<'a> Talk<'a> {
+    /// Switches a machine on.
+    fn begin(
+        machine: &Machine,
+        facts: &'a Facts,
+        dir: &'a Path,
+        limit: Duration,
+        (console, second): &'a mut Consoles,
+    ) -> Result<Self> {
+        Ok(Self {
+            session: machine.start(dir, limit + Duration::from_secs(60))?,
+            console,
+            second,
+            matched_second: 0,
+            facts,
+            emulator: machine.emulator,
+            dir,
+            deadline: Instant::now() + limit,
+            limit,
+            matched: 0,
+            sent: 0,
+            sent_at: SystemTime::now(),
+            closed: false,
+        })
+    }
+
     fn heard(&self) -> Heard<'_> {
         Heard {
             since: self.console.since(self.sent),
@@ -388,6 +428,7 @@ impl Talk<'_> {
                 }
                 Ok(())
             }
+            Step::Beside(_) => bail!("the case has no machine beside"),
             Step::Check(judge) => judge(&self.heard()).map_err(anyhow::Error::msg),
         }
     }

@@ -10,6 +10,7 @@
 
 mod guests;
 mod sched;
+mod switch;
 
 use std::fmt::Write;
 
@@ -22,7 +23,7 @@ use crate::select::On;
 use guests::Bench;
 
 /// The benches, with what they measure.
-pub const NAMES: [(&str, &str); 5] = [
+pub const NAMES: [(&str, &str); 6] = [
     (
         "exits",
         "instructions per exit, by kind; bytes and instructions of the hypervisor itself",
@@ -42,6 +43,10 @@ pub const NAMES: [(&str, &str); 5] = [
     (
         "sched",
         "what a scheduler's decision costs, how well it shares, how soon who is woken runs",
+    ),
+    (
+        "switch",
+        "frames a second and instructions per frame through the switch, beside Linux and Open vSwitch",
     ),
 ];
 
@@ -152,7 +157,17 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
         good &= within;
         print!("{}", sched_text(&figures, request.json));
     }
-    if request.name == Some("sched") {
+    if request.name.is_none_or(|name| name == "switch") {
+        let report = switch::measure(factory.workspace())?;
+        good &= report.good;
+        if request.json {
+            print!("{}", json("switch", "host", &report.figures));
+            report.notes.iter().for_each(|text| note(text));
+        } else {
+            print!("{}", report.text());
+        }
+    }
+    if matches!(request.name, Some("sched" | "switch")) {
         return Ok(good);
     }
     let emulators = match request.on {

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::factory::Factory;
 
-/// Linux with a shell, and a Rust guest beside it.
+/// Two of Linux with a shell and a Rust guest, on one switch.
 pub const DEFAULT: &str = include_str!("../default.toml");
 
 /// The longest file name a ustar archive holds without tricks.
@@ -31,6 +31,8 @@ pub struct Packed {
     pub files: Vec<(String, Vec<u8>)>,
     /// The emulated machine's memory in MiB.
     pub memory: u32,
+    /// The cards of the machine that its switches ask for.
+    pub uplinks: usize,
 }
 
 impl Packed {
@@ -74,6 +76,7 @@ impl Packed {
             text: text.to_owned(),
             files,
             memory: machine_memory(&table),
+            uplinks: uplinks(&table),
         })
     }
 }
@@ -100,9 +103,18 @@ fn toml_error(text: &str, error: &toml::de::Error) -> String {
     format!("line {line}, column {column}: {}", error.message())
 }
 
-fn vms(table: &toml::Table) -> impl Iterator<Item = &toml::Table> {
-    let list = table.get("vm").and_then(toml::Value::as_array);
+fn tables<'a>(table: &'a toml::Table, key: &str) -> impl Iterator<Item = &'a toml::Table> {
+    let list = table.get(key).and_then(toml::Value::as_array);
     list.into_iter().flatten().filter_map(toml::Value::as_table)
+}
+
+fn vms(table: &toml::Table) -> impl Iterator<Item = &toml::Table> {
+    tables(table, "vm")
+}
+
+fn uplinks(table: &toml::Table) -> usize {
+    let of_each = tables(table, "switch").map(|switch| tables(switch, "uplink").count());
+    of_each.sum()
 }
 
 /// Every file that the VMs name.
@@ -166,7 +178,10 @@ mod tests {
     #[test]
     fn every_image_named_is_packed() {
         let table = DEFAULT.parse().expect("the default configuration is TOML");
-        assert_eq!(names(&table), ["vmlinuz", "initrd.cpio", "guest-hello"]);
+        let linux = ["vmlinuz", "initrd.cpio"];
+        let all = [&linux[..], &linux[..], &["guest-hello"]].concat();
+        assert_eq!(names(&table), all);
+        assert_eq!(uplinks(&table), 1);
     }
 
     #[test]

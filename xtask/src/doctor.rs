@@ -6,7 +6,8 @@ use std::process::Command;
 use harness::emulator::bochs;
 
 use crate::packages::{
-    self, ACPICA, BOCHS, DISTRO_RUST, GRUB, OVMF, QEMU, Root, SEABIOS, find_program,
+    self, ACPICA, BOCHS, CPP, DISTRO_RUST, GRUB, OPEN_VSWITCH, OVMF, QEMU, Root, SEABIOS,
+    find_program,
 };
 use crate::select::{On, nested_kvm};
 use crate::toolchain::{NONE, UEFI, VARIABLE, has_target};
@@ -97,7 +98,7 @@ pub fn doctor() -> bool {
         &BOCHS[..],
         &GRUB,
         &DISTRO_RUST,
-        &[ACPICA],
+        &[ACPICA, OPEN_VSWITCH, CPP],
     ]
     .concat();
     for package in needed {

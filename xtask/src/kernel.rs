@@ -114,6 +114,7 @@ pub fn configuration(options: &Options) -> Result<Packed> {
         text,
         files,
         memory,
+        uplinks: 0,
     })
 }
 

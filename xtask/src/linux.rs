@@ -32,11 +32,14 @@ const MODULES: &[&str] = &[
     "net/core/failover.ko",
     "drivers/net/net_failover.ko",
     "drivers/net/virtio_net.ko",
+    "drivers/net/macvlan.ko",
     "drivers/watchdog/watchdog.ko",
     "drivers/watchdog/wdat_wdt.ko",
 ];
 /// What runs in the guest as process 1.
 const INIT: &str = include_str!("init.sh");
+/// What sets an address that DHCP brought.
+const LEASE: &str = include_str!("udhcpc.sh");
 
 /// The parts of the Linux guest.
 #[derive(Clone, Debug)]
@@ -194,6 +197,7 @@ fn initramfs(busybox: &[u8], init: &str, modules: &[(String, Vec<u8>)]) -> Vec<u
     cpio.entry("dev/console", CONSOLE, (5, 1), b"");
     cpio.entry("bin/busybox", PROGRAM, (0, 0), busybox);
     cpio.entry("init", PROGRAM, (0, 0), init.as_bytes());
+    cpio.entry("etc/udhcpc.sh", PROGRAM, (0, 0), LEASE.as_bytes());
     for (name, module) in modules {
         cpio.entry(name, FILE, (0, 0), module);
     }

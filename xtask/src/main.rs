@@ -6,9 +6,11 @@
 
 mod bench;
 mod bundle;
+mod capture;
 mod config;
 mod doctor;
 mod factory;
+mod fuzz;
 mod image;
 mod kernel;
 mod lint;
@@ -20,15 +22,17 @@ mod select;
 mod terminal;
 mod test;
 mod toolchain;
+mod trace;
 
 use std::path::PathBuf;
 use std::process::{ExitCode, exit};
+use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use harness::emulator::{Card, Pace};
-use harness::{Firmware, Machine};
+use harness::emulator::{Card, Pace, Wire};
+use harness::{Emulator, Firmware, Machine};
 use regex_lite::{Regex, RegexBuilder};
 
 use config::Packed;
@@ -53,8 +57,8 @@ struct Cli {
 enum Command {
     /// Boot Tessera with its guests, with this terminal on their consoles
     ///
-    /// Without --config: Debian's Linux with a shell, and a small Rust guest beside it. Ctrl-T is
-    /// the prefix key: then 0 for the monitor, 1-9 for a guest, n for the next, x to leave, ? for
+    /// Without --config: two of Debian's Linux, each with a shell, and a small Rust guest, on one
+    /// switch with an uplink to the emulator's network. Ctrl-T is the prefix key: then 0 for the monitor, 1-9 for a guest, n for the next, x to leave, ? for
     /// help. Exits with 0 when every VM ended well, else with the status of Tessera's closing line;
     /// 124 at the deadline, 125 when the machine died.
     Run(RunArgs),
@@ -70,6 +74,12 @@ enum Command {
     ///
     /// Without filters everything, on QEMU and on Bochs. The last line is `N passed, N failed`.
     Test(TestArgs),
+    /// Say what a configuration's switch does with a frame, stage by stage
+    ///
+    /// The frame is written as for `ovs-appctl ofproto/trace`: fields with commas between them, of
+    /// which `in_port`, a port's name or number, must be one. The last line, `Datapath actions: …`,
+    /// is in Open vSwitch's words, with the port numbers that are listed first.
+    SwitchTrace(TraceArgs),
     /// Measure what Tessera costs, in counted instructions that repeat
     ///
     /// On Bochs and on QEMU, from inside a guest, beside what KVM takes on the same emulator.
@@ -90,9 +100,15 @@ struct Where {
     /// Logical processors of the machine
     #[arg(long, visible_alias = "cores", default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
-    /// A network card of the machine: e1000, or on QEMU e1000e or virtio-net as well
+    /// A network card of the machine: e1000, or on QEMU e1000e or virtio-net as well; or none
+    /// [default: an e1000 for each uplink of the configuration, on Bochs one]
     #[arg(long, value_name = "CARD")]
-    nic: Vec<Card>,
+    nic: Vec<NicArg>,
+    /// Join the first card to another emulator's, which is told the ports the other way round, in
+    /// place of the emulator's own network: frames go by UDP from this port of ours to that of a
+    /// host (on Bochs, the next one)
+    #[arg(long, value_name = "PORT:HOST:PORT")]
+    wire: Option<Wire>,
     /// Kill the run after this many seconds, with status 124
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -103,6 +119,24 @@ enum FirmwareArg {
     #[default]
     Bios,
     Uefi,
+}
+
+/// `--nic`: a card, or none.
+#[derive(Clone, Copy, Debug)]
+struct NicArg(Option<Card>);
+
+impl FromStr for NicArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self(None)),
+            card => card
+                .parse()
+                .map(|card| Self(Some(card)))
+                .map_err(|e: String| e + ", none"),
+        }
+    }
 }
 
 #[derive(Args)]
@@ -174,13 +208,37 @@ struct TestArgs {
     /// Say what groups and cases there are
     #[arg(long)]
     list: bool,
+    /// How many frames the group vswitch-oracle compares
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    frames: u64,
+    /// Where its random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// For how many seconds the group fuzz tries each of its targets, two at a time
+    #[arg(long, value_name = "S", default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..))]
+    fuzz_seconds: u64,
     /// A group (lint, host, boot, linux, ...), group/case, or a part of a case's name
     filter: Vec<String>,
 }
 
 #[derive(Args)]
+struct TraceArgs {
+    /// The tessera.toml
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// The switch, where `in_port` does not say which
+    #[arg(long, value_name = "NAME")]
+    switch: Option<String>,
+    /// A port whose link is down
+    #[arg(long, value_name = "PORT")]
+    down: Vec<String>,
+    /// The frame: 'in_port=vm1,dl_vlan=9,dl_src=52:54:00:00:00:01,...'
+    flow: String,
+}
+
+#[derive(Args)]
 struct BenchArgs {
-    /// The bench [default: all; known: exits, smp, share, boot, sched]
+    /// The bench [default: all; known: exits, smp, share, boot, sched, switch]
     name: Option<String>,
     /// Measure on this one only [default: Bochs and QEMU's own emulation]
     #[arg(long, value_enum)]
@@ -208,7 +266,16 @@ fn main() -> ExitCode {
             Ok(0)
         }
         Command::Test(args) => {
-            let passed = test::test(Workspace::find()?, args.on, &args.filter)?;
+            let passed = test::test(
+                Workspace::find()?,
+                args.on,
+                &args.filter,
+                &test::Amounts {
+                    frames: args.frames,
+                    seed: args.seed,
+                    fuzz_seconds: args.fuzz_seconds,
+                },
+            )?;
             Ok(u8::from(!passed))
         }
         Command::Bench(args) => {
@@ -220,6 +287,15 @@ fn main() -> ExitCode {
             };
             let good = bench::bench(&factory, &request)?;
             Ok(u8::from(!good))
+        }
+        Command::SwitchTrace(args) => {
+            let question = trace::Question {
+                flow: &args.flow,
+                switch: args.switch.as_deref(),
+                down: &args.down,
+            };
+            print!("{}", trace::trace_file(&args.config, &question)?);
+            Ok(0)
         }
         Command::Doctor => Ok(u8::from(!doctor::doctor())),
     });
@@ -239,6 +315,18 @@ impl Where {
             FirmwareArg::Uefi => Firmware::Uefi,
         }
     }
+
+    /// The machine's cards, for a configuration with so many uplinks.
+    fn cards(&self, emulator: Emulator, uplinks: usize) -> Vec<Card> {
+        let wanted = match emulator {
+            Emulator::Bochs => uplinks.min(1),
+            _ => uplinks,
+        };
+        match self.nic.is_empty() {
+            true => vec![Card::E1000; wanted.max(usize::from(self.wire.is_some()))],
+            false => self.nic.iter().filter_map(|nic| nic.0).collect(),
+        }
+    }
 }
 
 fn pattern(text: &str) -> Result<Regex> {
@@ -249,15 +337,18 @@ fn pattern(text: &str) -> Result<Regex> {
 fn run_command(args: &RunArgs) -> Result<u8> {
     let until = args.until.as_deref().map(pattern).transpose()?;
     let workspace = Workspace::find()?;
-    let dir = workspace.dir("run")?;
-    let (disk, memory) = match &args.image {
-        Some(image) => (image.clone(), 1024),
+    // Machines on one wire run at the same time.
+    let wire = args.place.wire.as_ref();
+    let name = wire.map_or("run".to_owned(), |wire| format!("run-{}", wire.local));
+    let dir = workspace.dir(&name)?;
+    let (disk, memory, uplinks) = match &args.image {
+        Some(image) => (image.clone(), 1024, 0),
         None => {
             let factory = Factory::new(workspace);
             let packed = Packed::load(args.config.as_deref(), &factory)?;
             let disk = dir.join("disk.img");
             factory.image(&packed, &disk)?;
-            (disk, packed.memory)
+            (disk, packed.memory, packed.uplinks)
         }
     };
     let memory = args.memory.unwrap_or(memory);
@@ -265,6 +356,7 @@ fn run_command(args: &RunArgs) -> Result<u8> {
         place: &args.place,
         disk,
         memory,
+        uplinks,
         until,
         guest_only: false,
         dir,
@@ -303,6 +395,7 @@ fn kernel_command(args: &KernelArgs) -> Result<u8> {
         place: &args.place,
         disk,
         memory: packed.memory,
+        uplinks: packed.uplinks,
         until: None,
         guest_only: !args.verbose,
         dir,
@@ -319,6 +412,7 @@ struct Job<'a> {
     place: &'a Where,
     disk: PathBuf,
     memory: u32,
+    uplinks: usize,
     until: Option<Regex>,
     guest_only: bool,
     dir: PathBuf,
@@ -337,7 +431,11 @@ impl Job<'_> {
         ));
         let mut machine = Machine::new(emulator, firmware, &self.disk, self.memory);
         machine.cpus = self.place.cpus;
-        machine.cards = self.place.nic.clone();
+        machine.cards = self.place.cards(emulator, self.uplinks);
+        machine.wire = self.place.wire.clone();
+        if machine.wire.is_some() && machine.cards.is_empty() {
+            bail!("--wire joins a card, and --nic none leaves the machine without one");
+        }
         machine.pace = Pace::WallClock;
         let limits = Limits {
             until: self.until,
@@ -345,7 +443,7 @@ impl Job<'_> {
         };
         let hard = limits.timeout.map_or(DAY, |t| t + Duration::from_secs(30));
         let mut session = machine.start(&self.dir, hard)?;
-        let (outcome, console) = attend(&mut session, &limits, self.guest_only);
+        let (outcome, console) = attend(&mut session, &limits, self.guest_only, &self.dir);
         let quiet = self.guest_only && matches!(outcome, Outcome::Ended(_));
         let status = match &outcome {
             Outcome::Ended(end) if quiet => end.status,

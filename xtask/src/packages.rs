@@ -92,6 +92,14 @@ pub const ACPICA: Package = package(
     &["iasl"],
     "checks of the guests' ACPI tables",
 );
+/// Open vSwitch, to compare the switch with.
+pub const OPEN_VSWITCH: Package = package(
+    "openvswitch-switch",
+    &["/usr/sbin/ovs-vswitchd"],
+    "comparison of the switch with Open vSwitch",
+);
+/// A C++ compiler, for libFuzzer.
+pub const CPP: Package = package("g++", &["g++", "c++", "clang++"], "the fuzz targets");
 /// The distribution's Rust, where rustup cannot add a target.
 pub const DISTRO_RUST: [Package; 4] = [
     package("rustc-web", &["/usr/bin/rustc"], "toolchain fall-back"),

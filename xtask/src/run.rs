@@ -1,11 +1,13 @@
 //! Attends to a running machine: its console on ours, our keys to it, until it ends.
 
 use std::io::{Write, stdout};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use harness::{Console, End, Received, Session};
 use regex_lite::Regex;
 
+use crate::capture::Captures;
 use crate::progress::{note, seconds};
 use crate::terminal::{Raw, forward_input};
 
@@ -16,6 +18,8 @@ const LEAVE: u8 = b'x';
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 /// How long a machine may take to switch off after its last line.
 const OFF_LIMIT: Duration = Duration::from_secs(3);
+/// After this long without more the beginning of a line is shown.
+const PAUSE: Duration = Duration::from_millis(50);
 /// What begins each line of the hypervisor's log.
 const LOG: &[u8] = b"tessera| ";
 
@@ -88,17 +92,24 @@ impl Outcome {
 }
 
 /// Attends until the run ends. With `guest_only` the hypervisor's log and what the firmware said
-/// before it are left out.
-pub fn attend(session: &mut Session, limits: &Limits, guest_only: bool) -> (Outcome, Console) {
+/// before it are left out. Frames that the hypervisor captured become files in `dir`.
+pub fn attend(
+    session: &mut Session,
+    limits: &Limits,
+    guest_only: bool,
+    dir: &Path,
+) -> (Outcome, Console) {
     let raw = Raw::enter();
     forward_input(session.sender());
     let mut console = Console::default();
     let mut filter = guest_only.then(Filter::default);
+    let mut captures = Captures::new(dir);
     let mut keys = Keys::default();
     let deadline = limits.timeout.map(|limit| Instant::now() + limit);
     let outcome = loop {
         let far = Instant::now() + Duration::from_secs(3600);
-        let next = [deadline, keys.leave_by]
+        let soon = captures.waits().then(|| Instant::now() + PAUSE);
+        let next = [deadline, keys.leave_by, soon]
             .into_iter()
             .flatten()
             .min()
@@ -107,9 +118,10 @@ pub fn attend(session: &mut Session, limits: &Limits, guest_only: bool) -> (Outc
             Received::Bytes(bytes) => {
                 let before = console.position();
                 console.feed(&bytes);
+                let rest = captures.pass(&bytes);
                 match &mut filter {
-                    Some(filter) => show(&filter.pass(&bytes)),
-                    None => show(&bytes),
+                    Some(filter) => show(&filter.pass(&rest)),
+                    None => show(&rest),
                 }
                 // A match may have begun in an earlier piece.
                 let recent = console.since(before.saturating_sub(16 << 10));
@@ -130,6 +142,11 @@ pub fn attend(session: &mut Session, limits: &Limits, guest_only: bool) -> (Outc
                 break console.end().map_or(Outcome::Died, Outcome::Ended);
             }
             Received::Nothing => {
+                let waiting = captures.show();
+                match &mut filter {
+                    Some(filter) => show(&filter.pass(&waiting)),
+                    None => show(&waiting),
+                }
                 let now = Instant::now();
                 if keys.leave_by.is_some_and(|by| now >= by) {
                     break Outcome::Left;
@@ -144,6 +161,7 @@ pub fn attend(session: &mut Session, limits: &Limits, guest_only: bool) -> (Outc
         show(b"\n");
     }
     drop(raw);
+    captures.report();
     (outcome, console)
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs;
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -9,13 +10,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use harness::cases;
 use harness::dialogue::{Case, Facts, Load, Place, Player, QEMU_BIOS, Source, Step, play};
-use harness::emulator::Boot;
+use harness::emulator::{Boot, Card, Wire};
 use harness::{Emulator, Firmware, Machine};
 
 use crate::config::memory_for;
 use crate::factory::{Factory, Kernel, bundle_of};
+use crate::fuzz::fuzz;
 use crate::lint::lint;
-use crate::packages::need;
+use crate::packages::{CPP, OPEN_VSWITCH, need};
 use crate::progress::{note, seconds, step};
 use crate::select::{On, packages};
 use crate::toolchain::{Toolchain, Workspace, cargo};
@@ -26,9 +28,17 @@ const WORKERS: usize = 2;
 const TAIL: usize = 60;
 
 /// The groups beside those of the emulator cases.
-const GROUPS: [(&str, &str); 3] = [
+const GROUPS: [(&str, &str); 5] = [
     ("lint", "rustfmt, clippy, and the house rules about unsafe"),
     ("host", "the tests of every safe room, on this machine"),
+    (
+        "vswitch-oracle",
+        "the switch beside Open vSwitch: random switches, flows and frames",
+    ),
+    (
+        "fuzz",
+        "libFuzzer at frames, flow text and the rings of each device",
+    ),
     (
         "toolchain",
         "the distribution's Rust, from its sources, makes an image that boots",
@@ -89,8 +99,23 @@ pub fn list() {
     }
 }
 
+/// How much of what has no end of its own.
+pub struct Amounts {
+    /// Frames that are compared with Open vSwitch, ...
+    pub frames: u64,
+    /// ... and where their random numbers begin.
+    pub seed: u64,
+    /// For each fuzz target.
+    pub fuzz_seconds: u64,
+}
+
 /// Runs what the filters pick. True when all of it passed.
-pub fn test(workspace: Workspace, on: Option<On>, filters: &[String]) -> Result<bool> {
+pub fn test(
+    workspace: Workspace,
+    on: Option<On>,
+    filters: &[String],
+    amounts: &Amounts,
+) -> Result<bool> {
     let begin = Instant::now();
     let players = players(on)?;
     let tasks = tasks(filters, &players);
@@ -105,8 +130,17 @@ pub fn test(workspace: Workspace, on: Option<On>, filters: &[String]) -> Result<
         .iter()
         .flat_map(|t| packages(t.emulator, t.firmware))
         .collect();
+    if tasks.iter().any(|t| t.case.beside.is_some()) {
+        needed.extend(packages(Emulator::QemuTcg, Firmware::Bios));
+    }
     if other("toolchain") {
         needed.extend(packages(Emulator::QemuTcg, Firmware::Bios));
+    }
+    if other("vswitch-oracle") {
+        needed.push(OPEN_VSWITCH);
+    }
+    if other("fuzz") {
+        needed.push(CPP);
     }
     needed.dedup_by_key(|p| p.name);
     need(&needed)?;
@@ -117,6 +151,19 @@ pub fn test(workspace: Workspace, on: Option<On>, filters: &[String]) -> Result<
     }
     if other("host") {
         outcomes.push(single("host", "host", || host_tests(&workspace)));
+    }
+    if other("vswitch-oracle") {
+        outcomes.push(single("vswitch-oracle", "host", || {
+            let scratch = workspace.dir("test/oracle")?;
+            step("comparing with Open vSwitch", |_| {
+                harness::oracle::run(&scratch, amounts.frames, amounts.seed)
+            })
+        }));
+    }
+    if other("fuzz") {
+        outcomes.push(single("fuzz", "host", || {
+            fuzz(&workspace, amounts.fuzz_seconds)
+        }));
     }
     let factory = Factory::new(workspace.clone());
     if !tasks.is_empty() {
@@ -332,11 +379,17 @@ fn play_one(factory: &Factory, facts: &Facts, task: Task) -> Outcome {
         firmware.name()
     );
     let result = factory.workspace().dir(&folder).and_then(|dir| {
-        let machine = machine(factory, task, &dir)?;
-        let played = play(case, &machine, facts, &dir);
-        if let Boot::Disk(disk) = &machine.boot {
-            // Nothing but the configuration is in it, and there are many.
-            let _ = fs::remove_file(disk);
+        let mut machine = machine(factory, task, &dir)?;
+        let beside = case
+            .beside
+            .map(|load| beside(factory, task, load, &mut machine, &dir));
+        let beside = beside.transpose()?;
+        let played = play(case, &machine, beside.as_ref(), facts, &dir);
+        for machine in [Some(&machine), beside.as_ref()].into_iter().flatten() {
+            if let Boot::Disk(disk) = &machine.boot {
+                // Nothing but the configuration is in it, and there are many.
+                let _ = fs::remove_file(disk);
+            }
         }
         played.map_err(|failure| {
             let mut console = harness::Console::default();
@@ -377,7 +430,7 @@ fn play_one(factory: &Factory, facts: &Facts, task: Task) -> Outcome {
 }
 
 /// The machine of a task, with its disk written into `dir`.
-fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machine> {
+fn machine(factory: &Factory, task: Task, dir: &Path) -> Result<Machine> {
     let Task {
         case,
         emulator,
@@ -394,7 +447,43 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
     let second = |step: &Step| matches!(step, Step::SendSecond(_) | Step::ExpectSecond(_));
     machine.second_port = case.steps.iter().any(second);
     machine.watched = case.steps.iter().any(looks);
-    match case.load {
+    load(factory, case, case.load, &mut machine, dir)?;
+    Ok(machine)
+}
+
+/// The machine beside that of a task, and the wire between them.
+fn beside(
+    factory: &Factory,
+    task: Task,
+    what: Load,
+    machine: &mut Machine,
+    dir: &Path,
+) -> Result<Machine> {
+    let dir = dir.join("beside");
+    fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+    let emulator = match task.emulator {
+        Emulator::Bochs => On::Auto.pick()?.0,
+        qemu => qemu,
+    };
+    let mut other = Machine::new(emulator, Firmware::Bios, &dir.join("disk.img"), 512);
+    other.pace = task.case.pace;
+    other.cards = vec![Card::E1000];
+    let (ours, theirs) = Wire::pair()?;
+    (machine.wire, other.wire) = (Some(ours), Some(theirs));
+    load(factory, task.case, what, &mut other, &dir)?;
+    Ok(other)
+}
+
+/// Gives a machine what it starts.
+fn load(
+    factory: &Factory,
+    case: &Case,
+    what: Load,
+    machine: &mut Machine,
+    dir: &Path,
+) -> Result<()> {
+    let disk = dir.join("disk.img");
+    match what {
         Load::Bundle {
             config,
             files,
@@ -430,7 +519,7 @@ fn machine(factory: &Factory, task: Task, dir: &std::path::Path) -> Result<Machi
             };
         }
     }
-    Ok(machine)
+    Ok(())
 }
 
 /// The fall-back toolchain makes an image, and that image boots.
@@ -451,7 +540,7 @@ fn toolchain(workspace: &Workspace) -> Result<String> {
     };
     let dir = workspace.dir("test/toolchain")?;
     let machine = machine(&factory, task, &dir)?;
-    play(hello, &machine, &Facts::default(), &dir).map_err(|f| {
+    play(hello, &machine, None, &Facts::default(), &dir).map_err(|f| {
         f.error
             .context(format!("the image was made, but:\n{}", f.console))
     })?;

@@ -32,6 +32,7 @@ mod strings;
 mod time;
 mod uart;
 mod util;
+mod virtio;
 
 use guest_runtime::{entry, run_tests};
 

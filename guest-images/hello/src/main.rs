@@ -1,8 +1,11 @@
-//! Says hello, tells what CPU it finds, and ends well.
+//! Says hello, tells what CPU it finds, and ends well. With a network card it then does with that
+//! what its command line says (see [`guest_net`]), and ends by value 1 if not all of it went well.
 #![no_std]
 #![no_main]
 
-use guest_runtime::{cpu, entry, println};
+use guest_net::Card;
+use guest_runtime::virtio::{Virtio, kind};
+use guest_runtime::{cmdline, cpu, entry, exit, pc, println};
 
 entry!(main);
 
@@ -31,5 +34,16 @@ fn main() {
             "hypervisor: {}",
             core::str::from_utf8(&hypervisor).unwrap_or("?")
         );
+    }
+    if Virtio::first(kind::NET).is_some() {
+        pc::quiet();
+        let by_pin = cmdline().split_whitespace().any(|word| word == "intx");
+        let well = Card::open(by_pin).map(guest_net::talk);
+        if well.is_none() {
+            println!("hello: the network card does not start");
+        }
+        if well != Some(true) {
+            exit(1)
+        }
     }
 }

@@ -23,6 +23,7 @@ mod devices;
 mod fault;
 mod memory;
 mod modes;
+mod rings;
 mod state;
 
 use core::arch::asm;
@@ -126,6 +127,22 @@ const WAYS: &[(&str, fn(), Fate)] = &[
     ("cli-hlt", cli_hlt, Ends),
     ("fault", fault::here, Ends),
     ("fault-beside", fault::beside, Ends),
+    ("ring-loops", rings::ring_loops, Survives),
+    ("ring-indirect", rings::ring_indirect, Survives),
+    ("ring-buffers", rings::ring_buffers, Survives),
+    ("ring-places", rings::ring_places, Survives),
+    ("ring-ahead", rings::ring_ahead, Survives),
+    ("ring-races", rings::ring_races, Survives),
+    ("ring-registers", rings::ring_registers, Survives),
+    ("ring-window", rings::ring_window, Survives),
+    ("ring-storm", rings::ring_storm, Survives),
+    ("ring-resets", rings::ring_resets, Survives),
+    ("ring-master", rings::ring_master, Survives),
+    ("ring-messages", rings::ring_messages, Survives),
+    ("net-lengths", rings::net_lengths, Survives),
+    ("net-headers", rings::net_headers, Survives),
+    ("net-control", rings::net_control, Survives),
+    ("net-flood", rings::net_flood, Endless),
     ("console", console::talk, Survives),
     ("exit", exit_with, Ends),
     ("poweroff", power_off, Ends),

@@ -73,6 +73,11 @@ fn tsc_per_timer_tick() -> u64 {
 /// Halts until the TSC has come to `deadline`, by this CPU's timer; other interrupts are taken
 /// meanwhile.
 pub fn sleep_until(deadline: u64) {
+    sleep_until_or(deadline, || false);
+}
+
+/// As [`sleep_until`], and ends when an interrupt has made `woken` true.
+pub fn sleep_until_or(deadline: u64, woken: impl Fn() -> bool) {
     on_interrupt(VECTOR, handle_eoi);
     set_lapic(reg::DIVIDE, 0xb);
     let by_deadline = has_tsc_deadline();
@@ -84,7 +89,7 @@ pub fn sleep_until(deadline: u64) {
     set_lapic(reg::LVT_TIMER, u32::from(VECTOR) | mode);
     loop {
         let left = deadline.saturating_sub(rdtsc());
-        if left == 0 {
+        if left == 0 || woken() {
             break;
         }
         if by_deadline {

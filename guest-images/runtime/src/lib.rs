@@ -12,11 +12,13 @@ pub mod cpu;
 mod interrupts;
 mod paging;
 pub mod pc;
+pub mod pci;
 pub mod segments;
 mod serial;
 pub mod smp;
 mod start;
 mod tests;
+pub mod virtio;
 
 pub use guest_macros::guest_test;
 pub use interrupts::{

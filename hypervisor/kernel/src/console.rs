@@ -24,9 +24,11 @@
 use crate::bring_up::passed;
 use crate::lock::Lock;
 use alloc::collections::VecDeque;
+use alloc::vec::Vec;
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use hw::{ComPort, Screen, Serial};
+use monitor::command::SwitchNames;
 use monitor::grid::Grid;
 pub use monitor::mux::Request;
 use monitor::mux::{Focus, Mux};
@@ -167,6 +169,11 @@ pub fn add_guest(name: &str, port: Option<u8>) -> usize {
 
 fn source(guest: usize) -> Option<&'static Source> {
     GUESTS.get(guest)?.get()
+}
+
+/// The switches that can be named at the monitor.
+pub fn set_switches(switches: Vec<SwitchNames>) {
+    with(|line| line.mux.set_switches(switches));
 }
 
 /// Gives a guest the keyboard, or else the monitor.

@@ -2,6 +2,7 @@
 //! carries out what a person asks for, and knows when the machine's work is done.
 
 mod answers;
+mod network;
 mod work;
 
 use crate::bring_up::STATUS_BOOT;
@@ -69,6 +70,8 @@ pub struct Manager {
     failure: Option<(u32, String)>,
     /// When `top` was last asked for.
     topped: Nanos,
+    /// When captured frames are to be written out.
+    drain: Nanos,
 }
 
 impl Manager {
@@ -86,7 +89,9 @@ impl Manager {
             numbers: [0; MAX_NUMBERS / 64],
             failure: None,
             topped: Nanos::ZERO,
+            drain: Nanos::NEVER,
         };
+        console::set_switches(machine.network.names());
         for entry in &config.vms {
             match entry {
                 Ok(config) => this.add(config),
@@ -173,6 +178,7 @@ impl Manager {
             return Some(over);
         }
         self.work_if_due();
+        self.drain_captures();
         let active = self.vms.iter().any(|vm| vm.life.is_active());
         (!active && !self.waits()).then_some(Over::Done)
     }
@@ -424,6 +430,7 @@ impl Manager {
             Command::Mem => self.mem(),
             Command::Info(number) => self.info(number),
             Command::Sched(number, share) => self.share(number, &share),
+            Command::Net(net) => self.net(&net),
             Command::Start(number) => self.ask(number, Ask::Start),
             Command::Pause(number) => self.ask(number, Ask::Pause),
             Command::Resume(number) => self.ask(number, Ask::Resume),

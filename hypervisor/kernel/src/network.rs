@@ -1,11 +1,14 @@
 //! The switches at work: frames from guests' queues and the machine's cards through a switch into
 //! other guests' queues and cards.
 //!
-//! A core moves frames in batches, run to completion: it copies a batch out of a queue, asks the
-//! switch about each frame, and copies it to where it goes. It never holds locks of two VMs at
-//! once. The order is uplinks → switch, and a VM's own (board → memory → card) are taken alone; a
-//! core counts the lock of its [`Mover`] all the while, so that a panic in here stops the machine
+//! A core moves frames in batches, run to completion: it copies a batch out of a queue, and a
+//! [`Relay`] asks the switch about it and hands it over port by port, to be copied to where it
+//! goes. It never holds locks of two VMs at once. The order is switch → uplinks, and a VM's own
+//! (board → memory → card) are taken alone; a core counts the lock of its [`Mover`] all the while, so that a panic in here stops the machine
 //! rather than leave another VM's card locked.
+//!
+//! What the monitor asks and changes goes through [`Room`]: under the switch's lock, so that a
+//! change is in use for every frame after it.
 
 use crate::lock::{Held, Lock};
 use crate::run::{Live, Machine};
@@ -15,27 +18,26 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use arch::Nanos;
+use core::sync::atomic::{AtomicBool, Ordering};
 use cpu::percpu::this;
 use log::{error, info, warn};
-use virtio::net::{FRAME_ROOM, Frame, NetHeader};
+use monitor::command::SwitchNames;
+use monitor::network::{At, Drain};
+use relay::{BATCH, Far, Inbound, Leaving, Relay};
+use virtio::net::{FRAME_ROOM, NetHeader};
 use vm::config::{Config, network};
-use vswitch::cache::Cache;
-use vswitch::edit::{Checksum, Editor};
-use vswitch::translate::Step;
-use vswitch::{PortId, Switch};
+use vswitch::{MacAddr, PortId, Switch};
 
-/// Frames of a batch.
-const BATCH: usize = 32;
 /// Batches that a core moves for one doorbell before it looks at what else there is.
 const BATCHES: usize = 8;
 /// Bytes of the frames of a batch.
 const BUFFER: usize = 4 * FRAME_ROOM;
 /// Decisions that a core remembers.
 const CACHED: usize = 2048;
-/// What untagged frames are filled up with.
-const PADDING: [u8; vswitch::edit::MIN_FRAME] = [0; vswitch::edit::MIN_FRAME];
-/// Guests that a batch may reach before they are told.
-const TOUCHED: usize = 64;
+/// How often captured frames are written out, in nanoseconds, and how many characters at a time:
+/// so that a serial line at 115200 has room for others.
+const DRAIN: u64 = 100_000_000;
+const DRAINED: usize = 800;
 
 /// All switches, and what is plugged into them.
 pub struct Network {
@@ -44,28 +46,35 @@ pub struct Network {
 }
 
 /// A switch and what is behind its ports.
-struct Room {
+pub struct Room {
     name: String,
     switch: Lock<Switch>,
     /// By port number; 0 is nobody's.
     ports: Vec<Option<Behind>>,
+    /// By port number: a person has pulled its cable.
+    pulled: Vec<AtomicBool>,
+    /// The way of captured frames out.
+    drain: Lock<Drain>,
 }
 
 /// What is behind a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Behind {
-    /// A card of a VM: the VM's number, and which of its cards.
-    Guest { vm: usize, nic: usize },
+pub enum Behind {
+    /// A card of a VM.
+    Guest {
+        /// The VM's number.
+        vm: usize,
+        /// Which of its cards.
+        nic: usize,
+    },
     /// A card of the machine, by its number among them.
     Uplink(usize),
 }
 
 /// What a core needs to move frames.
 struct Mover {
-    cache: Cache,
+    relay: Relay,
     buffer: Box<[u8]>,
-    steps: Vec<Step>,
-    touched: heapless::Vec<(usize, usize), TOUCHED>,
 }
 
 /// Where a batch comes from.
@@ -89,10 +98,8 @@ impl Network {
         let cores = if rooms.is_empty() { 0 } else { cores };
         let movers = (0..cores).map(|_| {
             Lock::new(Mover {
-                cache: Cache::new(CACHED, [random(), random()]),
+                relay: Relay::new(CACHED, [random(), random()]),
                 buffer: alloc::vec![0; BUFFER].into(),
-                steps: Vec::new(),
-                touched: heapless::Vec::new(),
             })
         });
         Self {
@@ -105,12 +112,108 @@ impl Network {
         self.movers.get(this().number() as usize).map(Lock::lock)
     }
 
-    /// Plugs a VM's cables in, or pulls them.
-    pub fn set_links(&self, live: &Live, up: bool) {
-        for nic in live.vm.nics() {
-            if let Some(room) = self.rooms.get(nic.switch) {
-                let _ = room.switch.lock().set_link(nic.port, up);
+    /// The switches in the order of the configuration.
+    pub fn rooms(&self) -> &[Room] {
+        &self.rooms
+    }
+
+    /// What can be named at the monitor.
+    pub fn names(&self) -> Vec<SwitchNames> {
+        let names = self.rooms.iter().map(|room| {
+            let mut names = SwitchNames::new(&room.name);
+            for (port, ..) in room.switch.lock().ports() {
+                names.add(port.id.0, &port.name);
             }
+            names
+        });
+        names.collect()
+    }
+
+    /// Plugs a VM's cables in, or pulls them: those that a person has pulled stay so. A VM that
+    /// starts has the addresses and rights of its configuration.
+    pub fn set_links(&self, machine: &Machine, live: &Live, up: bool) {
+        for (index, nic) in live.vm.nics().iter().enumerate() {
+            let Some(room) = self.rooms.get(nic.switch) else {
+                continue;
+            };
+            let pulled = room.is_pulled(nic.port);
+            if up {
+                let mac = live.vm.with_nic(index, |net, _| {
+                    net.set_link(!pulled);
+                    net.config().mac
+                });
+                let mut switch = room.switch.lock();
+                let now = machine.clock.now();
+                let _ = switch.set_promiscuous(nic.port, false, now);
+                if let Some(mac) = mac {
+                    let _ = switch.change_address(nic.port, MacAddr(mac), now);
+                }
+            }
+            let _ = room.switch.lock().set_link(nic.port, up && !pulled);
+        }
+    }
+
+    /// Plugs a port's cable in, or pulls it, whoever is behind, from now on.
+    ///
+    /// # Errors
+    /// Nobody is behind it.
+    pub fn set_cable(&self, machine: &Machine, at: At, up: bool) -> Result<(), &'static str> {
+        let room = self.rooms.get(at.switch).ok_or("no such switch")?;
+        let port = PortId(at.port);
+        let behind = room.behind(port).ok_or("no card is behind that port")?;
+        if let Some(pulled) = room.pulled.get(usize::from(at.port)) {
+            pulled.store(!up, Ordering::Relaxed);
+        }
+        match behind {
+            Behind::Guest { vm, nic } => {
+                let live = machine.live(vm);
+                let _ = room.switch.lock().set_link(port, up && live.is_some());
+                if let Some(live) = live {
+                    live.vm.with_nic(nic, |net, _| net.set_link(up));
+                    live.vm.carry_devices();
+                    machine.kick_touched(&live);
+                }
+            }
+            Behind::Uplink(number) => {
+                let up = up && uplinks::has_link(number);
+                let _ = room.switch.lock().set_link(port, up);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes captured frames out, a bounded share. Gives the time of the next look.
+    pub fn drain(&self, now: Nanos, say: &mut dyn FnMut(&str)) -> Nanos {
+        let mut due = Nanos::NEVER;
+        for room in &self.rooms {
+            let mut drain = room.drain.lock();
+            let mut lines = Vec::new();
+            {
+                let mut switch = room.switch.lock();
+                drain.step(&mut switch, DRAINED, &mut |line| {
+                    lines.push(String::from(line))
+                });
+                if drain.is_busy(&switch) {
+                    due = now + DRAIN;
+                }
+            }
+            // The console may take its time, and frames need not wait for it.
+            lines.iter().for_each(|line| say(line));
+        }
+        due
+    }
+
+    /// Tells the switch what a guest's driver asked for. What is refused is counted there.
+    fn grant(&self, live: &Live, index: usize, source: Source<'_>) {
+        let asked = live.vm.with_nic(index, |net, _| net.take_asked());
+        let Some(asked) = asked else { return };
+        let mut switch = source.room.switch.lock();
+        let (port, now) = (source.port, source.now);
+        if let Some(on) = asked.promiscuous {
+            let _ = switch.set_promiscuous(port, on, now);
+        }
+        if let Some(mac) = asked.mac {
+            let _ = switch.change_address(port, MacAddr(mac), now);
         }
     }
 
@@ -124,6 +227,14 @@ impl Network {
             let Some(room) = self.rooms.get(nic.switch) else {
                 continue;
             };
+            if nic.net.take_asked() {
+                let source = Source {
+                    room,
+                    port: nic.port,
+                    now: machine.clock.now(),
+                };
+                self.grant(live, index, source);
+            }
             let mut pairs = nic.net.take_notified();
             while pairs != 0 {
                 let pair = pairs.trailing_zeros() as u16;
@@ -160,13 +271,8 @@ impl Network {
         (index, pair): (usize, u16),
         source: Source<'_>,
     ) -> bool {
-        let Mover {
-            cache,
-            buffer,
-            steps,
-            touched,
-        } = mover;
-        let mut frames = heapless::Vec::<(NetHeader, &[u8]), BATCH>::new();
+        let Mover { relay, buffer } = mover;
+        let mut frames = heapless::Vec::<Inbound<'_>, BATCH>::new();
         let done = live.vm.with_nic(index, |net, memory| {
             net.transmit(
                 memory,
@@ -180,10 +286,7 @@ impl Network {
                 },
             )
         });
-        for (header, frame) in frames {
-            self.forward(machine, cache, steps, touched, source, header, frame);
-        }
-        self.tell(machine, touched);
+        source.forward(machine, relay, &frames);
         done.is_some_and(|done| done.more)
     }
 
@@ -192,12 +295,7 @@ impl Network {
         let Some(mut mover) = self.mover() else {
             return false;
         };
-        let Mover {
-            cache,
-            buffer,
-            steps,
-            touched,
-        } = &mut *mover;
+        let Mover { relay, buffer } = &mut *mover;
         let mut more = false;
         for room in &self.rooms {
             for (port, behind) in (0..).zip(&room.ports) {
@@ -210,24 +308,20 @@ impl Network {
                     now: machine.clock.now(),
                 };
                 let mut rest = &mut **buffer;
-                let mut frames = heapless::Vec::<&[u8], BATCH>::new();
+                let mut frames = heapless::Vec::<Inbound<'_>, BATCH>::new();
                 let count = uplinks::receive(number, BATCH, &mut |bytes| {
                     if let Some((frame, behind)) =
                         core::mem::take(&mut rest).split_at_mut_checked(bytes.len())
                     {
                         frame.copy_from_slice(bytes);
                         rest = behind;
-                        let _ = frames.push(frame);
+                        let _ = frames.push((NetHeader::default(), frame));
                     }
                 });
                 more |= count == BATCH;
-                for frame in frames {
-                    let header = NetHeader::default();
-                    self.forward(machine, cache, steps, touched, source, header, frame);
-                }
+                source.forward(machine, relay, &frames);
             }
         }
-        self.tell(machine, touched);
         more
     }
 
@@ -237,7 +331,8 @@ impl Network {
             let mut switch = room.switch.lock();
             for (port, behind) in (0..).zip(&room.ports) {
                 if let Some(Behind::Uplink(number)) = *behind {
-                    let _ = switch.set_link(PortId(port), uplinks::has_link(number));
+                    let up = uplinks::has_link(number) && !room.is_pulled(PortId(port));
+                    let _ = switch.set_link(PortId(port), up);
                 }
             }
             switch.tick(now);
@@ -254,93 +349,59 @@ impl Network {
         }
         uplinks::flush();
     }
+}
 
-    /// Asks the switch about a frame and does what it says.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the parts of a mover, lent one by one"
-    )]
-    fn forward(
-        &self,
-        machine: &Machine,
-        cache: &mut Cache,
-        steps: &mut Vec<Step>,
-        touched: &mut heapless::Vec<(usize, usize), TOUCHED>,
-        source: Source<'_>,
-        header: NetHeader,
-        frame: &[u8],
-    ) {
-        let head = frame.get(..vswitch::edit::HEADER).unwrap_or(frame);
-        steps.clear();
-        {
-            let mut switch = source.room.switch.lock();
-            let decision = switch.decide(cache, source.port, head, frame.len(), source.now);
-            steps.extend_from_slice(decision.steps);
-        }
-        let partial = header.checksum != virtio::net::Checksum::Unknown;
-        let checksum = if partial {
-            Checksum::Partial
-        } else {
-            Checksum::Full
-        };
-        let mut editor = Editor::new(head, frame.len(), checksum);
-        for step in steps.iter() {
-            let Step::Output(port) = *step else {
-                editor.apply(step);
-                continue;
-            };
-            let place = usize::from(port.0);
-            let Some(behind) = source.room.ports.get(place).copied().flatten() else {
-                continue;
-            };
-            let rest = frame.get(editor.taken()..).unwrap_or_default();
-            let padding = PADDING
-                .get(..editor.padding(frame.len()))
-                .unwrap_or_default();
-            let out = Frame::new([editor.header(), rest, padding]);
-            let grown = editor.length(frame.len()) as i16 - frame.len() as i16;
-            let Some(header) = header.moved(grown) else {
-                continue;
-            };
-            match behind {
-                Behind::Guest { vm, nic } => {
-                    let Some(live) = machine.live(vm) else {
-                        continue;
-                    };
-                    // What it drops it counts.
-                    live.vm.with_nic(nic, |net, memory| {
-                        let _ = net.receive(memory, &header, &out);
-                    });
-                    if !touched.contains(&(vm, nic)) && touched.push((vm, nic)).is_err() {
-                        self.tell(machine, touched);
-                        let _ = touched.push((vm, nic));
-                    }
-                }
-                Behind::Uplink(number) => {
-                    // A frame that is not what its header says is nobody's.
-                    let _ = header.finish(0, &out, |_, frame| {
-                        let mut pieces = heapless::Vec::<&[u8], 8>::new();
-                        pieces.extend(frame.pieces());
-                        uplinks::transmit(number, &pieces);
-                        Ok(())
-                    });
-                }
-            }
+impl Source<'_> {
+    /// Asks the switch about frames and does what it says.
+    fn forward(self, machine: &Machine, relay: &mut Relay, frames: &[Inbound<'_>]) {
+        let Self { room, port, now } = self;
+        let mut ports = Ports { machine, room };
+        relay.forward(|| room.switch.lock(), port, frames, now, &mut ports);
+    }
+}
+
+/// What is behind the ports of a switch.
+struct Ports<'a> {
+    machine: &'a Machine,
+    room: &'a Room,
+}
+
+impl Far for Ports<'_> {
+    fn take(&mut self, port: PortId, frames: Leaving<'_>) {
+        let behind = self.room.ports.get(usize::from(port.0));
+        match behind.copied().flatten() {
+            Some(Behind::Guest { vm, nic }) => self.give(vm, nic, frames),
+            Some(Behind::Uplink(number)) => frames.each(|header, frame| {
+                // A frame that is not what its header says is nobody's.
+                let _ = header.finish(0, frame, |_, frame| {
+                    let mut pieces = heapless::Vec::<&[u8], 8>::new();
+                    pieces.extend(frame.pieces());
+                    uplinks::transmit(number, &pieces);
+                    Ok(())
+                });
+            }),
+            None => {}
         }
     }
+}
 
-    /// Shows guests what was put into their queues.
-    fn tell(&self, machine: &Machine, touched: &mut heapless::Vec<(usize, usize), TOUCHED>) {
-        for (vm, nic) in core::mem::take(touched) {
-            let Some(live) = machine.live(vm) else {
-                continue;
-            };
-            live.vm.with_nic(nic, |net, memory| net.settle(memory));
-            let nics = live.vm.nics();
-            if nics.get(nic).is_some_and(|nic| nic.net.has_signals()) {
-                live.vm.carry_devices();
-                machine.kick_touched(&live);
-            }
+impl Ports<'_> {
+    /// Puts frames into a guest's queue, and shows them to it.
+    fn give(&self, vm: usize, nic: usize, frames: Leaving<'_>) {
+        let Some(live) = self.machine.live(vm) else {
+            return;
+        };
+        live.vm.with_nic(nic, |net, memory| {
+            frames.each(|header, frame| {
+                // What it drops it counts.
+                let _ = net.receive(memory, header, frame);
+            });
+            net.settle(memory);
+        });
+        let nics = live.vm.nics();
+        if nics.get(nic).is_some_and(|nic| nic.net.has_signals()) {
+            live.vm.carry_devices();
+            self.machine.kick_touched(&live);
         }
     }
 }
@@ -425,14 +486,30 @@ impl Room {
         Self {
             name,
             switch: Lock::new(switch),
+            pulled: ports.iter().map(|_| AtomicBool::new(false)).collect(),
             ports,
+            drain: Lock::new(Drain::default()),
         }
     }
 
-    /// Its name.
-    #[expect(dead_code, reason = "the monitor will ask")]
-    pub fn name(&self) -> &str {
-        &self.name
+    /// The switch, locked: not for long.
+    pub fn switch(&self) -> Held<'_, Switch> {
+        self.switch.lock()
+    }
+
+    /// The numbers that ports can have.
+    pub fn numbers(&self) -> impl Iterator<Item = PortId> {
+        (0..).zip(&self.ports).map(|(number, _)| PortId(number))
+    }
+
+    /// Who is behind a port.
+    pub fn behind(&self, port: PortId) -> Option<Behind> {
+        self.ports.get(usize::from(port.0)).copied().flatten()
+    }
+
+    fn is_pulled(&self, port: PortId) -> bool {
+        let pulled = self.pulled.get(usize::from(port.0));
+        pulled.is_some_and(|pulled| pulled.load(Ordering::Relaxed))
     }
 }
 

@@ -204,11 +204,11 @@ impl Machine {
         let count = |live: &Option<Arc<Live>>| live.as_ref().map_or(0, |live| live.vm.vcpus());
         let added = count(&live) as u32;
         if let Some(live) = &live {
-            self.network.set_links(live, true);
+            self.network.set_links(self, live, true);
         }
         let old = core::mem::replace(&mut *self.slots.get(number)?.lock(), live);
         if let Some(old) = old.as_ref().filter(|_| added == 0) {
-            self.network.set_links(old, false);
+            self.network.set_links(self, old, false);
         }
         self.vcpus.fetch_add(added, Ordering::Relaxed);
         self.vcpus.fetch_sub(count(&old) as u32, Ordering::Relaxed);

@@ -356,6 +356,18 @@ pub fn list() -> String {
     names.join(", ")
 }
 
+/// What a card is and passed, for a person.
+pub fn about(number: usize) -> Option<(String, nic::Counters)> {
+    let uplinks = UPLINKS.lock();
+    let uplink = uplinks.get(number)?;
+    let state: &dyn fmt::Display = match uplink.nic.works() {
+        true => &uplink.nic.link(),
+        false => &"does not work",
+    };
+    let about = format!("card {} {}, {state}", uplink.address, uplink.nic.mac());
+    Some((about, *uplink.nic.counters()))
+}
+
 /// Whether a card works and has a link.
 pub fn has_link(number: usize) -> bool {
     let uplinks = UPLINKS.lock();

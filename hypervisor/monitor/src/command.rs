@@ -3,13 +3,81 @@
 //!
 //! The verbs are those that users of `xl` and `virsh` know. A verb may be cut short as long as it
 //! is unique, except for those that end the machine. A VM is named as in the configuration, or by
-//! its number in `list`.
+//! its number in `list`, a port as `switch/port`, or by its name alone where no other switch has
+//! one of that name; where there is one switch it goes without saying.
 
+use crate::network::{At, Net};
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
 use core::fmt;
 use sched::{CoreSet, MAX_WEIGHT};
 
+/// A switch and its ports, by name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SwitchNames {
+    name: String,
+    /// Number and `switch/port`.
+    ports: Vec<(u16, String)>,
+}
+
+impl SwitchNames {
+    /// A switch without ports.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            ports: Vec::new(),
+        }
+    }
+
+    /// Adds a port of this number.
+    pub fn add(&mut self, number: u16, name: &str) {
+        self.ports.push((number, format!("{}/{name}", self.name)));
+    }
+
+    /// Its ports' names, each without and with the switch's.
+    fn ports(&self) -> impl Iterator<Item = (u16, &str, &str)> {
+        let cut = self.name.len() + 1;
+        let ports = self.ports.iter();
+        ports.map(move |(number, full)| (*number, full.get(cut..).unwrap_or(full), full.as_str()))
+    }
+}
+
+/// What can be named at the monitor, each in the order of its numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Names<'a> {
+    /// The VMs.
+    pub vms: &'a [&'a str],
+    /// The switches.
+    pub switches: &'a [SwitchNames],
+}
+
+impl<'a> Names<'a> {
+    /// The ports that a word can mean.
+    fn ports(self, word: &str) -> impl Iterator<Item = (At, &'a str)> {
+        let all = self
+            .switches
+            .iter()
+            .enumerate()
+            .flat_map(|(switch, names)| {
+                let at = move |port| At { switch, port };
+                names
+                    .ports()
+                    .map(move |(port, short, full)| (at(port), short, full))
+            });
+        all.filter_map(move |(at, short, full)| {
+            (word == short || word == full).then_some((at, full))
+        })
+    }
+
+    fn switch(self, word: &str) -> Option<usize> {
+        self.switches.iter().position(|switch| switch.name == word)
+    }
+}
+
 /// A line at the monitor, understood. VMs are numbers, from 0 in the order of the configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Explain all verbs, or one.
     Help(Option<&'static Verb>),
@@ -43,6 +111,8 @@ pub enum Command {
     Dump(usize),
     /// Change how a VM is scheduled; nothing to change means: show.
     Sched(usize, Share),
+    /// Something about the switches.
+    Net(Net),
     /// End all VMs and restart the machine.
     Reboot,
     /// End all VMs and switch the machine off.
@@ -96,6 +166,20 @@ enum Takes {
     Lines,
     /// `VM [weight=N] [cap=N] [pin=CORES]`
     Share,
+    /// `[SWITCH]`
+    Switch(fn(Option<usize>) -> Net),
+    /// `show [SWITCH]`
+    ShowSwitch,
+    /// `show PORT`
+    ShowPort,
+    /// `[SWITCH]` and a text.
+    Text(fn(usize, String) -> Net, &'static str),
+    /// `[SWITCH] [add NAME … | del NAME]`
+    Mirror,
+    /// `PORT [off]`
+    Capture,
+    /// `PORT up|down`
+    Link,
 }
 
 /// An entry of the table of verbs.
@@ -140,6 +224,13 @@ impl Verb {
             Takes::Verb => " [VERB]",
             Takes::Lines => " [LINES]",
             Takes::Share => " VM [weight=1-10000] [cap=PERCENT] [pin=CORES]",
+            Takes::Switch(_) => " [SWITCH]",
+            Takes::ShowSwitch => " show [SWITCH]",
+            Takes::ShowPort => " show [SWITCH/]PORT",
+            Takes::Text(_, arguments) => arguments,
+            Takes::Mirror => " [SWITCH] [add NAME SETTINGS | del NAME]",
+            Takes::Capture => " [SWITCH/]PORT [off]",
+            Takes::Link => " [SWITCH/]PORT up|down",
         }
     }
 
@@ -164,9 +255,9 @@ impl PartialEq for Verb {
 impl Eq for Verb {}
 
 /// All verbs, as help lists them.
-pub static VERBS: [Verb; 22] = {
+pub static VERBS: [Verb; 31] = {
     use Command as C;
-    use Takes::{Nothing, Vm};
+    use Takes::{Nothing, Switch, Text, Vm};
     [
         Verb::new("help", Takes::Verb, "this list, or one verb"),
         Verb::new("list", Nothing(|| C::List), "the VMs and their states"),
@@ -199,6 +290,35 @@ pub static VERBS: [Verb; 22] = {
             "show or change its share of the cores",
         ),
         Verb::new(
+            "switch",
+            Takes::ShowSwitch,
+            "switches, their ports and who is behind",
+        ),
+        Verb::new("port", Takes::ShowPort, "what a port counted and dropped"),
+        Verb::new(
+            "fdb",
+            Switch(Net::Addresses),
+            "the addresses that are known and learned",
+        ),
+        Verb::new("flows", Switch(Net::Flows), "flows with what they counted"),
+        Verb::new(
+            "add-flow",
+            Text(Net::AddFlow, " [SWITCH] FLOW"),
+            "add a flow, in the words of ovs-ofctl",
+        ),
+        Verb::new(
+            "del-flow",
+            Text(Net::DelFlow, " [SWITCH] [strict] MATCH"),
+            "remove the flows that match",
+        ),
+        Verb::new("mirror", Takes::Mirror, "show or change mirrors"),
+        Verb::new(
+            "capture",
+            Takes::Capture,
+            "write a port's frames out as pcap",
+        ),
+        Verb::new("link", Takes::Link, "plug a port's cable in or pull it"),
+        Verb::new(
             "reboot",
             Nothing(|| C::Reboot),
             "end all VMs and restart the machine",
@@ -221,7 +341,7 @@ pub static VERBS: [Verb; 22] = {
 };
 
 /// What is wrong with a line, and what would be right.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum CommandError<'a> {
     /// No verb begins like this; perhaps another was meant.
     UnknownVerb(&'a str, Option<&'static str>),
@@ -231,6 +351,14 @@ pub enum CommandError<'a> {
     TypeWhole(&'a str, &'static str),
     /// No VM has this name or number.
     UnknownVm(&'a str, &'a [&'a str]),
+    /// No switch has this name.
+    UnknownSwitch(&'a str, &'a [SwitchNames]),
+    /// There are several switches, or none.
+    WhichSwitch(&'a [SwitchNames]),
+    /// No port has this name.
+    UnknownPort(&'a str, Names<'a>),
+    /// Ports of several switches have this name.
+    WhichPort(&'a str, Names<'a>),
     /// A word is missing.
     Missing(&'static Verb),
     /// This word is too much.
@@ -273,12 +401,24 @@ impl fmt::Display for CommandError<'_> {
             }
             Self::UnknownVm(word, names) => {
                 write!(f, "no VM is named `{}`; there are:", Shown(word))?;
-                let done = names.iter().try_for_each(|name| write!(f, " {name}"));
-                done.and(if names.is_empty() {
-                    f.write_str(" none")
-                } else {
-                    Ok(())
-                })
+                list(f, names.iter().copied())
+            }
+            Self::UnknownSwitch(word, switches) => {
+                write!(f, "no switch is named `{}`; there are:", Shown(word))?;
+                list(f, switches.iter().map(|switch| switch.name.as_str()))
+            }
+            Self::WhichSwitch(switches) => {
+                f.write_str("say which switch, before all else; there are:")?;
+                list(f, switches.iter().map(|switch| switch.name.as_str()))
+            }
+            Self::UnknownPort(word, names) => {
+                write!(f, "no port is named `{}`; there are:", Shown(word))?;
+                let ports = names.switches.iter().flat_map(SwitchNames::ports);
+                list(f, ports.map(|(_, _, full)| full))
+            }
+            Self::WhichPort(word, names) => {
+                write!(f, "more than one port is named `{}`:", Shown(word))?;
+                list(f, names.ports(word).map(|(_, full)| full))
             }
             Self::Missing(verb) => {
                 write!(f, "`{}` needs more", verb.name)?;
@@ -299,6 +439,16 @@ impl fmt::Display for CommandError<'_> {
     }
 }
 
+/// Lists names.
+fn list<'a>(f: &mut fmt::Formatter<'_>, names: impl Iterator<Item = &'a str>) -> fmt::Result {
+    let mut any = false;
+    for name in names {
+        any = true;
+        write!(f, " {name}")?;
+    }
+    if any { Ok(()) } else { f.write_str(" none") }
+}
+
 /// A typed word, cut where it would fill the screen.
 struct Shown<'a>(&'a str);
 
@@ -311,19 +461,37 @@ impl fmt::Display for Shown<'_> {
     }
 }
 
-/// Reads a line; `None` when it is empty. `names` are the VMs in the order of their numbers.
+/// The words of a line that are left.
+#[derive(Clone, Copy)]
+struct Words<'a>(&'a str);
+
+impl<'a> Iterator for Words<'a> {
+    type Item = &'a str;
+
+    fn next(&mut self) -> Option<&'a str> {
+        let text = self.0.trim_ascii_start();
+        let space = |c: char| c.is_ascii_whitespace();
+        let (word, rest) = text.split_once(space).unwrap_or((text, ""));
+        self.0 = rest;
+        (!word.is_empty()).then_some(word)
+    }
+}
+
+/// Reads a line; `None` when it is empty.
 ///
 /// # Errors
 /// What is wrong, and what would be right.
 #[inline(never)]
-pub fn parse<'a>(line: &'a str, names: &'a [&'a str]) -> Result<Option<Command>, CommandError<'a>> {
-    let mut words = line.split_ascii_whitespace();
+pub fn parse<'a>(line: &'a str, names: Names<'a>) -> Result<Option<Command>, CommandError<'a>> {
+    let mut words = Words(line);
     let Some(word) = words.next() else {
         return Ok(None);
     };
     let verb = find(word)?;
     let mut need = || words.next().ok_or(CommandError::Missing(verb));
-    let vm = |word: &'a str| find_vm(word, names).ok_or(CommandError::UnknownVm(word, names));
+    let vm =
+        |word: &'a str| find_vm(word, names.vms).ok_or(CommandError::UnknownVm(word, names.vms));
+    let wrong = |word| Err(CommandError::Wrong(word, verb));
     let command = match &verb.takes {
         Takes::Nothing(command) => command(),
         Takes::Vm(command) => command(vm(need()?)?),
@@ -350,10 +518,79 @@ pub fn parse<'a>(line: &'a str, names: &'a [&'a str]) -> Result<Option<Command>,
             }
             Command::Sched(vm, share)
         }
+        Takes::Switch(ask) => Command::Net(ask(any_switch(words.next(), names)?)),
+        Takes::ShowSwitch => match need()? {
+            "show" => Command::Net(Net::Switches(any_switch(words.next(), names)?)),
+            other => return wrong(other),
+        },
+        Takes::ShowPort => match need()? {
+            "show" => Command::Net(Net::Port(find_port(need()?, names)?)),
+            other => return wrong(other),
+        },
+        Takes::Text(ask, _) => {
+            let switch = one_switch(&mut words, names)?;
+            Command::Net(ask(switch, rest(&mut words, verb)?))
+        }
+        Takes::Mirror => Command::Net(mirror(&mut words, names, verb)?),
+        Takes::Capture => {
+            let port = find_port(need()?, names)?;
+            match words.next() {
+                None => Command::Net(Net::Capture(port, true)),
+                Some("off") => Command::Net(Net::Capture(port, false)),
+                Some(other) => return wrong(other),
+            }
+        }
+        Takes::Link => {
+            let port = find_port(need()?, names)?;
+            match need()? {
+                "up" => Command::Net(Net::Link(port, true)),
+                "down" => Command::Net(Net::Link(port, false)),
+                other => return wrong(other),
+            }
+        }
     };
     match words.next() {
         Some(word) => Err(CommandError::TooMany(word, verb)),
         None => Ok(Some(command)),
+    }
+}
+
+/// All that is left, of which there must be some.
+fn rest<'a>(words: &mut Words<'a>, verb: &'static Verb) -> Result<String, CommandError<'a>> {
+    let text = core::mem::take(&mut words.0).trim_ascii();
+    match text {
+        "" => Err(CommandError::Missing(verb)),
+        text => Ok(text.into()),
+    }
+}
+
+/// Reads what follows `mirror`.
+fn mirror<'a>(
+    words: &mut Words<'a>,
+    names: Names<'a>,
+    verb: &'static Verb,
+) -> Result<Net, CommandError<'a>> {
+    let mut ahead = *words;
+    match (ahead.next(), ahead.next()) {
+        (Some("add" | "del"), _) => {}
+        (Some(word), None) => {
+            *words = ahead;
+            return Ok(Net::Mirrors(any_switch(Some(word), names)?));
+        }
+        (Some(word), Some(_)) => {
+            any_switch(Some(word), names)?;
+        }
+        (None, _) => return Ok(Net::Mirrors(None)),
+    }
+    let switch = one_switch(words, names)?;
+    match words.next() {
+        Some("add") => Ok(Net::AddMirror(switch, rest(words, verb)?)),
+        Some("del") => {
+            let name = words.next().ok_or(CommandError::Missing(verb))?;
+            Ok(Net::DelMirror(switch, name.into()))
+        }
+        Some(other) => Err(CommandError::Wrong(other, verb)),
+        None => Err(CommandError::Missing(verb)),
     }
 }
 
@@ -387,26 +624,50 @@ fn set<'a>(share: &mut Share, word: &'a str, verb: &'static Verb) -> Result<(), 
 /// Gives all words that the last word of an unfinished line could become, and says how much of
 /// it is typed.
 #[inline(never)]
-pub fn complete<'a>(line: &str, names: &[&'a str], give: &mut dyn FnMut(&'a str)) -> usize {
+pub fn complete<'a>(line: &str, names: Names<'a>, give: &mut dyn FnMut(&'a str)) -> usize {
     let (before, word) = line.rsplit_once(' ').unwrap_or(("", line));
-    let mut words = before.split_ascii_whitespace();
+    let mut words = Words(before);
     let verb = words.next();
-    let place = usize::from(verb.is_some()) + words.count();
+    let first = words.next();
+    let place = usize::from(verb.is_some()) + usize::from(first.is_some()) + words.count();
     let mut offer = |candidate: &'a str| {
         if candidate.starts_with(word) {
             give(candidate);
         }
     };
     let verbs = || VERBS.iter().map(|verb| verb.name);
+    let switches = || names.switches.iter().map(|switch| switch.name.as_str());
     match verb.map(find_any) {
         None => verbs().for_each(offer),
         Some(Ok(verb)) => match (&verb.takes, place) {
             (Takes::Verb, 1) => verbs().for_each(offer),
             (Takes::Inject, 1) => offer("nmi"),
             (Takes::Vm(_) | Takes::Share, 1) | (Takes::Inject, 2) => {
-                names.iter().for_each(|name| offer(name));
+                names.vms.iter().for_each(|name| offer(name));
             }
             (Takes::Share, _) => ["weight=", "cap=", "pin="].into_iter().for_each(offer),
+            (Takes::ShowSwitch | Takes::ShowPort, 1) => offer("show"),
+            (Takes::Switch(_) | Takes::Text(..), 1) | (Takes::ShowSwitch, 2) => {
+                switches().for_each(offer);
+            }
+            (Takes::Capture | Takes::Link, 1) | (Takes::ShowPort, 2) => {
+                let ports = names.switches.iter().flat_map(SwitchNames::ports);
+                ports.for_each(|(_, short, full)| {
+                    let alone = names.ports(short).count() == 1;
+                    offer(if alone && !word.contains('/') {
+                        short
+                    } else {
+                        full
+                    });
+                });
+            }
+            (Takes::Capture, 2) => offer("off"),
+            (Takes::Link, 2) => ["up", "down"].into_iter().for_each(offer),
+            (Takes::Mirror, 1) => switches().chain(["add", "del"]).for_each(offer),
+            (Takes::Mirror, 2) if first.is_some_and(|word| names.switch(word).is_some()) => {
+                ["add", "del"].into_iter().for_each(offer);
+            }
+            (Takes::Mirror, 3..) => crate::network::MIRROR_WORDS.into_iter().for_each(offer),
             _ => {}
         },
         Some(Err(_)) => {}
@@ -421,6 +682,41 @@ fn find_vm(word: &str, names: &[&str]) -> Option<usize> {
         let index = (number(word)? as usize).checked_sub(1)?;
         (index < names.len()).then_some(index)
     })
+}
+
+/// The port of a name.
+fn find_port<'a>(word: &'a str, names: Names<'a>) -> Result<At, CommandError<'a>> {
+    let mut found = names.ports(word);
+    match (found.next(), found.next()) {
+        (Some((at, _)), None) => Ok(at),
+        (None, _) => Err(CommandError::UnknownPort(word, names)),
+        (Some(_), Some(_)) => Err(CommandError::WhichPort(word, names)),
+    }
+}
+
+/// The switch of a name; without a word all of them.
+fn any_switch<'a>(
+    word: Option<&'a str>,
+    names: Names<'a>,
+) -> Result<Option<usize>, CommandError<'a>> {
+    let find = |word| {
+        let found = names.switch(word);
+        found.ok_or(CommandError::UnknownSwitch(word, names.switches))
+    };
+    word.map(find).transpose()
+}
+
+/// The switch that the next word names, or else the only one.
+fn one_switch<'a>(words: &mut Words<'a>, names: Names<'a>) -> Result<usize, CommandError<'a>> {
+    let mut ahead = *words;
+    if let Some(switch) = ahead.next().and_then(|word| names.switch(word)) {
+        *words = ahead;
+        return Ok(switch);
+    }
+    match names.switches {
+        [_] => Ok(0),
+        switches => Err(CommandError::WhichSwitch(switches)),
+    }
 }
 
 /// The verb of a word that is to be carried out.
@@ -485,10 +781,25 @@ mod tests {
     use alloc::vec::Vec;
     use sched::CoreId;
 
-    const NAMES: [&str; 3] = ["linux", "hello", "2"];
+    const VMS: [&str; 3] = ["linux", "hello", "2"];
+
+    /// Two switches; each has a port `up`.
+    fn switches() -> [SwitchNames; 2] {
+        let [mut lan, mut wan] = ["lan", "wan"].map(SwitchNames::new);
+        lan.add(1, "up");
+        lan.add(2, "linux");
+        wan.add(1, "up");
+        wan.add(7, "hello");
+        [lan, wan]
+    }
+
+    fn read_with(line: &str, switches: &[SwitchNames]) -> Result<Option<Command>, String> {
+        let vms = &VMS;
+        parse(line, Names { vms, switches }).map_err(|error| error.to_string())
+    }
 
     fn read(line: &str) -> Result<Option<Command>, String> {
-        parse(line, &NAMES).map_err(|error| error.to_string())
+        read_with(line, &switches())
     }
 
     #[test]
@@ -499,7 +810,7 @@ mod tests {
         for (line, command) in [
             ("list", Command::List),
             ("  list  ", Command::List),
-            ("li", Command::List),
+            ("lis", Command::List),
             ("info linux", Command::Info(0)),
             ("info 1", Command::Info(0)),
             // A name goes before a number.
@@ -524,6 +835,61 @@ mod tests {
         }
         assert_eq!(read(""), Ok(None));
         assert_eq!(read(" \t "), Ok(None));
+    }
+
+    #[test]
+    fn verbs_of_the_network_find_switches_and_ports() {
+        let at = |switch, port| At { switch, port };
+        for (line, net) in [
+            ("switch show", Net::Switches(None)),
+            ("switch show wan", Net::Switches(Some(1))),
+            ("port show linux", Net::Port(at(0, 2))),
+            ("port show wan/up", Net::Port(at(1, 1))),
+            ("fdb", Net::Addresses(None)),
+            ("flows lan", Net::Flows(Some(0))),
+            (
+                "add-flow wan  priority=5, arp actions=drop ",
+                Net::AddFlow(1, "priority=5, arp actions=drop".into()),
+            ),
+            (
+                "del-flow lan strict arp",
+                Net::DelFlow(0, "strict arp".into()),
+            ),
+            ("mirror", Net::Mirrors(None)),
+            ("mirror wan", Net::Mirrors(Some(1))),
+            (
+                "mirror lan add m select_all capture",
+                Net::AddMirror(0, "m select_all capture".into()),
+            ),
+            ("mirror lan del m", Net::DelMirror(0, "m".into())),
+            ("capture lan/up", Net::Capture(at(0, 1), true)),
+            ("capture hello off", Net::Capture(at(1, 7), false)),
+            ("link hello down", Net::Link(at(1, 7), false)),
+            ("link hello up", Net::Link(at(1, 7), true)),
+        ] {
+            assert_eq!(read(line), Ok(Some(Command::Net(net))), "{line}");
+        }
+        // One switch need not be named.
+        let [lan, _] = switches();
+        let alone = core::slice::from_ref(&lan);
+        for (line, net) in [
+            (
+                "add-flow arp,actions=drop",
+                Net::AddFlow(0, "arp,actions=drop".into()),
+            ),
+            (
+                "mirror add m capture",
+                Net::AddMirror(0, "m capture".into()),
+            ),
+            ("mirror del m", Net::DelMirror(0, "m".into())),
+            ("link up down", Net::Link(at(0, 1), false)),
+        ] {
+            assert_eq!(
+                read_with(line, alone),
+                Ok(Some(Command::Net(net))),
+                "{line}"
+            );
+        }
     }
 
     #[test]
@@ -557,6 +923,47 @@ mod tests {
             ),
             ("log -1", "`-1` does not belong there; it is `log [LINES]`"),
             (
+                "switch",
+                "`switch` needs more; it is `switch show [SWITCH]`",
+            ),
+            (
+                "switch list",
+                "`list` does not belong there; it is `switch show [SWITCH]`",
+            ),
+            (
+                "switch show man",
+                "no switch is named `man`; there are: lan wan",
+            ),
+            ("flows man", "no switch is named `man`; there are: lan wan"),
+            (
+                "add-flow actions=drop",
+                "say which switch, before all else; there are: lan wan",
+            ),
+            (
+                "add-flow lan",
+                "`add-flow` needs more; it is `add-flow [SWITCH] FLOW`",
+            ),
+            (
+                "port show tap",
+                "no port is named `tap`; there are: lan/up lan/linux wan/up wan/hello",
+            ),
+            (
+                "port show up",
+                "more than one port is named `up`: lan/up wan/up",
+            ),
+            (
+                "link hello sideways",
+                "`sideways` does not belong there; it is `link [SWITCH/]PORT up|down`",
+            ),
+            (
+                "mirror man del m",
+                "no switch is named `man`; there are: lan wan",
+            ),
+            (
+                "mirror lan del m n",
+                "`n` is one word too many; it is `mirror [SWITCH] [add NAME SETTINGS | del NAME]`",
+            ),
+            (
                 "sched linux weight=0",
                 "`weight=0` is out of range: a weight is 1 to 10000",
             ),
@@ -589,28 +996,40 @@ mod tests {
     fn completion_offers_what_could_stand_there() {
         for (line, words) in [
             ("sh", "shutdown"),
-            ("s", "start shutdown stop sched"),
+            ("s", "start shutdown stop sched switch"),
             ("info ", "linux hello 2"),
             ("info l", "linux"),
             ("info linux ", ""),
             ("inject ", "nmi"),
             ("inject nmi h", "hello"),
             ("sched linux w", "weight="),
-            ("help po", "poweroff"),
+            ("help po", "port poweroff"),
             ("list ", ""),
             ("nonsense ", ""),
+            ("switch ", "show"),
+            ("switch show ", "lan wan"),
+            ("port show ", "lan/up linux wan/up hello"),
+            ("port show lan/", "lan/up lan/linux"),
+            ("link hello ", "up down"),
+            ("capture linux ", "off"),
+            ("add-flow w", "wan"),
+            ("mirror ", "lan wan add del"),
+            ("mirror lan ", "add del"),
+            ("mirror lan add m ou", "output_port= output_vlan="),
         ] {
-            let mut found = Vec::new();
-            complete(line, &NAMES, &mut |word| found.push(word));
+            let (switches, mut found) = (switches(), Vec::new());
+            let (vms, switches) = (&VMS, &switches[..]);
+            complete(line, Names { vms, switches }, &mut |word| found.push(word));
             assert_eq!(found.join(" "), words, "{line}");
         }
     }
 
     proptest::proptest! {
         #[test]
-        fn no_line_is_too_odd(line in "[a-z0-9=,\\- é]{0,60}") {
+        fn no_line_is_too_odd(line in "(switch|port|mirror|link)?[a-z0-9=/,\\- é]{0,60}") {
             let _ = read(&line);
-            complete(&line, &NAMES, &mut |_| {});
+            let (vms, switches) = (&VMS, &switches()[..]);
+            complete(&line, Names { vms, switches }, &mut |_| {});
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The machine's console as seen by the person in front of it: many voices on one line ([`mux`]),
-//! a line to type on ([`line`]), what can be typed ([`command`]), how lists look ([`table`]), and what
-//! of the line a screen shows ([`grid`]).
+//! a line to type on ([`line`]), what can be typed ([`command`]), what the switches answer
+//! ([`network`]), how lists look ([`table`]), and what of the line a screen shows ([`grid`]).
 //!
 //! Nothing here touches a port, a clock or a lock. Bytes come in as arguments and go out through
 //! a function, so that all of it runs on the host under random input. What a guest writes is
@@ -16,5 +16,6 @@ pub mod grid;
 pub mod keys;
 pub mod line;
 pub mod mux;
+pub mod network;
 pub mod scroll;
 pub mod table;

@@ -1,13 +1,13 @@
 //! The line that is typed at the monitor: editing as in a shell, a short history, completion.
 
-use crate::command;
+use crate::command::{self, Names};
 use crate::keys::Key;
 use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-/// The longest line.
-pub const LIMIT: usize = 120;
+/// The longest line: flows are long.
+pub const LIMIT: usize = 250;
 /// Lines that are remembered.
 const HISTORY: usize = 16;
 /// What stands before the line once something is typed.
@@ -50,7 +50,7 @@ impl Editor {
 
     /// Takes a key.
     #[inline(never)]
-    pub fn key(&mut self, key: Key, names: &[&str], out: &mut dyn FnMut(&[u8])) -> Edit {
+    pub fn key(&mut self, key: Key, names: Names<'_>, out: &mut dyn FnMut(&[u8])) -> Edit {
         let end = self.text.len();
         match key {
             Key::Byte(byte @ b' '..=b'~') => {
@@ -166,7 +166,7 @@ impl Editor {
     }
 
     #[inline(never)]
-    fn complete(&mut self, names: &[&str], out: &mut dyn FnMut(&[u8])) -> Edit {
+    fn complete(&mut self, names: Names<'_>, out: &mut dyn FnMut(&[u8])) -> Edit {
         let before = self.text.get(..self.cursor).unwrap_or_default();
         let mut found: Vec<&str> = Vec::new();
         let begun = command::complete(before, names, &mut |word| found.push(word));
@@ -210,8 +210,11 @@ mod tests {
     fn type_in(editor: &mut Editor, bytes: &[u8]) -> (Vec<Edit>, Vec<u8>) {
         let (mut keys, mut edits, mut shown) = (Keys::default(), Vec::new(), Vec::new());
         for key in bytes.iter().filter_map(|byte| keys.push(*byte)) {
-            let names = ["linux", "hello"];
-            let edit = editor.key(key, &names, &mut |bytes| shown.extend_from_slice(bytes));
+            let names = Names {
+                vms: &["linux", "hello"],
+                switches: &[],
+            };
+            let edit = editor.key(key, names, &mut |bytes| shown.extend_from_slice(bytes));
             if edit != Edit::More {
                 edits.push(edit);
             }

@@ -10,7 +10,7 @@
 //!
 //! Ctrl-T is the prefix key. Everything that grows has a limit: lines, scroll-back, typed input.
 
-use crate::command::{self, Command, VERBS, Verb};
+use crate::command::{self, Command, Names, SwitchNames, VERBS, Verb};
 use crate::contain::{Contain, MARK, Piece};
 use crate::keys::{Key, Keys};
 use crate::line::{Edit, Editor};
@@ -47,7 +47,7 @@ pub enum Focus {
 }
 
 /// What a person asked for that is not the console's own business.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// End all VMs and power off.
     Leave,
@@ -92,6 +92,7 @@ struct View {
 pub struct Mux {
     log: Scroll,
     consoles: Vec<Console>,
+    switches: Vec<SwitchNames>,
     focus: Focus,
     prefix: bool,
     keys: Keys,
@@ -113,6 +114,7 @@ impl Mux {
         Self {
             log,
             consoles: Vec::new(),
+            switches: Vec::new(),
             focus: Focus::Monitor,
             prefix: false,
             keys: Keys::default(),
@@ -142,6 +144,11 @@ impl Mux {
             input: VecDeque::new(),
         });
         self.consoles.len() - 1
+    }
+
+    /// The switches that can be named at the monitor, in the order of their numbers.
+    pub fn set_switches(&mut self, switches: Vec<SwitchNames>) {
+        self.switches = switches;
     }
 
     /// Who has the keyboard.
@@ -511,9 +518,13 @@ impl Mux {
     /// A key for the monitor's line.
     #[inline(never)]
     fn typed(&mut self, key: Key, out: Out<'_>) -> Option<Request> {
-        let names: Vec<&str> = self.consoles.iter().map(|c| c.name.as_str()).collect();
+        let vms: Vec<&str> = self.consoles.iter().map(|c| c.name.as_str()).collect();
         let fresh = &mut self.fresh;
-        let edit = self.editor.key(key, &names, &mut |bytes| {
+        let names = Names {
+            vms: &vms,
+            switches: &self.switches,
+        };
+        let edit = self.editor.key(key, names, &mut |bytes| {
             *fresh = bytes.ends_with(b"\n");
             out(bytes);
         });
@@ -533,8 +544,12 @@ impl Mux {
 
     /// Reads the typed line and serves what is the console's own.
     fn command(&mut self, line: &str, out: Out<'_>) -> Option<Request> {
-        let names: Vec<&str> = self.consoles.iter().map(|c| c.name.as_str()).collect();
-        match command::parse(line, &names) {
+        let vms: Vec<&str> = self.consoles.iter().map(|c| c.name.as_str()).collect();
+        let names = Names {
+            vms: &vms,
+            switches: &self.switches,
+        };
+        match command::parse(line, names) {
             Ok(None) => {}
             Ok(Some(Command::Console(guest))) => self.set_focus(Focus::Guest(guest), out),
             Ok(Some(Command::Log(lines))) => {

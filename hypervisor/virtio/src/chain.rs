@@ -212,6 +212,7 @@ impl Chain {
 
 /// Walks `length` bytes from `offset` of the buffers, piece by piece: where it lies in the guest,
 /// and which of the bytes asked for it is.
+#[inline]
 fn pieces(
     buffers: &[Buffer],
     mut offset: u64,

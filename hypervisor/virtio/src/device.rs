@@ -72,6 +72,9 @@ pub trait Device: Send {
     fn detach(&mut self, index: u16);
     /// Back to how it was before [`Device::start`], without queues.
     fn reset(&mut self);
+    /// Whether the device may reach memory from now on. The transport itself asks for service only
+    /// then; this is for a device that others serve as well.
+    fn set_master(&mut self, _on: bool) {}
     /// There may be something new in queue `index`.
     fn notify(&mut self, index: u16);
     /// Whether [`Device::serve`] has something to do.

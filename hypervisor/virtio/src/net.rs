@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::chain::{Chain, QueueError, Token};
 use crate::device::{Device, MAX_QUEUES, Signals};
 use crate::queue::Queue;
-use bells::{BROKEN, Bells, CONFIG};
+use bells::{ASKED, BROKEN, Bells, CONFIG};
 use control::{Settings, Unwanted};
 use frame::flow_hash;
 use offload::largest_packet;
@@ -134,6 +134,8 @@ pub const FRAME_ROOM: usize = NetHeader::SIZE + MAX_FRAME;
 
 /// Chains of one frame in mergeable buffers: 512 bytes each suffice for the longest.
 const MAX_BUFFERS: usize = 130;
+/// The longest frame that is written with its header in one go.
+const SMALL: usize = 116;
 /// Flows that are remembered for steering.
 const FLOWS: usize = 256;
 const QUEUE_SIZE: u16 = 1024;
@@ -163,6 +165,8 @@ pub struct NetConfig {
     pub speed: u32,
     /// What it offers of [`feature::ALL`].
     pub offer: u64,
+    /// The driver may give itself another address.
+    pub mac_change: bool,
 }
 
 impl NetConfig {
@@ -175,6 +179,7 @@ impl NetConfig {
             pairs: 1,
             speed: 10_000,
             offer: feature::ALL,
+            mac_change: true,
         }
     }
 
@@ -209,6 +214,15 @@ pub enum NetConfigError {
     Mac,
 }
 
+/// What the driver asked for that is for the switch to grant as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// This address for itself; of several the last.
+    pub mac: Option<[u8; 6]>,
+    /// Unicasts that are not for it, or no longer any.
+    pub promiscuous: Option<bool>,
+}
+
 /// Why a frame did not leave the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TransmitDrop {
@@ -224,6 +238,18 @@ pub enum TransmitDrop {
     Checksum,
     /// It cannot be segmented as is said.
     Segmentation,
+}
+
+impl TransmitDrop {
+    /// Each, with the word for it.
+    pub const ALL: [(Self, &'static str); 6] = [
+        (Self::LinkDown, "link-down"),
+        (Self::Short, "short"),
+        (Self::Long, "long"),
+        (Self::NotNegotiated, "not-negotiated"),
+        (Self::Checksum, "checksum"),
+        (Self::Segmentation, "segmentation"),
+    ];
 }
 
 impl From<HeaderError> for TransmitDrop {
@@ -260,6 +286,19 @@ pub enum ReceiveDrop {
     /// The driver has no buffer left.
     #[error("the driver has no buffer")]
     NoBuffer,
+}
+
+impl ReceiveDrop {
+    /// Each, with the word for it.
+    pub const ALL: [(Self, &'static str); 7] = [
+        (Self::NotReady, "not-ready"),
+        (Self::LinkDown, "link-down"),
+        (Self::Address, "address"),
+        (Self::Vlan, "vlan"),
+        (Self::Long, "long"),
+        (Self::Malformed, "malformed"),
+        (Self::NoBuffer, "no-buffer"),
+    ];
 }
 
 /// Frames and bytes that passed, and frames that did not, by cause.
@@ -317,6 +356,8 @@ pub struct Transmitted {
 pub struct NetState {
     settings: Settings,
     started: bool,
+    /// It may reach memory.
+    master: bool,
     /// The driver broke the rules.
     broken: bool,
     link: bool,
@@ -378,6 +419,7 @@ impl NetDevice {
             state: NetState {
                 settings: Settings::new(0, config.mac),
                 started: false,
+                master: true,
                 broken: false,
                 link: true,
                 queues: (0..queues).map(|_| None).collect(),
@@ -458,6 +500,14 @@ impl NetDevice {
         }
     }
 
+    /// What the driver asked for since the last call; after a reset what it has then.
+    pub fn take_asked(&mut self) -> Asked {
+        Asked {
+            mac: self.state.settings.asked.take(),
+            promiscuous: self.state.settings.asked_all.take(),
+        }
+    }
+
     /// Asks the driver to announce its address, as after a migration (§5.1.6.5.4). Does nothing if
     /// it cannot.
     pub fn announce(&mut self) {
@@ -473,10 +523,10 @@ impl NetDevice {
         }
     }
 
-    /// Whether a driver runs that kept to the rules so far.
+    /// Whether a driver runs that kept to the rules so far, and lets the device reach memory.
     #[must_use]
     pub const fn ready(&self) -> bool {
-        self.state.started && !self.state.broken
+        self.state.started && self.state.master && !self.state.broken
     }
 
     fn broken(&mut self, error: QueueError) {
@@ -735,9 +785,17 @@ impl NetDevice {
                     break;
                 }
             }
-            let written = state
-                .settings
-                .command(mem, &self.chain, self.config.pairs)?;
+            let settings = &mut state.settings;
+            let before = settings.is_promiscuous();
+            let (pairs, may_move) = (self.config.pairs, self.config.mac_change);
+            let written = settings.command(mem, &self.chain, pairs, may_move)?;
+            let after = settings.is_promiscuous();
+            if after != before {
+                settings.asked_all = Some(after);
+            }
+            if settings.asked.is_some() || after != before {
+                self.bells.notify(ASKED);
+            }
             queue.push(mem, self.chain.token(), written)?;
             if count >= COMMANDS {
                 self.bells.notify(bit(index));
@@ -832,12 +890,45 @@ fn write_frame(
             false => Ok(Err(ReceiveDrop::Long)),
         };
     }
-    let mut at = first.write(mem, 0, &header)?;
-    for piece in frame.pieces() {
-        at += first.write(mem, at as u64, piece)?;
+    if let Some(small) = SmallFrame::join(&header, frame) {
+        first.write(mem, 0, small.bytes())?;
+    } else {
+        let mut at = first.write(mem, 0, &header)?;
+        for piece in frame.pieces() {
+            at += first.write(mem, at as u64, piece)?;
+        }
     }
-    queue.stage(mem, first.token(), at as u32)?;
+    queue.stage(mem, first.token(), total as u32)?;
     Ok(Ok(()))
+}
+
+/// A header and a frame in one piece: to copy a short frame twice costs less than to reach guest
+/// memory once more.
+struct SmallFrame {
+    bytes: [u8; NetHeader::SIZE + SMALL],
+    length: usize,
+}
+
+impl SmallFrame {
+    fn join(header: &[u8; NetHeader::SIZE], frame: &Frame<'_>) -> Option<Self> {
+        if frame.len() > SMALL {
+            return None;
+        }
+        let mut bytes = [0; NetHeader::SIZE + SMALL];
+        let (to, mut rest) = bytes.split_first_chunk_mut()?;
+        *to = *header;
+        for piece in frame.pieces() {
+            let (to, behind) = rest.split_at_mut_checked(piece.len())?;
+            to.copy_from_slice(piece);
+            rest = behind;
+        }
+        let length = NetHeader::SIZE + frame.len();
+        Some(Self { bytes, length })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.length).unwrap_or_default()
+    }
 }
 
 /// Writes a frame into several chains, each but the last up to its end (§5.1.6.4.1). The first is
@@ -936,12 +1027,19 @@ impl SharedNet {
             .fold(0, |set, pair| set | 1 << pair)
     }
 
-    /// Whether [`SharedNet::take_notified`] has something to give. Takes no lock.
+    /// Whether [`SharedNet::take_notified`] or [`SharedNet::take_asked`] has something to give.
+    /// Takes no lock.
     #[inline]
     #[must_use]
     pub fn has_notified(&self) -> bool {
         const TRANSMIT: u64 = 0xaaaa_aaaa_aaaa_aaaa;
         self.bells.notified() & TRANSMIT != 0
+    }
+
+    /// Whether since the last call there is something for [`NetDevice::take_asked`] to give. Takes
+    /// no lock.
+    pub fn take_asked(&self) -> bool {
+        self.bells.take(ASKED) != 0
     }
 
     /// Marks the transmit queue of `pair` as notified: there is more in it than was taken.
@@ -1012,7 +1110,10 @@ impl Device for SharedNet {
 
     fn start(&mut self, features: u64) {
         let mut net = self.lock();
-        net.state.settings = Settings::new(features, self.config.mac);
+        let asked = (net.state.settings.asked, net.state.settings.asked_all);
+        let settings = &mut net.state.settings;
+        *settings = Settings::new(features, self.config.mac);
+        (settings.asked, settings.asked_all) = asked;
         net.state.started = true;
         net.update_served();
     }
@@ -1036,14 +1137,34 @@ impl Device for SharedNet {
 
     fn reset(&mut self) {
         let mut net = self.lock();
-        net.state.settings = Settings::new(0, self.config.mac);
+        let before = &net.state.settings;
+        let own = self.config.mac;
+        let news = before.is_promiscuous() || before.mac.is_some_and(|mac| mac != own);
+        net.state.settings = Settings::new(0, own);
+        net.state.settings.asked = news.then_some(own);
+        net.state.settings.asked_all = news.then_some(false);
         (net.state.started, net.state.broken) = (false, false);
         net.state.queues.fill(None);
         net.state.unsettled = 0;
         net.fault = None;
         net.flows = [u8::MAX; FLOWS];
         net.update_served();
-        self.bells.set(0, 0);
+        self.bells.set(if news { ASKED } else { 0 }, 0);
+    }
+
+    fn set_master(&mut self, on: bool) {
+        let mut net = self.lock();
+        if net.state.master != on {
+            net.state.master = on;
+            net.update_served();
+            // Doorbells in between were not heard.
+            for (index, _) in (0..)
+                .zip(&net.state.queues)
+                .filter(|(_, queue)| on && queue.is_some())
+            {
+                self.bells.notify(bit(index));
+            }
+        }
     }
 
     fn notify(&mut self, index: u16) {

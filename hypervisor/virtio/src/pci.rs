@@ -172,7 +172,7 @@ fn capability(kind: u8, offset: u32, length: u32, more: &[u8]) -> Vec<u8> {
 impl<D: Device> VirtioPci<D> {
     /// A function with this device; `None` if a number of the device is out of range.
     #[must_use]
-    pub fn new(device: D) -> Option<Self> {
+    pub fn new(mut device: D) -> Option<Self> {
         let mut config = ConfigSpace::new(
             VENDOR,
             FIRST_DEVICE.checked_add(device.kind())?,
@@ -205,6 +205,7 @@ impl<D: Device> VirtioPci<D> {
         }
         let access = add(ACCESS_CAPABILITY, 0, 0, &[0; 4], &writable)?;
         let msix = MsixTable::new(&mut config, vectors.max(2), BAR, MSIX_TABLE, MSIX_PENDING)?;
+        device.set_master(false);
         Some(Self {
             config,
             msix,
@@ -599,6 +600,7 @@ impl<D: Device> PciFunction for VirtioPci<D> {
             let value = self.config.get(self.access + 16, length);
             self.write_register(at, length, value.into());
         }
+        self.device.set_master(self.is_master());
         // MSI-X may have been turned on or off.
         self.set_isr(self.registers.isr);
     }
@@ -687,6 +689,7 @@ impl<D: Device> PciFunction for VirtioPci<D> {
 
     fn reset(&mut self) {
         self.reset_device();
+        self.device.set_master(false);
         self.msix.reset();
     }
 }

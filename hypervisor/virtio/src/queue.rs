@@ -60,6 +60,7 @@ impl Queue {
     ///
     /// # Errors
     /// The driver broke the rules; the device needs a reset.
+    #[inline]
     pub fn pop(
         &mut self,
         mem: &mut dyn GuestMemory,
@@ -118,6 +119,7 @@ impl Queue {
     ///
     /// # Errors
     /// A ring has no memory behind it.
+    #[inline]
     pub fn stage(
         &mut self,
         mem: &mut dyn GuestMemory,

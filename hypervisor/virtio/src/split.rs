@@ -3,6 +3,10 @@
 //! The driver writes the descriptor table and the available ring, the device the used ring. All of
 //! it is guest memory: each value is read once and checked, an index never leaves its ring, and a
 //! chain is at most as long as the queue, so that a loop of descriptors ends in an error.
+//!
+//! Reaching guest memory is what costs: the available index is read when all that it told of is
+//! taken, entries of the available ring a line of the cache at once, and used elements are written
+//! together.
 
 use core::sync::atomic::{Ordering, fence};
 
@@ -18,6 +22,40 @@ use crate::queue::{MAX_SIZE, Position, QueueLayout};
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
 
+/// Entries of the available ring that are read at once.
+const AHEAD: usize = 16;
+/// Used elements that are written at once.
+const STAGED: usize = 8;
+
+/// What was read of the available ring before it was needed. Nothing is lost if this is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ahead {
+    /// Chains that are available beyond those taken, as far as is known.
+    known: u16,
+    /// The entries from this one on, ...
+    first: u16,
+    /// ... so many.
+    count: u16,
+    entries: [u16; AHEAD],
+}
+
+impl PartialEq for Ahead {
+    /// Two queues that differ in nothing else are equal.
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Ahead {}
+
+impl Ahead {
+    fn get(&self, index: u16) -> Option<u16> {
+        let place = index.wrapping_sub(self.first);
+        let entry = self.entries.get(usize::from(place));
+        entry.filter(|_| place < self.count).copied()
+    }
+}
+
 /// A split virtqueue, as the driver set it up and as far as the device has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SplitQueue {
@@ -29,6 +67,12 @@ pub struct SplitQueue {
     next_used: u16,
     /// The used index as it was when the driver was last interrupted, or might have been.
     signalled: u16,
+    /// The last elements before `next_used` that are not in the used ring yet, ...
+    staged: [u64; STAGED],
+    /// ... so many.
+    unwritten: u8,
+    #[serde(skip)]
+    ahead: Ahead,
 }
 
 impl SplitQueue {
@@ -52,6 +96,9 @@ impl SplitQueue {
             next_available: 0,
             next_used: 0,
             signalled: 0,
+            staged: [0; STAGED],
+            unwritten: 0,
+            ahead: Ahead::default(),
         })
     }
 
@@ -59,8 +106,11 @@ impl SplitQueue {
         (index & self.layout.size.wrapping_sub(1)).into()
     }
 
-    /// How many chains are available.
+    /// How many chains are available, at least: the index is read again when it told of none.
     pub(crate) fn waiting(&self, mem: &mut dyn GuestMemory) -> Result<u16, QueueError> {
+        if self.ahead.known != 0 {
+            return Ok(self.ahead.known);
+        }
         let index = u16::from_le_bytes(read(mem, at(self.layout.driver, 2)?)?);
         let waiting = index.wrapping_sub(self.next_available);
         if waiting > self.layout.size {
@@ -74,19 +124,45 @@ impl SplitQueue {
         mem: &mut dyn GuestMemory,
         chain: &mut Chain,
     ) -> Result<bool, QueueError> {
-        if self.waiting(mem)? == 0 {
+        let waiting = self.waiting(mem)?;
+        if waiting == 0 {
             return Ok(false);
         }
-        let available = self.layout.driver;
-        // The entry is read after the index that tells of it (§2.7.13.1).
-        fence(Ordering::Acquire);
-        let slot = self.slot(self.next_available);
-        let head = u16::from_le_bytes(read(mem, at(available, 4 + 2 * slot)?)?);
+        let next = self.next_available;
+        self.ahead.known = waiting;
+        let head = match self.ahead.get(next) {
+            Some(head) => head,
+            None => self.read_ahead(mem, waiting)?,
+        };
         chain.clear();
         chain.token.id = head;
         self.walk(mem, head, chain)?;
-        self.next_available = self.next_available.wrapping_add(1);
+        self.next_available = next.wrapping_add(1);
+        self.ahead.known = waiting - 1;
         Ok(true)
+    }
+
+    /// Reads the next entries of the available ring, of which so many wait; gives the first.
+    fn read_ahead(&mut self, mem: &mut dyn GuestMemory, waiting: u16) -> Result<u16, QueueError> {
+        // The entries are read after the index that tells of them (§2.7.13.1).
+        fence(Ordering::Acquire);
+        let slot = self.slot(self.next_available);
+        let to_end = u64::from(self.layout.size) - slot;
+        // Up to where a line of the cache ends, most of the time.
+        let count = u64::from(waiting)
+            .min(to_end)
+            .min(AHEAD as u64 - slot % AHEAD as u64);
+        let mut bytes = [0; 2 * AHEAD];
+        let bytes = bytes.get_mut(..2 * count as usize).unwrap_or_default();
+        mem.read(at(self.layout.driver, 4 + 2 * slot)?, bytes)
+            .map_err(ring)?;
+        let (pairs, _) = bytes.as_chunks();
+        for (to, from) in self.ahead.entries.iter_mut().zip(pairs) {
+            *to = u16::from_le_bytes(*from);
+        }
+        (self.ahead.first, self.ahead.count) = (self.next_available, count as u16);
+        let [first, ..] = self.ahead.entries;
+        Ok(first)
     }
 
     /// Follows a chain. Each step takes a place in `chain` or, once, goes to the indirect table.
@@ -137,6 +213,8 @@ impl SplitQueue {
 
     pub(crate) const fn rewind(&mut self, position: Position) {
         self.next_available = position.next;
+        // The index is read again.
+        self.ahead.known = 0;
     }
 
     pub(crate) fn stage(
@@ -146,13 +224,38 @@ impl SplitQueue {
         written: u32,
     ) -> Result<(), QueueError> {
         let element = u64::from(written) << 32 | u64::from(token.id);
-        let slot = at(self.layout.device, 4 + 8 * self.slot(self.next_used))?;
-        mem.write(slot, &element.to_le_bytes()).map_err(ring)?;
+        // What is written at once does not go around the ring's end.
+        let slot = self.slot(self.next_used);
+        if slot == 0 || usize::from(self.unwritten) >= STAGED {
+            self.write_staged(mem)?;
+        }
+        if let Some(place) = self.staged.get_mut(usize::from(self.unwritten)) {
+            *place = element;
+        }
+        self.unwritten += 1;
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
     }
 
+    /// Writes the elements that are not in the used ring yet.
+    fn write_staged(&mut self, mem: &mut dyn GuestMemory) -> Result<(), QueueError> {
+        let count = u16::from(core::mem::take(&mut self.unwritten));
+        if count == 0 {
+            return Ok(());
+        }
+        let slot = self.slot(self.next_used.wrapping_sub(count));
+        let mut bytes = [0; 8 * STAGED];
+        let (places, _) = bytes.as_chunks_mut();
+        for (to, from) in places.iter_mut().zip(self.staged) {
+            *to = from.to_le_bytes();
+        }
+        let bytes = bytes.get(..8 * usize::from(count)).unwrap_or_default();
+        mem.write(at(self.layout.device, 4 + 8 * slot)?, bytes)
+            .map_err(ring)
+    }
+
     pub(crate) fn publish(&mut self, mem: &mut dyn GuestMemory) -> Result<(), QueueError> {
+        self.write_staged(mem)?;
         // The index after the elements (§2.7.8.2).
         fence(Ordering::Release);
         mem.write(at(self.layout.device, 2)?, &self.next_used.to_le_bytes())

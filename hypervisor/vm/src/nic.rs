@@ -33,6 +33,7 @@ pub(crate) fn plug(board: &mut Board, nics: &[network::Nic]) -> Option<Vec<VmNic
         let mut config = NetConfig::new(nic.mac.0);
         config.pairs = nic.queues;
         config.mtu = nic.mtu.unwrap_or(config.mtu);
+        config.mac_change = nic.port.mac_change;
         let net = SharedNet::new(NetDevice::new(config).ok()?);
         let function = Box::new(VirtioPci::new(net.clone())?);
         board

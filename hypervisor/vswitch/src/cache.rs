@@ -55,6 +55,18 @@ impl Hasher {
         }
         mix(sum as u64 ^ (sum >> 64) as u64, self.0[0])
     }
+
+    /// The same of a whole key, which is what is hashed for each frame.
+    fn hash_key(&self, words: &[u64; KEY_WORDS]) -> u64 {
+        let mut sum = 0u128;
+        let (words, _) = words.as_chunks::<2>();
+        let (secrets, _) = self.0.as_chunks::<2>();
+        for ([a, b], [c, d]) in words.iter().zip(secrets) {
+            let product = u128::from(a.wrapping_add(*c)) * u128::from(b.wrapping_add(*d));
+            sum = sum.wrapping_add(product);
+        }
+        mix(sum as u64 ^ (sum >> 64) as u64, self.0[0])
+    }
 }
 
 /// Spreads what two words have over one.
@@ -104,6 +116,8 @@ pub struct Cache {
     entries: Vec<Entry>,
     hasher: Hasher,
     clock: u64,
+    /// Where the last look-up found something.
+    last: usize,
     hits: u64,
     misses: u64,
 }
@@ -134,6 +148,7 @@ impl Cache {
             entries: alloc::vec![entry; sets * WAYS],
             hasher: Hasher::new(secret),
             clock: 0,
+            last: 0,
             hits: 0,
             misses: 0,
         }
@@ -146,8 +161,26 @@ impl Cache {
     }
 
     /// The hash of a key: for [`find`](Self::find) and [`insert`](Self::insert).
-    pub(crate) fn hash(&self, key: &FlowKey) -> u64 {
-        self.hasher.hash(key.words())
+    fn hash(&self, key: &FlowKey) -> u64 {
+        self.hasher.hash_key(key.words())
+    }
+
+    /// Where what was decided for `key` is.
+    ///
+    /// # Errors
+    /// Nowhere: its hash, for [`insert`](Self::insert).
+    pub(crate) fn look_up(&mut self, key: &FlowKey, generation: u64) -> Result<usize, u64> {
+        // Frames of a flow come in bursts.
+        if let Some(entry) = self.entries.get(self.last)
+            && entry.generation == generation
+            && same(entry.key.words(), key.words())
+        {
+            self.hits += 1;
+            return Ok(self.last);
+        }
+        let hash = self.hash(key);
+        self.last = self.find(hash, key, generation).ok_or(hash)?;
+        Ok(self.last)
     }
 
     fn set(&self, hash: u64) -> usize {
@@ -155,8 +188,7 @@ impl Cache {
         (hash >> 32) as usize & self.ways.len().saturating_sub(1)
     }
 
-    /// Where what was decided for `key` is.
-    pub(crate) fn find(&mut self, hash: u64, key: &FlowKey, generation: u64) -> Option<usize> {
+    fn find(&mut self, hash: u64, key: &FlowKey, generation: u64) -> Option<usize> {
         let set = self.set(hash);
         self.clock += 1;
         let clock = self.clock;
@@ -237,12 +269,15 @@ fn same(a: &[u64; KEY_WORDS], b: &[u64; KEY_WORDS]) -> bool {
 fn victim(ways: &[Way; WAYS], entries: &[Entry], generation: u64, port: PortId) -> usize {
     let mut best = (0, u64::MAX);
     let mut at = 0;
+    let ports = ways.each_ref().map(|way| way.port.0);
     for (place, (way, entry)) in ways.iter().zip(entries).enumerate() {
         if entry.generation != generation {
             return place;
         }
-        let same = ways.iter().filter(|other| other.port == way.port).count();
-        let share = same + usize::from(way.port == port);
+        // Compared all at once.
+        let own = way.port.0;
+        let same: u16 = ports.iter().map(|other| u16::from(*other == own)).sum();
+        let share = same + u16::from(way.port == port);
         if share > best.0 || (share == best.0 && way.used < best.1) {
             (best, at) = ((share, way.used), place);
         }

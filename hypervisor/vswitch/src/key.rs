@@ -255,7 +255,9 @@ impl FlowKey {
         length: usize,
         in_port: PortId,
     ) -> Result<Self, ShortFrame> {
-        Self::extract_with(prefix, length, in_port).map(|(key, _)| key)
+        let mut key = Self::default();
+        key.read(prefix, length, in_port)?;
+        Ok(key)
     }
 
     /// Like [`extract_prefix`](Self::extract_prefix), and says where the headers are.
@@ -264,18 +266,29 @@ impl FlowKey {
         length: usize,
         in_port: PortId,
     ) -> Result<(Self, Layout), ShortFrame> {
+        let mut key = Self::default();
+        let layout = key.read(prefix, length, in_port)?;
+        Ok((key, layout))
+    }
+
+    /// Reads the headers into a key that is all zero, as
+    /// [`extract_prefix`](Self::extract_prefix) does; where they are.
+    pub(crate) fn read(
+        &mut self,
+        prefix: &[u8],
+        length: usize,
+        in_port: PortId,
+    ) -> Result<Layout, ShortFrame> {
+        let key = self;
         let short = ShortFrame(prefix.len());
         let mut at = Cursor {
             bytes: prefix,
             length: length.max(prefix.len()),
             place: 0,
         };
-        let mut key = Self {
-            dl_dst: MacAddr(*at.pull().ok_or(short)?),
-            dl_src: MacAddr(*at.pull().ok_or(short)?),
-            in_port,
-            ..Self::default()
-        };
+        key.dl_dst = MacAddr(*at.pull().ok_or(short)?);
+        key.dl_src = MacAddr(*at.pull().ok_or(short)?);
+        key.in_port = in_port;
         key.dl_type = ether_type(&mut at, &mut key.vlans).ok_or(short)?;
         let mut layout = Layout::default();
         match key.dl_type {
@@ -298,7 +311,7 @@ impl FlowKey {
             }
             _ => {}
         }
-        Ok((key, layout))
+        Ok(layout)
     }
 
     /// Reads an IPv4 header; what is behind it.
@@ -411,8 +424,12 @@ impl FlowKey {
         match (self.nw_proto, self.dl_type) {
             (proto::TCP, _) => {
                 let head: &[u8; 20] = at.peek()?;
-                (self.tp_src, self.tp_dst) = pair(*head.first_chunk()?);
                 let [.., high, low, _, _, _, _, _, _] = *head;
+                let length = usize::from(high >> 4) * 4;
+                if length < head.len() || length > at.length {
+                    return None;
+                }
+                (self.tp_src, self.tp_dst) = pair(*head.first_chunk()?);
                 self.tcp_flags = u16::from_be_bytes([high & 0xf, low]);
             }
             (proto::UDP, _) => {

@@ -21,6 +21,9 @@
 //! | VLAN 4095 neither enters nor leaves (R9). | It is a VLAN as others. |
 //! | A frame with three tags does not enter, nor one whose second tag is cut off, nor one with two tags by a tunnel port: it would need a third. | What is behind the second tag is payload; a tunnel loses the inner tag. |
 //! | A frame in the native VLAN of a native-untagged port does not leave there if it has a second tag: that would stand for another VLAN on the wire. | The second tag becomes its VLAN. |
+//! | A frame with a second tag never leaves by an access port, nor by a tunnel whose `cvlans` have not that tag; an address there is unknown to it. | Broadcast the same; but it is sent to a known address, and an access port loses the tag. |
+//! | A frame that flows would give a third tag is dropped there. | The innermost gets lost. |
+//! | `flood` and `all` send by the uplink of the frame's own VLAN alone. | To all ports. |
 //! | A mirror's `output_vlan` never goes back to the port that the frame came from, and out by one uplink alone. | To all ports of the VLAN. |
 //! | A port whose link is down neither sends nor receives. | Frames are queued to it all the same. |
 //! | Guests that may be, and asked to be, promiscuous see the unicasts of their VLANs. | No such port. |

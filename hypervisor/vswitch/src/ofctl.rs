@@ -214,6 +214,14 @@ fn small(text: &str, low: u8, high: u8) -> Result<u8> {
     Ok(number(text, low.into(), high.into())? as u8)
 }
 
+/// The number of a table or a port, which `ovs-ofctl` takes in decimal alone.
+fn decimal(text: &str, low: u16, high: u16) -> Result<u16> {
+    match text.bytes().all(|b| b.is_ascii_digit()) {
+        true => short(text, low, high),
+        false => Err(form(text, "a decimal number")),
+    }
+}
+
 fn short(text: &str, low: u16, high: u16) -> Result<u16> {
     Ok(number(text, low.into(), high.into())? as u16)
 }
@@ -294,7 +302,7 @@ fn port(text: &str, names: Names<'_>) -> Result<PortId> {
     let first_digit = name.starts_with(|c: char| c.is_ascii_digit());
     names(name).map_or_else(
         || match first_digit {
-            true => short(name, 1, PortId::MAX.0).map(PortId),
+            true => decimal(name, 1, PortId::MAX.0).map(PortId),
             false => Err(form(text, "the name or number of a port")),
         },
         Ok,
@@ -479,11 +487,13 @@ impl Part {
         Self::of(|k| &mut k.nw_proto, (protocol, 0xff))
     }
 
-    /// Whether both look at the same bits; that there is a tag may be said often.
+    /// Whether both look at the same bits; that there is a tag may be said often, if not denied.
     fn meets(&self, other: &Self) -> bool {
         let mut mine = self.mask;
-        let [outer, _] = &mut mine.vlans;
-        outer.tci &= !Vlan::PRESENT;
+        let ([outer, _], [own, _], [its, _]) = (&mut mine.vlans, self.key.vlans, other.key.vlans);
+        if own.present() == its.present() {
+            outer.tci &= !Vlan::PRESENT;
+        }
         mine.masked(&other.mask) != FlowKey::default()
     }
 }
@@ -791,7 +801,7 @@ fn action(
         _ => Err(Why::Superfluous(value.chars().take(40).collect())),
     };
     let later = |text: &str| {
-        let to = small(text, 0, LAST_TABLE)?;
+        let to = decimal(text, 0, LAST_TABLE.into())? as u8;
         if to > table {
             Ok(to)
         } else {
@@ -973,6 +983,17 @@ impl FlowMod {
     }
 
     /// Reads what stands behind the name of a command.
+    ///
+    /// # Errors
+    /// As [`FlowMod::parse`].
+    pub fn parse_command(
+        command: Command,
+        text: &str,
+        names: Names<'_>,
+    ) -> Result<Self, TextError> {
+        Self::parse_as(command, Words { text, at: 0 }, names)
+    }
+
     fn parse_as(
         command: Command,
         mut words: Words<'_>,
@@ -1030,7 +1051,7 @@ impl FlowMod {
         let all = u64::MAX;
         match word.key {
             "table" => {
-                let table = small(value, 0, 255)?;
+                let table = decimal(value, 0, 255)? as u8;
                 self.table = (table <= LAST_TABLE).then_some(table);
             }
             "priority" if matches!(self.command, Command::Modify | Command::Delete) => {
@@ -1068,8 +1089,7 @@ impl Flow {
     /// # Errors
     /// See [`FlowMod::parse`].
     pub fn parse(text: &str, names: Names<'_>) -> Result<Self, TextError> {
-        let text = Words { text, at: 0 };
-        FlowMod::parse_as(Command::Add, text, names).map(Self::from)
+        FlowMod::parse_command(Command::Add, text, names).map(Self::from)
     }
 }
 

@@ -397,14 +397,13 @@ impl Switch {
         {
             return port.dropped(DropCause::IngressRate);
         }
-        let Ok(key) = FlowKey::extract_prefix(header, length, in_port) else {
+        let mut key = FlowKey::default();
+        if key.read(header, length, in_port).is_err() {
             return port.dropped(DropCause::Short);
-        };
-        let hash = cache.hash(&key);
-        let found = cache.find(hash, &key, self.generation);
-        let (steps, hits, notes) = match found {
-            Some(place) => cache.get(place).unwrap_or_default(),
-            None => {
+        }
+        let (steps, hits, notes) = match cache.look_up(&key, self.generation) {
+            Ok(place) => cache.get(place).unwrap_or_default(),
+            Err(hash) => {
                 let (notes, lasting) = self.translate(entry, &key, now, None);
                 let Translation { steps, hits, .. } = &self.translation;
                 if lasting {

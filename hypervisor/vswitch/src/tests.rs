@@ -1,6 +1,7 @@
 //! A switch in a small world: ports, frames in, frames out.
 
 mod features;
+mod flows;
 mod networks;
 mod properties;
 mod rules;

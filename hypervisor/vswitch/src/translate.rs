@@ -165,13 +165,17 @@ impl<'a> Emit<'a> {
         let (from, to) = (self.base, self.current);
         self.set(from.dl_src, to.dl_src, Field::DlSrc);
         self.set(from.dl_dst, to.dl_dst, Field::DlDst);
+        // As in Open vSwitch, no protocol means that there is no such header, or a broken one; and no
+        // port that there is none of the transport.
         match to.dl_type {
+            _ if to.nw_proto == 0 => {}
             ether::IPV4 | ether::IPV6 => {
                 self.set(from.nw_src, to.nw_src, Field::NwSrc);
                 self.set(from.nw_dst, to.nw_dst, Field::NwDst);
                 self.set(from.nw_tos, to.nw_tos, Field::NwTos);
                 self.set(from.nw_ttl, to.nw_ttl, Field::NwTtl);
-                if matches!(to.nw_proto, proto::TCP | proto::UDP) {
+                let ported = matches!(to.nw_proto, proto::TCP | proto::UDP);
+                if ported && (from.tp_src, from.tp_dst) != (0, 0) {
                     self.set(from.tp_src, to.tp_src, Field::TpSrc);
                     self.set(from.tp_dst, to.tp_dst, Field::TpDst);
                 }

@@ -92,7 +92,93 @@ const fn hostile(
     }
 }
 
+/// Switches that cannot be, one that can, and a VM with cards in all of them.
+const SWITCHES: &str = r#"
+[[switch]]
+name = "twins"
+[[switch]]
+name = "circle"
+flows = ["table=1,actions=resubmit(,1)"]
+[[switch]]
+name = "words"
+flows = ["priority=5,arq,actions=drop"]
+[[switch]]
+name = "lan"
+[[switch.uplink]]
+name = "up"
+nic = "00:1f.7"
+[[vm]]
+name = "talk"
+kind = "pvh"
+kernel = "guest-hostile"
+cmdline = "console"
+memory = "16MiB"
+[[vm.nic]]
+switch = "twins"
+mac = "02:00:00:00:00:07"
+[[vm.nic]]
+switch = "twins"
+mac = "02:00:00:00:00:07"
+[[vm.nic]]
+switch = "lan"
+name = "own"
+"#;
+
 pub(super) const CASES: &[Case] = &[
+    Case {
+        name: "switches",
+        load: Load::Bundle {
+            config: &[SWITCHES],
+            files: &[HOSTILE_FILE],
+            spoil: None,
+        },
+        steps: &[
+            Expect(
+                r"^tessera\| error: tessera\.toml:2:1: switch `twins`: switch: macs: 02:00:00:00:00:07 is there twice; switch twins has no ports$",
+            ),
+            Expect(
+                r"^tessera\| error: tessera\.toml:6:10: switch `circle`: .*leads from table 1 to table 1; only later tables are allowed, so that no frame runs in circles; switch circle has no ports$",
+            ),
+            Expect(
+                r"^tessera\| error: tessera\.toml:9:10: switch `words`: flow 1: flows: column 12: arq: not a field, action or port known here; switch words has no ports$",
+            ),
+            Expect(
+                r"^tessera\| warning: switch lan: port up: no network card of this machine is 00:1f\.7; it has none$",
+            ),
+            Expect("^#$"),
+            Send("\x140"),
+            Expect(r"^tessera\| keyboard: monitor"),
+            Send("flows man\r"),
+            Expect(r"^tessera\| no switch is named `man`; there are: twins circle words lan$"),
+            Send("port show lan/tap\r"),
+            Expect(r"^tessera\| no port is named `lan/tap`; there are: lan/up lan/own$"),
+            Send("add-flow priority=1,actions=drop\r"),
+            Expect(
+                r"^tessera\| say which switch, before all else; there are: twins circle words lan$",
+            ),
+            Send("add-flow lan priority=5,arq,actions=drop\r"),
+            Expect(
+                r"^tessera\| flow: column 12: arq: not a field, action or port known here; nothing has changed$",
+            ),
+            Send("add-flow lan table=2,actions=resubmit(,2)\r"),
+            Expect(
+                r"^tessera\| flow: column 17: resubmit: leads from table 2 to table 2; .*nothing has changed$",
+            ),
+            Send("mirror lan add m select_all output_vlan=4095\r"),
+            Expect(
+                r"^tessera\| output_vlan=4095: `4095` is no VLAN: 1 to 4094 are; nothing has changed$",
+            ),
+            Send("link lan/up down\r"),
+            Expect(r"^tessera\| no card is behind that port$"),
+            Send("flows lan\r"),
+            Expect(r"^tessera\| switch lan: 1 flows$"),
+            Send("mirror lan\r"),
+            Expect(r"^tessera\| switch lan: 0 mirrors$"),
+            Send("quit\r"),
+        ],
+        end: Ending::Closing(0),
+        ..CONFIG
+    },
     Case {
         name: "toml-typo",
         on: &[QEMU_BIOS, QEMU_UEFI, BOCHS_BIOS],

@@ -40,6 +40,8 @@ memory = "256MiB"
 [vm.devices]
 debug_exit = true
 debug_console = true
+rng = true
+virtio_console = true
 "#],
         files: &[("guest-conformance", Source::Made("guest-conformance"))],
         spoil: None,

@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::Emulator;
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, QEMU_UEFI, Source, Step};
-use crate::emulator::bochs;
+use crate::emulator::{Card, bochs};
 
 use Step::{Check, Expect, Refuse, Send};
 
@@ -190,11 +190,17 @@ pub(super) const CASES: &[Case] = &[
             ],
             spoil: None,
         },
+        cards: &[Card::E1000],
         steps: &[
             UP,
             PROMPT,
+            Expect(r"^eth0: 10\.0\.2\.1[56]/24 by DHCP, gateway 10\.0\.2\.2$"),
             Send("poweroff\n"),
             Expect(r"^tessera\| vm linux: ended: powered off$"),
+            Send("\x142"),
+            Expect("linux2# "),
+            Send("poweroff\n"),
+            Expect(r"^tessera\| vm linux2: ended: powered off$"),
         ],
         end: Ending::Judged(0, |heard| super::left_well(heard, &["hello"])),
         ..LINUX
@@ -276,7 +282,7 @@ devices.virtio_console = true
             Expect("PCI-MSI.* virtio[0-9]-input"),
             Expect("^is-0$"),
             PROMPT,
-            Send("echo by-the-other >/dev/hvc0; head -n 1 /dev/hvc0\n"),
+            Send("exec 3<>/dev/hvc0; echo by-the-other >&3; head -n 1 <&3\n"),
             Expect("^by-the-other"),
             Send("typed-there\n"),
             Expect("^typed-there"),

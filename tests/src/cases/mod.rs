@@ -10,11 +10,13 @@ mod lifecycle;
 mod linux;
 mod network;
 mod smp;
+mod switch;
+mod virtio;
 
 use crate::dialogue::{Case, Heard};
 
 /// The groups of emulator tests, with what they show.
-pub const GROUPS: [(&str, &str); 11] = [
+pub const GROUPS: [(&str, &str); 12] = [
     ("boot", "the disk image boots by UEFI and by BIOS"),
     ("hello", "a first guest prints and ends"),
     (
@@ -35,7 +37,14 @@ pub const GROUPS: [(&str, &str); 11] = [
         "lifecycle",
         "VMs start, pause, end and start again, and leave nothing behind",
     ),
-    ("network", "the machine's network cards are found and used"),
+    (
+        "virtio",
+        "rings and registers as no driver would write them, beside a heartbeat",
+    ),
+    (
+        "network",
+        "the machine's network cards, and guests on a switch: addresses, files, VLANs, two hosts",
+    ),
     (
         "console",
         "one line for the log, the monitor and all guests: keys, past, lies",
@@ -68,6 +77,8 @@ pub fn all() -> Vec<&'static Case> {
         inject::CASES,
         lifecycle::CASES,
         network::CASES,
+        switch::CASES,
+        virtio::CASES,
         console::CASES,
         bad_input::CASES,
     ];
@@ -96,7 +107,11 @@ mod tests {
                 case.full_name()
             );
             assert!(!case.on.is_empty(), "{} runs nowhere", case.full_name());
-            for step in case.steps {
+            let beside = case.steps.iter().filter_map(|step| match step {
+                Step::Beside(steps) => Some(*steps),
+                _ => None,
+            });
+            for step in case.steps.iter().chain(beside.flatten()) {
                 let patterns: &[&str] = match step {
                     Step::Expect(pattern)
                     | Step::Told(pattern)

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Boot, Card, Extension, Firmware, Machine, Pace, Session, accept, second_port};
+use super::{Boot, Card, Extension, Firmware, Machine, Pace, Session, Wire, accept, second_port};
 use crate::process::{Process, limited};
 
 /// The program.
@@ -125,7 +125,17 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
         [] => ("", String::new()),
         [Card::E1000] => {
             let mac = Card::mac(0);
-            let card = format!("e1000: enabled=1, mac={mac}, ethmod=slirp\n");
+            let network = match &machine.wire {
+                None => "slirp".to_owned(),
+                // It sends to the port after its own, whatever that is.
+                Some(wire) if wire.local.checked_add(1) == Some(wire.remote) => {
+                    format!("socket, ethdev={}:{}", wire.host, wire.local)
+                }
+                Some(Wire { local, .. }) => {
+                    bail!("on Bochs a wire's other end has the port after its own, {local}")
+                }
+            };
+            let card = format!("e1000: enabled=1, mac={mac}, ethmod={network}\n");
             (", slot1=e1000", card)
         }
         other => bail!("Bochs has one e1000 at most, not {other:?}"),

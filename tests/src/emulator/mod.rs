@@ -10,7 +10,7 @@ pub mod qemu;
 
 use std::fmt;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -116,8 +116,8 @@ pub enum Extension {
     LockedOff,
 }
 
-/// A network card, joined to the emulator's own network: 10.0.2.0/24, with a gateway at 10.0.2.2
-/// that answers.
+/// A network card, joined to the emulator's own network: 10.0.2.0/24, with a DHCP server and a
+/// gateway at 10.0.2.2 that answers; or to a [`Wire`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Card {
     /// Intel 82540EM.
@@ -155,6 +155,60 @@ impl FromStr for Card {
     }
 }
 
+/// A wire from the first card to that of another emulator: each frame is a UDP datagram from a
+/// port of ours to one of a host's. Which end is plugged in first does not matter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wire {
+    /// Our port.
+    pub local: u16,
+    /// Where the other emulator is.
+    pub host: String,
+    /// Its port.
+    pub remote: u16,
+}
+
+impl Wire {
+    /// Both ends of a wire within this machine, by ports that follow each other and that nobody
+    /// has.
+    pub fn pair() -> Result<(Self, Self)> {
+        let end = |local, remote| Self {
+            local,
+            host: "127.0.0.1".to_owned(),
+            remote,
+        };
+        for _ in 0..100 {
+            let first = UdpSocket::bind("127.0.0.1:0").context("a port for a wire")?;
+            let port = first.local_addr()?.port();
+            let next = port.checked_add(1);
+            if let Some(next) = next.filter(|&next| UdpSocket::bind(("127.0.0.1", next)).is_ok()) {
+                return Ok((end(port, next), end(next, port)));
+            }
+        }
+        bail!("no two free UDP ports that follow each other")
+    }
+}
+
+impl FromStr for Wire {
+    type Err = String;
+
+    /// `PORT:HOST:PORT`, or `PORT:PORT` within this machine.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let port = |text: &str| text.parse().ok().filter(|&port: &u16| port > 0);
+        let (local, rest) = text.split_once(':').unwrap_or((text, ""));
+        let (host, remote) = rest.rsplit_once(':').unwrap_or(("127.0.0.1", rest));
+        match (port(local), port(remote)) {
+            (Some(local), Some(remote)) if !host.is_empty() => Ok(Self {
+                local,
+                host: host.to_owned(),
+                remote,
+            }),
+            _ => Err(format!(
+                "`{text}` is not PORT:HOST:PORT, for instance 4000:localhost:4001"
+            )),
+        }
+    }
+}
+
 /// A computer to emulate.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -176,6 +230,8 @@ pub struct Machine {
     pub extension: Extension,
     /// Its network cards.
     pub cards: Vec<Card>,
+    /// What the first of them is joined to, in place of the emulator's own network.
+    pub wire: Option<Wire>,
     /// A second serial port, for [`Session::second`].
     pub second_port: bool,
     /// Keep the screen readable by [`Session::screen`], also after power-off.
@@ -195,6 +251,7 @@ impl Machine {
             pace: Pace::Free,
             extension: Extension::On,
             cards: Vec::new(),
+            wire: None,
             second_port: false,
             watched: false,
         }
@@ -364,5 +421,29 @@ impl Session {
         let status = self.process.wait(grace);
         self.process.kill();
         status.and_then(|s| s.code())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wire_has_two_ports() {
+        let wire = |text: &str| text.parse::<Wire>().map(|w| (w.local, w.host, w.remote));
+        let there = |local, host: &str, remote| Ok((local, host.to_owned(), remote));
+        assert_eq!(wire("4000:box:4001"), there(4000, "box", 4001));
+        assert_eq!(wire("4000:4001"), there(4000, "127.0.0.1", 4001));
+        for wrong in [
+            "",
+            "4000",
+            "4000:",
+            "0:4001",
+            "4000:box:",
+            "4000::4001",
+            "a:b:c",
+        ] {
+            assert!(wire(wrong).is_err_and(|e| e.contains(wrong)), "{wrong}");
+        }
     }
 }

@@ -133,7 +133,19 @@ pub(super) fn start(machine: &Machine, dir: &Path, limit: Duration) -> Result<Se
     }
     for (number, card) in machine.cards.iter().enumerate() {
         let (name, mac) = (card.name(), Card::mac(number));
-        arg("-netdev", &format!("user,id=net{number}"));
+        let network = match machine.wire.as_ref().filter(|_| number == 0) {
+            None => "user".to_owned(),
+            Some(wire) => {
+                // To be reached from elsewhere only where the other end is.
+                let ours = match wire.host.as_str() {
+                    "localhost" | "127.0.0.1" => "127.0.0.1",
+                    _ => "0.0.0.0",
+                };
+                let (host, remote, local) = (&wire.host, wire.remote, wire.local);
+                format!("socket,udp={host}:{remote},localaddr={ours}:{local}")
+            }
+        };
+        arg("-netdev", &format!("{network},id=net{number}"));
         // Without a ROM, so that firmware does not try to boot from it.
         let device = format!("{name},netdev=net{number},mac={mac},romfile=");
         arg("-device", &device);

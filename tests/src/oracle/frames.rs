@@ -2,10 +2,10 @@
 //! some cut off, some with a byte changed.
 
 use vswitch::PortId;
-use vswitch::key::{ether, proto};
+use vswitch::key::{FlowKey, Vlan, ether, proto};
 
 use super::random::Random;
-use super::world::{PORTS, VLANS, World, mac};
+use super::world::{EDGES, PORTS, VLANS, World, mac};
 
 /// A frame, and where it comes in.
 pub fn random(random: &mut Random, world: &World) -> (PortId, Vec<u8>) {
@@ -35,7 +35,7 @@ pub fn random(random: &mut Random, world: &World) -> (PortId, Vec<u8>) {
         let tpid = random.pick(&[ether::VLAN, ether::VLAN, ether::VLAN, ether::SERVICE_VLAN]);
         let mut id = random.pick(&VLANS);
         if random.once_in(16) {
-            id = random.pick(&[1, 4094, 4095]);
+            id = random.pick(&[EDGES[0], EDGES[1], 4095]);
         }
         let priority = random.pick(&[0, 0, 3, 7]);
         let dei = if random.once_in(10) { 0x1000 } else { 0 };
@@ -75,8 +75,17 @@ pub fn random(random: &mut Random, world: &World) -> (PortId, Vec<u8>) {
         frame.truncate(14 + random.below(frame.len() - 13));
     }
     if random.once_in(10) {
+        let mut changed = frame.clone();
         let at = random.below(frame.len());
-        frame[at] = random.byte();
+        changed[at] = random.byte();
+        // Addresses are known in the world's own VLANs.
+        let known = |tag: &Vlan| {
+            let ids = VLANS.iter().chain(&EDGES).chain(&[4095]);
+            !tag.present() || ids.into_iter().any(|id| *id == tag.id())
+        };
+        if FlowKey::extract(&changed, port.id).is_ok_and(|key| key.vlans.iter().all(known)) {
+            frame = changed;
+        }
     }
     (port.id, frame)
 }
@@ -344,7 +353,14 @@ fn transport_sound(body: &[u8], addresses: &[u8], protocol: u8, right: bool) -> 
     let Some((at, length)) = place(protocol) else {
         return Sound { whole: true, right };
     };
-    if body.len() < length {
+    // TCP says itself how long its header is.
+    let length = match protocol {
+        proto::TCP => body
+            .get(12)
+            .map_or(length, |byte| usize::from(byte >> 4) * 4),
+        _ => length,
+    };
+    if body.len() < length || length < 8 {
         return Sound::default();
     }
     let none = protocol == proto::UDP && body[at..at + 2] == [0, 0];

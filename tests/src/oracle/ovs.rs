@@ -11,11 +11,11 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Deserializer, StreamDeserializer, Value, json};
 use vswitch::key::{FlowKey, Vlan, ether, ipv4};
 use vswitch::mirror::MirrorOutput;
-use vswitch::port::{PortKind, PriorityTags, VlanMode};
+use vswitch::port::{PriorityTags, VlanMode};
 use vswitch::translate::Field;
 use vswitch::{MacAddr, PortId};
 
-use super::world::{VLANS, World, carries};
+use super::world::{EDGES, VLANS, World, carries};
 use super::{LOCAL, Output};
 use crate::process::{Process, limited};
 
@@ -23,6 +23,76 @@ use crate::process::{Process, limited};
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 /// Longer than a million cases take.
 const LIMIT: Duration = Duration::from_secs(1500);
+
+/// A bridge whose frames go through Open vSwitch's userspace datapath.
+pub struct Userspace {
+    _switch: Process,
+    _database: Process,
+}
+
+impl Userspace {
+    /// Starts the daemons, with all their files in a folder of `scratch`, and a bridge of these
+    /// interfaces, which must be there. It needs the right to open packet sockets.
+    pub fn start(scratch: &Path, interfaces: &[&str]) -> Result<Self> {
+        let (dir, database) = database(scratch)?;
+        let switch = switch_daemon(&dir, &[])?;
+        vsctl(
+            &dir,
+            &[
+                "add-br",
+                "tsb-ovs",
+                "--",
+                "set",
+                "bridge",
+                "tsb-ovs",
+                "datapath_type=netdev",
+            ],
+        )?;
+        for interface in interfaces {
+            vsctl(&dir, &["add-port", "tsb-ovs", interface])?;
+        }
+        Ok(Self {
+            _switch: switch,
+            _database: database,
+        })
+    }
+}
+
+/// Starts the database, empty; gives the folder with all files.
+fn database(scratch: &Path) -> Result<(PathBuf, Process)> {
+    // A socket's path must be short.
+    let dir = scratch.join("ovs");
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+    let at = |name: &str| dir.join(name).display().to_string();
+    run(&dir, "ovsdb-tool", &["create", &at("conf.db"), SCHEMA])?;
+    let database = daemon(
+        &dir,
+        "ovsdb-server",
+        &[
+            at("conf.db"),
+            format!("--remote=punix:{}", at("db.sock")),
+            format!("--unixctl={}", at("db.ctl")),
+        ],
+    )?;
+    appears(&dir.join("db.sock"))?;
+    vsctl(&dir, &["--no-wait", "init"])?;
+    Ok((dir, database))
+}
+
+/// Starts the daemon that switches, without the kernel's datapath.
+fn switch_daemon(dir: &Path, more: &[&str]) -> Result<Process> {
+    let at = |name: &str| dir.join(name).display().to_string();
+    let mut words = vec![
+        format!("unix:{}", at("db.sock")),
+        "--disable-system".to_owned(),
+        format!("--unixctl={}", at("vs.ctl")),
+    ];
+    words.extend(more.iter().copied().map(str::to_owned));
+    let switch = daemon(dir, "ovs-vswitchd", &words)?;
+    appears(&dir.join("vs.ctl"))?;
+    Ok(switch)
+}
 
 /// The two daemons.
 pub struct Daemons {
@@ -37,37 +107,11 @@ pub struct Daemons {
 impl Daemons {
     /// Starts them with all their files in a folder of `scratch`.
     pub fn start(scratch: &Path) -> Result<Self> {
-        // A socket's path must be short.
-        let dir = scratch.join("ovs");
-        let _ = fs::remove_dir_all(&dir);
-        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
-        let at = |name: &str| dir.join(name).display().to_string();
-        run(&dir, "ovsdb-tool", &["create", &at("conf.db"), SCHEMA])?;
-        let database = daemon(
-            &dir,
-            "ovsdb-server",
-            &[
-                at("conf.db"),
-                format!("--remote=punix:{}", at("db.sock")),
-                format!("--unixctl={}", at("db.ctl")),
-            ],
-        )?;
-        appears(&dir.join("db.sock"))?;
-        vsctl(&dir, &["--no-wait", "init"])?;
+        let (dir, database) = database(scratch)?;
         let limit = "other_config:vlan-limit=2";
         vsctl(&dir, &["--no-wait", "set", "Open_vSwitch", ".", limit])?;
-        let switch = daemon(
-            &dir,
-            "ovs-vswitchd",
-            &[
-                format!("unix:{}", at("db.sock")),
-                "--enable-dummy=override".to_owned(),
-                "--disable-system".to_owned(),
-                format!("--unixctl={}", at("vs.ctl")),
-            ],
-        )?;
+        let switch = switch_daemon(&dir, &["--enable-dummy=override"])?;
         let socket = dir.join("vs.ctl");
-        appears(&socket)?;
         let control = UnixStream::connect(&socket).context("ovs-vswitchd's control socket")?;
         control.set_read_timeout(Some(Duration::from_secs(20)))?;
         let answers = Deserializer::from_reader(control.try_clone()?).into_iter();
@@ -93,10 +137,12 @@ impl Daemons {
 
     /// Makes the bridge that is like the world's switch, instead of the one before.
     pub fn build(&mut self, world: &World) -> Result<()> {
+        // On its own: a bridge that comes again at once keeps its flows and addresses.
+        vsctl(&self.dir, &["--if-exists", "del-br", "br0"])?;
         let config = &world.config;
         let mut words: Vec<String> = Vec::new();
         let mut say = |line: &str| words.extend(line.split(' ').map(str::to_owned));
-        say("--if-exists del-br br0 -- add-br br0");
+        say("add-br br0");
         say("-- set bridge br0 datapath_type=dummy fail-mode=secure");
         let list = |ids: &[u16]| {
             let ids: Vec<String> = ids.iter().map(u16::to_string).collect();
@@ -142,8 +188,7 @@ impl Daemons {
             say(&format!(
                 "-- set port {name} other_config:priority-tags={tags}"
             ));
-            // R1 in its words.
-            if port.protected || port.kind == PortKind::Uplink {
+            if port.protected {
                 say(&format!("-- set port {name} protected=true"));
             }
         }
@@ -192,7 +237,8 @@ impl Daemons {
         vsctl(&self.dir, &words)?;
         self.add_flows(world)?;
         for (mac, port) in world.homes() {
-            let vlans = VLANS.iter().filter(|vlan| carries(port, **vlan));
+            let all = VLANS.iter().chain(&EDGES);
+            let vlans = all.filter(|vlan| carries(port, **vlan));
             for vlan in vlans {
                 let (vlan, mac) = (vlan.to_string(), mac.to_string());
                 self.ask("fdb/add", &["br0", &port.name, &vlan, &mac])?;
@@ -240,9 +286,14 @@ impl Daemons {
 /// What a trace says when it learns.
 const LEARNED: &str = "learned that ";
 
-/// Whether a flow changes tags that need not be there, as only OpenFlow 1.0 can say.
+/// Whether a flow changes tags that need not be there, or matches bits of them, as only OpenFlow
+/// 1.0 can say.
 pub fn is_old(flow: &str) -> bool {
-    flow.contains("mod_vlan") || flow.contains("strip_vlan")
+    let odd = flow.split_once("vlan_tci=").is_some_and(|(_, tci)| {
+        let plain = ["0x0000/0x1fff", "0x1000/0x1000", "0x0000/0x1000"];
+        !plain.iter().any(|p| tci.starts_with(p))
+    });
+    odd || flow.contains("mod_vlan") || flow.contains("strip_vlan")
 }
 
 fn command(dir: &Path, program: &str, limit: Duration) -> Command {
@@ -403,6 +454,10 @@ fn apply(action: &str, key: &mut FlowKey, outputs: &mut Vec<Output>) -> Result<(
             }
         }
         key.vlans = [tag, key.vlans[0]];
+        return Ok(());
+    }
+    if name == "userspace" {
+        // Tells a controller that a time to live is over.
         return Ok(());
     }
     ensure!(name == "set", "unknown");

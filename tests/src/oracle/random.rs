@@ -7,13 +7,13 @@ pub struct Random(u64);
 impl Random {
     /// One that begins at `seed`.
     pub fn new(seed: u64) -> Self {
-        let mut random = Self(seed ^ 0x5eed_0f_7e55e2a);
-        random.next();
+        let mut random = Self(seed ^ 0x7e55_e2a0);
+        random.number();
         random
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -23,7 +23,7 @@ impl Random {
 
     /// A number below `end`.
     pub fn below(&mut self, end: usize) -> usize {
-        (self.next() % end.max(1) as u64) as usize
+        (self.number() % end.max(1) as u64) as usize
     }
 
     /// True once in `of`.
@@ -33,7 +33,7 @@ impl Random {
 
     /// A byte.
     pub fn byte(&mut self) -> u8 {
-        self.next() as u8
+        self.number() as u8
     }
 
     /// One of them.

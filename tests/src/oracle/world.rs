@@ -10,6 +10,8 @@ use super::random::Random;
 
 /// The VLANs of a world.
 pub const VLANS: [u16; 4] = [0, 5, 9, 100];
+/// VLANs that some frames are in, and no port by name.
+pub const EDGES: [u16; 2] = [1, 4094];
 /// TCP's and UDP's ports in it.
 pub const PORTS: [u16; 4] = [53, 80, 443, 0x1234];
 
@@ -31,6 +33,16 @@ pub fn carries(port: &PortConfig, vlan: u16) -> bool {
         // Unless it is 0, the native VLAN takes its place.
         _ if own == 0 => trunked,
         _ => vlan == own || (vlan != 0 && trunked),
+    }
+}
+
+/// Whether `normal` takes frames with the identifier `id`, 0 for no tag, from a port.
+pub fn admits(port: &PortConfig, id: u16) -> bool {
+    match port.mode() {
+        VlanMode::Access => id == 0,
+        VlanMode::Dot1qTunnel => port.cvlans.is_empty() || port.cvlans.contains(&id),
+        VlanMode::Trunk => carries(port, id),
+        VlanMode::NativeTagged | VlanMode::NativeUntagged => id == 0 || carries(port, id),
     }
 }
 
@@ -71,8 +83,10 @@ impl World {
             };
             let mut port = PortConfig::new(id as u16, &format!("p{id}"), kind);
             if kind != PortKind::Mirror {
-                vlans(random, &mut port, plain && kind == PortKind::Vnic);
+                vlans(random, &mut port, plain, mirrored);
             }
+            // R1 in Open vSwitch's words.
+            port.protected = kind == PortKind::Uplink;
             if kind == PortKind::Vnic {
                 port.macs = vec![mac(id as u8)];
                 port.forged_source = alike || random.once_in(2);
@@ -126,17 +140,20 @@ impl World {
     }
 }
 
-fn vlans(random: &mut Random, port: &mut PortConfig, tunnels: bool) {
-    let modes = [
-        VlanMode::Access,
-        VlanMode::Trunk,
-        VlanMode::NativeTagged,
-        VlanMode::NativeUntagged,
-        VlanMode::Dot1qTunnel,
-    ];
-    let guest = port.kind == PortKind::Vnic;
-    let first = usize::from(!guest);
-    let mode = modes[first + random.below(if tunnels { 5 } else { 4 } - first)];
+/// Gives a port its VLANs. Tunnels are only where there are no flows, ports that take a native tag
+/// off only where there is no mirror, either: what rules drop there would be copied.
+fn vlans(random: &mut Random, port: &mut PortConfig, plain: bool, mirrored: bool) {
+    let mut modes = vec![VlanMode::Trunk, VlanMode::NativeTagged];
+    if port.kind == PortKind::Vnic {
+        modes.push(VlanMode::Access);
+        if plain {
+            modes.push(VlanMode::Dot1qTunnel);
+        }
+    }
+    if plain && !mirrored {
+        modes.push(VlanMode::NativeUntagged);
+    }
+    let mode = random.pick(&modes);
     if mode != VlanMode::Trunk {
         port.tag = Some(random.pick(&VLANS));
     }
@@ -205,7 +222,7 @@ fn flows(random: &mut Random, ports: &[PortConfig], mirrored: bool) -> Vec<Strin
 pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods: bool) -> String {
     let mut fields: Vec<String> = vec![format!("table={table}"), format!("priority={priority}")];
     if random.once_in(4) {
-        fields.push(format!("cookie={:#x}", random.next() >> 8));
+        fields.push(format!("cookie={:#x}", random.number() >> 8));
     }
     let kind = random.pick(&[
         "", "", "", "ip", "tcp", "udp", "icmp", "arp", "ipv6", "tcp6", "udp6", "icmp6", "rarp",
@@ -219,10 +236,10 @@ pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods
             fields.push(field);
         }
     };
-    let word = |random: &mut Random| random.next() as u16;
+    let word = |random: &mut Random| random.number() as u16;
     let (port, vlan) = (random.pick(ports), random.pick(&VLANS));
     some(random, format!("in_port={port}"), &mut fields);
-    let tagged = random.once_in(3);
+    let (tagged, mut odd) = (random.once_in(3), false);
     if tagged {
         let pcp = random.below(8);
         fields.push(match random.below(5) {
@@ -234,6 +251,7 @@ pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods
     } else if random.once_in(6) {
         fields.push("vlan_tci=0x0000/0x1fff".to_owned());
     } else if random.once_in(12) {
+        odd = true;
         let mask = word(random) & 0xefff;
         fields.push(format!("vlan_tci={:#06x}/{mask:#06x}", word(random) & mask));
     }
@@ -328,6 +346,7 @@ pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods
         is_ip,
         is_arp,
         tagged,
+        odd,
     };
     let actions = actions(random, table, ports, floods, &of);
     format!("{},actions={actions}", fields.join(","))
@@ -340,12 +359,14 @@ struct Kind<'a> {
     is_ip: bool,
     is_arp: bool,
     tagged: bool,
+    /// Bits of the tag are matched as only OpenFlow 1.0 can.
+    odd: bool,
 }
 
 fn actions(random: &mut Random, table: u8, ports: &[u16], floods: bool, of: &Kind<'_>) -> String {
     let mut actions: Vec<String> = Vec::new();
     // OpenFlow 1.0 changes tags that need not be there, 1.3 pushes them; no version does both.
-    let old = random.once_in(3);
+    let old = of.odd || random.once_in(3);
     let mut tags = u32::from(of.tagged);
     for _ in 0..random.below(6) {
         let (id, pcp) = (random.pick(&VLANS), random.below(8));

@@ -83,6 +83,10 @@ fn taken() -> i64 {
 impl Manager {
     /// When something is to be done by itself.
     pub fn due(&self) -> Nanos {
+        self.work_due().min(self.drain)
+    }
+
+    fn work_due(&self) -> Nanos {
         if self.has_work() {
             return self.work.next;
         }
@@ -116,7 +120,7 @@ impl Manager {
 
     /// Works if it is time to.
     pub(super) fn work_if_due(&mut self) {
-        if self.due() <= self.machine.clock.now() {
+        if self.work_due() <= self.machine.clock.now() {
             self.work(WORK);
         }
     }

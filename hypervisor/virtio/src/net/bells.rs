@@ -11,9 +11,13 @@ pub(super) const CONFIG: u64 = 1 << 63;
 /// Among the signals: the driver broke the rules.
 pub(super) const BROKEN: u64 = 1 << 62;
 
+/// Among the notifications, where no queue is and [`super::SharedNet::has_notified`] looks: the
+/// driver asked for something that is for the switch to grant.
+pub(super) const ASKED: u64 = 1 << 63;
+
 #[derive(Debug, Default)]
 pub(super) struct Bells {
-    /// A bit for each queue with news.
+    /// A bit for each queue with news; [`ASKED`].
     notified: AtomicU64,
     /// A bit for each queue whose driver wants an interrupt; [`CONFIG`], [`BROKEN`].
     signals: AtomicU64,

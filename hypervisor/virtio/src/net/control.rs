@@ -76,6 +76,11 @@ pub(super) struct Settings {
     pub announce: bool,
     /// The driver's own address, if the device knows it.
     pub mac: Option<[u8; 6]>,
+    /// The address that the driver asked for last, granted or not, until it is passed on.
+    pub asked: Option<[u8; 6]>,
+    /// Whether the driver wants unicasts that are not for it, if that has changed since it was
+    /// passed on.
+    pub asked_all: Option<bool>,
     /// A bit for each receive mode.
     modes: u8,
     unicast: Addresses,
@@ -93,6 +98,8 @@ impl Settings {
             pairs: 1,
             announce: false,
             mac: (features & feature::MAC != 0).then_some(mac),
+            asked: None,
+            asked_all: None,
             modes: 0,
             unicast: Addresses::None,
             multicast: Addresses::None,
@@ -106,6 +113,11 @@ impl Settings {
 
     const fn mode(&self, command: u8) -> bool {
         self.modes & 1 << command != 0
+    }
+
+    /// Whether the driver wants unicasts that are not for it.
+    pub const fn is_promiscuous(&self) -> bool {
+        self.mode(PROMISCUOUS) || self.mode(ALL_UNICAST)
     }
 
     /// Whether the driver wants the frame that starts like this (§5.1.6.5.1 to §5.1.6.5.3). A
@@ -145,7 +157,7 @@ impl Settings {
     }
 
     /// Does the command in `chain`, and says in its writable part whether it was done. Gives the
-    /// bytes written there.
+    /// bytes written there. The driver gets another address only where it `may_move`.
     ///
     /// # Errors
     /// A buffer is not in RAM.
@@ -154,6 +166,7 @@ impl Settings {
         mem: &mut dyn GuestMemory,
         chain: &Chain,
         max_pairs: u16,
+        may_move: bool,
     ) -> Result<u32, QueueError> {
         let mut data = Data {
             mem,
@@ -161,12 +174,18 @@ impl Settings {
             offset: 0,
         };
         // What cannot be answered is not done.
-        let done = chain.writable_bytes() > 0 && self.perform(&mut data, max_pairs)?.is_some();
+        let done =
+            chain.writable_bytes() > 0 && self.perform(&mut data, max_pairs, may_move)?.is_some();
         let written = chain.write(mem, 0, &[u8::from(!done)])?;
         Ok(u32::from(written != 0))
     }
 
-    fn perform(&mut self, data: &mut Data<'_>, max_pairs: u16) -> Result<Option<()>, QueueError> {
+    fn perform(
+        &mut self,
+        data: &mut Data<'_>,
+        max_pairs: u16,
+        may_move: bool,
+    ) -> Result<Option<()>, QueueError> {
         let Some([class, command]) = data.take()? else {
             return Ok(None);
         };
@@ -186,7 +205,7 @@ impl Settings {
         match (class, command) {
             (CLASS_RX, _) => Ok(data.take()?.and_then(|[on]| self.set_mode(command, on))),
             (CLASS_MAC, 0) => self.set_tables(data),
-            (CLASS_MAC, _) => Ok(data.take()?.and_then(|mac| self.set_mac(mac))),
+            (CLASS_MAC, _) => Ok(data.take()?.and_then(|mac| self.set_mac(mac, may_move))),
             (CLASS_VLAN, _) => Ok(data
                 .take()?
                 .and_then(|id| self.set_vlan(u16::from_le_bytes(id), command == 0))),
@@ -219,9 +238,12 @@ impl Settings {
         Some(())
     }
 
-    fn set_mac(&mut self, mac: [u8; 6]) -> Option<()> {
+    fn set_mac(&mut self, mac: [u8; 6], may_move: bool) -> Option<()> {
         let [first, ..] = mac;
-        (first & 1 == 0 && mac != [0; 6]).then(|| self.mac = Some(mac))
+        (first & 1 == 0 && mac != [0; 6]).then_some(())?;
+        self.asked = Some(mac);
+        // The address it has is no change.
+        (may_move || self.mac == Some(mac)).then(|| self.mac = Some(mac))
     }
 
     fn set_vlan(&mut self, id: u16, on: bool) -> Option<()> {

@@ -38,7 +38,11 @@ impl<'a> Frame<'a> {
     /// A frame that stands in one place.
     #[must_use]
     pub fn whole(bytes: &'a [u8]) -> Self {
-        Self::new([bytes, &[], &[]])
+        Self {
+            pieces: [bytes, &[], &[], &[], &[]],
+            count: usize::from(!bytes.is_empty()),
+            length: bytes.len(),
+        }
     }
 
     /// A frame of up to three pieces, for example rewritten headers, the rest, padding.
@@ -80,12 +84,13 @@ impl<'a> Frame<'a> {
     }
 
     /// Its pieces in order.
-    pub fn pieces(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
-        self.pieces.into_iter().take(self.count)
+    pub fn pieces(&self) -> impl Iterator<Item = &'a [u8]> {
+        let pieces = self.pieces.get(..self.count).unwrap_or_default();
+        pieces.iter().copied()
     }
 
     /// The bytes from offset `from` up to `to`, as far as there are such.
-    pub(super) fn part(&self, from: usize, to: usize) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+    pub(super) fn part(&self, from: usize, to: usize) -> impl Iterator<Item = &'a [u8]> {
         let mut before = 0usize;
         self.pieces().filter_map(move |piece| {
             let within = |at: usize| at.saturating_sub(before).min(piece.len());

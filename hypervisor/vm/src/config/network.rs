@@ -826,7 +826,12 @@ tag = 9
                 "packets = 1000\nrate = \"1Mbit\"",
                 "left out beside `packets`",
             ),
-            ("name = \"probe\"", "name = \"a\"", "a is there twice"),
+            ("name = \"up\"", "name = \"a\"", "one of \"a\""),
+            (
+                "kind = \"mirror\"",
+                "mac = \"02:00:00:00:00:07\"",
+                "02:00:00:00:00:07 is there twice",
+            ),
             (
                 "[[switch.meter]]",
                 "[[switch.metre]]",

@@ -91,6 +91,41 @@ fn address_tables() {
 }
 
 #[test]
+fn the_switch_hears_what_it_is_to_grant() {
+    let mut guest = Guest::new(EVERYTHING);
+    let asked = |guest: &mut Guest| {
+        let any = guest.net.take_asked();
+        any.then(|| guest.device().take_asked())
+    };
+    let wants = |mac, promiscuous| Some(Asked { mac, promiscuous });
+    assert_eq!(asked(&mut guest), None);
+    guest.command(1, 1, &OTHER);
+    assert_eq!(asked(&mut guest), wants(Some(OTHER), None));
+    assert_eq!(asked(&mut guest), None);
+    guest.command(0, 0, &[1]);
+    assert_eq!(asked(&mut guest), wants(None, Some(true)));
+    // All multicasts are nothing to ask for.
+    guest.command(0, 1, &[1]);
+    assert_eq!(asked(&mut guest), None);
+    guest.net.reset();
+    assert_eq!(asked(&mut guest), wants(Some(MAC), Some(false)));
+    guest.net.reset();
+    assert_eq!(asked(&mut guest), None);
+}
+
+#[test]
+fn an_address_that_is_fixed_is_asked_for_in_vain() {
+    let mut guest = Guest::new(EVERYTHING);
+    guest.device().config.mac_change = false;
+    assert_eq!(guest.command(1, 1, &OTHER), ERR);
+    assert_eq!(guest.device().mac(), MAC);
+    // The switch counts it.
+    assert!(guest.net.take_asked());
+    assert_eq!(guest.device().take_asked().mac, Some(OTHER));
+    assert_eq!(guest.command(1, 1, &MAC), OK);
+}
+
+#[test]
 fn own_address() {
     let mut guest = Guest::new(EVERYTHING);
     for (mac, want) in [

@@ -780,6 +780,7 @@ fn the_function_negotiates_for_it_and_tells_its_driver() {
     let mut function = VirtioPci::new(guest.net.clone()).unwrap();
     // Decode memory, be bus master.
     function.config_mut().write(4, 2, 6);
+    function.config_written(4, 2);
     let mut put = |offset: u64, size: u8, value: u64| {
         function.write(0, offset, size, value, Nanos::ZERO);
         function.read(0, offset, size, Nanos::ZERO)
@@ -804,6 +805,13 @@ fn the_function_negotiates_for_it_and_tells_its_driver() {
     assert!(!guest.device().ready());
     assert_eq!(put(0x14, 1, 0x0f), 0x0f);
     assert!(guest.device().ready());
+    for (command, ready) in [(2, false), (6, true)] {
+        guest.net.take_notified();
+        function.config_mut().write(4, 2, command);
+        function.config_written(4, 2);
+        assert_eq!(guest.device().ready(), ready, "it may reach memory or not");
+        assert_eq!(guest.net.take_notified() != 0, ready, "what was missed");
+    }
     // The doorbell of the transmit queue is for who moves frames, not for the run loop.
     assert!(
         function.wants_service(),

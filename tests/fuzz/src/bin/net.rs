@@ -1,0 +1,5 @@
+//! The target `net` under libFuzzer.
+#![no_main]
+#![forbid(unsafe_code)]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::net(data));
