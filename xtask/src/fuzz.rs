@@ -25,7 +25,7 @@ const WORKERS: usize = 2;
 /// The target with programs of its own, so that the flags below are not for build scripts.
 const HOST: &str = "x86_64-unknown-linux-gnu";
 /// Coverage as libFuzzer wants it, and all checks.
-const FLAGS: [&str; 9] = [
+const FLAGS: [&str; 10] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
@@ -34,7 +34,8 @@ const FLAGS: [&str; 9] = [
     "-Cdebug-assertions",
     "-Coverflow-checks",
     "-Ccodegen-units=1",
-    "--cfg=fuzzing",
+    "--cfg",
+    "fuzzing",
 ];
 /// The longest input.
 const MAX_LENGTH: &str = "-max_len=2048";
@@ -95,10 +96,7 @@ fn one(workspace: &Workspace, target: &str, seconds: u64) -> Result<String> {
     let found = workspace.dir(&format!("fuzz/{target}/corpus"))?;
     let faults = workspace.dir(&format!("fuzz/{target}/faults"))?;
     let program = program(workspace, target)?;
-    let mut fuzzer = limited(
-        &program.to_string_lossy(),
-        Duration::from_secs(seconds + 120),
-    );
+    let mut fuzzer = limited(&program, Duration::from_secs(seconds + 120));
     fuzzer
         .arg(format!("-max_total_time={seconds}"))
         .args([MAX_LENGTH, "-timeout=10", "-rss_limit_mb=1024"])

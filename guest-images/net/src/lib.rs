@@ -5,6 +5,7 @@
 //! | word | what |
 //! | --- | --- |
 //! | `ip=10.9.0.3/24` | the address, which else comes by DHCP |
+//! | `tessera.ip=10.9.0.3/24` | the address if there is no lease within ten seconds |
 //! | `gw=10.9.0.1` | the gateway beside such an address |
 //! | `ping=10.0.2.2,10.9.0.4` | each is asked four times, for at most half a minute to the first answer |
 //! | `send=10.9.0.4:9000,100000` | so many bytes go to a sink, whose sum must be right |

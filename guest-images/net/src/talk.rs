@@ -30,7 +30,9 @@ const PINGS: usize = 4;
 /// How often one is asked that never answered, once a second.
 const TRIES: u16 = 30;
 const SECOND: u64 = 1_000_000;
-/// The time for an address, for a transfer's beginning and end, and for each silence in it.
+/// The time for a lease.
+const DHCP: u64 = 10 * SECOND;
+/// The time for a transfer's beginning and end, and for each silence in it.
 const PATIENCE: u64 = 30 * SECOND;
 
 /// Buffers for sockets, given away piece by piece and never given back.
@@ -294,6 +296,16 @@ impl Network<'_> {
         }
     }
 
+    /// Takes an address of the command line.
+    fn take_address(&mut self, own: Ipv4Cidr) {
+        println!("hello: address {own}");
+        let gateway = words("gw").next().and_then(|text| text.parse().ok());
+        if let Some(dhcp) = self.dhcp.take() {
+            self.sockets.remove(dhcp);
+        }
+        self.set_address(Some(own), gateway);
+    }
+
     fn lease(&mut self) {
         let Some(event) = self
             .dhcp
@@ -520,10 +532,16 @@ impl Network<'_> {
     /// What the command line names; whether all of it went well.
     fn work(&mut self) -> bool {
         if self.interface.ipv4_addr().is_none() {
-            let leased = self.until(PATIENCE, |this, _| this.interface.ipv4_addr());
+            let leased = self.until(DHCP, |this, _| this.interface.ipv4_addr());
             if leased.is_none() {
-                println!("hello: no address by DHCP");
-                return false;
+                if let Some(own) = words("tessera.ip").next().and_then(cidr) {
+                    self.take_address(own);
+                } else {
+                    println!("hello: no address by DHCP");
+                    return ["ping", "send", "fetch"]
+                        .iter()
+                        .all(|key| words(key).next().is_none());
+                }
             }
         }
         let mut well = true;
@@ -609,9 +627,7 @@ pub fn talk(mut card: Card) -> bool {
         next_port: FIRST_PORT,
     };
     if let Some(own) = fixed {
-        println!("hello: address {own}");
-        let gateway = words("gw").next().and_then(|text| text.parse().ok());
-        network.set_address(Some(own), gateway);
+        network.take_address(own);
     }
     let well = network.work();
     network.stay();

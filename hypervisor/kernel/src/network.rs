@@ -29,7 +29,7 @@ use vm::config::{Config, network};
 use vswitch::{MacAddr, PortId, Switch};
 
 /// Batches that a core moves for one doorbell before it looks at what else there is.
-const BATCHES: usize = 8;
+const BATCHES: usize = 2;
 /// Bytes of the frames of a batch.
 const BUFFER: usize = 4 * FRAME_ROOM;
 /// Decisions that a core remembers.

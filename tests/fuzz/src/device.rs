@@ -18,7 +18,7 @@ const DRIVER: u64 = 0x400;
 const DEVICE: u64 = 0x600;
 /// Buffers.
 const DATA: u64 = 0x8000;
-/// The least of [`RAM`] that is no use in one step, however bad the rings are.
+/// Accesses to memory that no step needs, however bad the rings are.
 const ACCESSES: usize = 300_000;
 
 /// Registers of the transport, in the base address register that has all of them.
@@ -294,7 +294,8 @@ pub fn console(data: &[u8]) {
 /// A network card: frames out of it, and into it with everything left to do.
 pub fn net(data: &[u8]) {
     let mut bytes = Bytes(data);
-    let mut config = NetConfig::new([2, 0, 0, 0, 0, 1]);
+    // The address that the seeds' frames are for.
+    let mut config = NetConfig::new([2, 0, 0, 0, 0, 2]);
     config.mtu = 65_535;
     config.pairs = 1 + u16::from(bytes.u8() & 1);
     let device = SharedNet::new(NetDevice::new(config).expect("in bounds"));

@@ -33,8 +33,8 @@ const FILES: &[(&str, Source)] = &[
     ("guest-hostile", Source::Made("guest-hostile")),
 ];
 const PEER: &str = talker!("peer", "ip=10.9.0.9/24 stay=10");
-/// The greatest lateness in microseconds that is right: up to three others have their slices and
-/// move frames, and the log has a line.
+/// The greatest lateness of the heartbeat, in microseconds: slices of an attacker and a peer, and
+/// the batches of frames that a core moves in one go, which nobody has derived a bound for.
 const BOUND: u64 = 40_000;
 
 /// The heartbeat was right, and the log tells of nothing worse than a device to be reset.
