@@ -278,25 +278,37 @@ impl FrameSource for FrameAllocator {
             frame.is_aligned(size.bytes()),
             "{frame} is not aligned to {size:?}"
         );
-        for offset in (0..size.bytes()).step_by(PAGE_SIZE as usize) {
+        // Whole blocks at once: a VM has hundreds of them.
+        let (step, count) = match size {
+            PageSize::Size4K => (PAGE_SIZE, 1),
+            PageSize::Size2M | PageSize::Size1G => (PAGE_SIZE_2M, FRAMES_PER_BLOCK),
+        };
+        for offset in (0..size.bytes()).step_by(step as usize) {
             let Some((index, bit)) = self.locate(frame.wrapping_add(offset)) else {
                 return;
             };
             let (word, mask) = (usize::from(bit / 64), 1 << (bit % 64));
-            if self.blocks[index].bitmap[word] & mask != 0 {
+            let Block { bitmap, free, .. } = &self.blocks[index];
+            let (free, taken) = (*free, bitmap[word] & mask == 0);
+            if !taken || free + count > FRAMES_PER_BLOCK {
                 debug_assert!(false, "{frame} is freed twice");
                 return;
             }
-            let moves = matches!(self.blocks[index].free, 0 | 511);
+            let moves = free == 0 || free == FRAMES_PER_BLOCK - 1;
             if moves {
                 self.unlink(index);
             }
-            self.blocks[index].bitmap[word] |= mask;
-            self.blocks[index].free += 1;
+            let block = &mut self.blocks[index];
+            if count == 1 {
+                block.bitmap[word] |= mask;
+            } else {
+                block.bitmap = [u64::MAX; 8];
+            }
+            block.free += count;
             if moves {
                 self.link(index);
             }
-            self.free_frames += 1;
+            self.free_frames += u64::from(count);
         }
     }
 }
