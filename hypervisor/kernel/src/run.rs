@@ -34,6 +34,9 @@ const POLL: u64 = 10_000_000;
 /// Every core that is started can be given work.
 const _: () = assert!(hw::acpi::MAX_PROCESSORS <= sched::MAX_CORES as usize);
 
+/// How often switches without a card of the machine are looked after, in nanoseconds.
+const AGEING: u64 = 1_000_000_000;
+
 static SERIAL_FIRED: AtomicBool = AtomicBool::new(false);
 static POLL_SERIAL: AtomicBool = AtomicBool::new(false);
 
@@ -428,7 +431,7 @@ impl Worker {
             if POLL_SERIAL.load(Ordering::Relaxed) {
                 due = due.min(self.machine.clock.now() + POLL);
             }
-            due = due.min(self.uplinks());
+            due = due.min(self.network());
             if console::is_undrawn() {
                 due = due.min(self.machine.clock.now() + 1_000_000_000 / console::FRAMES);
             }
@@ -440,15 +443,18 @@ impl Worker {
         }
     }
 
-    /// Looks after the machine's network cards. Gives the time of the next look.
-    fn uplinks(&mut self) -> Nanos {
+    /// Looks after the machine's network cards and the switches. Gives the time of the next look.
+    fn network(&mut self) -> Nanos {
         let (machine, now) = (self.machine, self.machine.clock.now());
-        let Some(next) = uplinks::poll(now) else {
-            return Nanos::NEVER;
-        };
+        let cards = uplinks::poll(now);
+        if machine.network.rooms().is_empty() {
+            return cards.unwrap_or(Nanos::NEVER);
+        }
         machine.network.tick(now);
-        let more = machine.network.receive(machine);
-        if more { now } else { next }
+        if cards.is_some() && machine.network.receive(machine) {
+            return now;
+        }
+        cards.unwrap_or(now + AGEING)
     }
 
     /// Looks at all that was left for the core from here on; what comes later calls it again. So
