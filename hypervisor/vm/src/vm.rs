@@ -815,10 +815,10 @@ mod tests {
 
     /// A kernel of one and a module of two pieces and a bit, and what each piece holds.
     fn archive() -> Vec<u8> {
-        let code: Vec<u8> = (0..150_000u32).map(|i| (i * 7 >> 3) as u8 | 1).collect();
+        let code: Vec<u8> = (0..150_000u32).map(|i| ((i * 7) >> 3) as u8 | 1).collect();
         let note = notes(KERNEL + 0x800, true);
         let loads = [(1, KERNEL + 0x800, 0x4_0000, &code[..]), (4, 0, 0, &note)];
-        let module: Vec<u8> = (0..140_000u32).map(|i| (i * 5 >> 2) as u8).collect();
+        let module: Vec<u8> = (0..140_000u32).map(|i| ((i * 5) >> 2) as u8).collect();
         let kernel = elf(true, 0, KERNEL + 0x800, &loads);
         pack(&[("kernel", &kernel), ("module", &module)]).unwrap()
     }
@@ -848,12 +848,12 @@ mod tests {
         memory
             .read(GuestPhysAddr::new(KERNEL + 0x800), &mut found)
             .unwrap();
-        assert!((0..150_000u32).all(|i| found[i as usize] == (i * 7 >> 3) as u8 | 1));
+        assert!((0..150_000u32).all(|i| found[i as usize] == ((i * 7) >> 3) as u8 | 1));
         // A module of PVH lies as high as it can.
         let at = (16u64 << 20) - 140_000u64.next_multiple_of(4096);
         let module = &mut found[..140_000];
         memory.read(GuestPhysAddr::new(at), module).unwrap();
-        assert!((0..140_000u32).all(|i| module[i as usize] == (i * 5 >> 2) as u8));
+        assert!((0..140_000u32).all(|i| module[i as usize] == ((i * 5) >> 2) as u8));
     }
 
     #[test]
