@@ -1,9 +1,11 @@
 //! x87, SSE and AVX state over exits, and their exceptions (Intel SDM Vol. 1 chapters 8, 10, 13).
 
+use crate::smp_start::need_two;
 use crate::util::{OSXSAVE, assert_fault, need, vector};
 use core::arch::asm;
-use guest_runtime::cpu::{cpuid, cr0, cr4, set_cr0, set_cr4};
-use guest_runtime::{expect_fault, guest_test};
+use core::sync::atomic::{AtomicU64, Ordering};
+use guest_runtime::cpu::{cpuid, cr0, cr4, rdtsc, set_cr0, set_cr4};
+use guest_runtime::{expect_fault, guest_test, smp};
 
 const OSFXSR: u64 = 1 << 9;
 const OSXMMEXCPT: u64 = 1 << 10;
@@ -231,4 +233,61 @@ fn fpu_sse_without_osfxsr_is_ud() {
         set_cr4(cr4() & !OSFXSR);
         assert_fault(expect_fault(|| asm!("xorps xmm0, xmm0")), vector::UD, 0);
     }
+}
+
+/// 32 vector registers of 64 bytes.
+#[repr(C, align(64))]
+struct Vectors([[u64; 8]; 32]);
+
+/// Moves all of a kind of vector registers from or to memory.
+macro_rules! vectors {
+    (load $op:literal $width:literal [$($n:literal)*] $memory:expr) => {
+        asm!($(concat!($op, " ", $width, "mm", $n, ", [{m} + 64*", $n, "]"),)* m = in(reg) $memory)
+    };
+    (store $op:literal $width:literal [$($n:literal)*] $memory:expr) => {
+        asm!($(concat!($op, " [{m} + 64*", $n, "], ", $width, "mm", $n),)* m = in(reg) $memory)
+    };
+}
+
+#[guest_test]
+fn smp_vector_registers_are_each_cpus_own() {
+    need_two();
+    need(cpuid(1, 0)[2] >> 28 & 1 != 0, "AVX");
+    let mask = cpuid(0xd, 0)[0] & 0xe7;
+    let wide = mask & 0xe0 == 0xe0;
+    smp::start_all();
+    let wrong = AtomicU64::new(0);
+    smp::everywhere(&|| {
+        enable_xsave(mask);
+        let own = 0x0101_0101_0101_0101 * (1 + smp::current() as u64);
+        let given = Vectors(core::array::from_fn(|n| [own + n as u64; 8]));
+        let mut found = Vectors([[0; 8]; 32]);
+        let (registers, words) = if wide { (32, 8) } else { (16, 4) };
+        // SAFETY: the components are on, the compiler uses none of them, and the arrays are as
+        // long as what is moved.
+        unsafe {
+            if wide {
+                vectors!(load "vmovdqu64" "z" [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31] &raw const given);
+                asm!("kmovw k1, {0:e}", "kmovw k7, {0:e}", in(reg) own);
+            } else {
+                vectors!(load "vmovdqu" "y" [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15] &raw const given);
+            }
+            let start = rdtsc();
+            // Some slices of every CPU, if they share a core.
+            while rdtsc().wrapping_sub(start) < 20_000_000 {
+                let (mut first, mut last) = (own as u32 & 0xffff, own as u32 & 0xffff);
+                if wide {
+                    vectors!(store "vmovdqu64" "z" [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31] &raw mut found);
+                    asm!("kmovw {:e}, k1", "kmovw {:e}, k7", out(reg) first, out(reg) last);
+                } else {
+                    vectors!(store "vmovdqu" "y" [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15] &raw mut found);
+                }
+                let differs = |n: usize| found.0[n][..words] != given.0[n][..words];
+                let count = (0..registers).filter(|n| differs(*n)).count();
+                let masks = u64::from(first != own as u32 & 0xffff || last != first);
+                wrong.fetch_add(count as u64 + masks, Ordering::SeqCst);
+            }
+        }
+    });
+    assert_eq!(wrong.load(Ordering::SeqCst), 0);
 }
