@@ -89,7 +89,7 @@ pub(super) const KEYBOARD: Step = Expect(r"^tessera\| keyboard: ");
 pub(super) const TO_MONITOR: Step = Send("\x140");
 /// Two or four guests have told their addresses, in any order.
 pub(super) const TWO_LEASES: Step =
-    Expect(r"(?s)(^[a-z0-9]+\| eth0: 10\.0\.2\.1[56]/24 by DHCP, gateway 10\.0\.2\.2$.*?){2}");
+    Expect(r"(?s)(^[a-z0-9]+\| eth0: 10\.0\.2\.1[5-9]/24 by DHCP, gateway 10\.0\.2\.2$.*?){2}");
 const FOUR_ADDRESSES: Step = Expect(r"(?s)(^[a-z]+\| eth0: 10\.0\.2\.[0-9]+/24 by .*?){4}");
 
 /// Sets `other` in a guest to the address of the other one of two: the DHCP server gives them 15
@@ -213,10 +213,11 @@ pub(super) const CASES: &[Case] = &[
         ],
         ..LAN
     },
-    // Two hosts, and no DHCP server: a file goes from the one's guest to the other's.
+    // Two hosts, and no DHCP server: a file goes from the one's guest to the other's. Not from
+    // Bochs: its seconds without work pass at once, and no answer comes within one of them.
     Case {
         name: "two-hosts",
-        on: &[QEMU_BIOS, BOCHS_BIOS],
+        on: &[QEMU_BIOS],
         load: Load::Bundle {
             config: &[SWITCH, ONE],
             files: FILES,
