@@ -130,8 +130,8 @@ pub(super) const CASES: &[Case] = &[
             Send("poweroff\n"),
             Expect(r"^tessera\| vm two: ended: powered off$"),
             Send("\x141"),
-            // A megabyte is 724 packets of the wire's size.
-            Send("[ $(cat /sys/class/net/eth0/statistics/tx_packets) -lt 300 ]; echo large-$?\n"),
+            // A megabyte is 724 packets of the wire's size; on a slow link Linux joins two at least.
+            Send("[ $(cat /sys/class/net/eth0/statistics/tx_packets) -lt 600 ]; echo large-$?\n"),
             Expect("^large-0$"),
             Send("cat /sys/class/net/eth0/statistics/*_errors | sort -u; echo errors-$?\n"),
             Expect("^0\nerrors-0$"),
