@@ -14,6 +14,8 @@ use crate::queue::Queue;
 const QUEUE_SIZE: u16 = 64;
 /// The most bytes given for one buffer: a driver that wants more asks again.
 const PIECE: usize = 256;
+/// Buffers filled in one go, some 15,000 instructions each: others may want the core then.
+const TURN: usize = 8;
 
 /// The generator: its key.
 struct Generator([u32; 8]);
@@ -96,20 +98,22 @@ impl Rng {
         }
     }
 
-    /// Fills at most a queue's worth of buffers. `true`: there may be more.
+    /// Fills at most [`TURN`] buffers. `true`: there may be more.
     fn fill(&mut self, mem: &mut dyn GuestMemory) -> Result<bool, QueueError> {
         let Some(queue) = &mut self.queue else {
             return Ok(false);
         };
         let mut more = true;
-        for _ in 0..QUEUE_SIZE {
+        for _ in 0..TURN {
             if !queue.pop(mem, &mut self.chain)? {
                 more = false;
                 break;
             }
+            let room = self.chain.writable_bytes().min(PIECE as u64) as usize;
             let mut bytes = [0; PIECE];
-            self.generator.fill(&mut bytes);
-            let written = self.chain.write(mem, 0, &bytes)?;
+            let bytes = bytes.get_mut(..room).unwrap_or_default();
+            self.generator.fill(bytes);
+            let written = self.chain.write(mem, 0, bytes)?;
             // One or more bytes it has to be (§5.4.6.2).
             if written == 0 {
                 return Err(QueueError::Request {
@@ -235,6 +239,25 @@ mod tests {
                 assert!(given.iter().any(|b| *b != 0) && rest.iter().all(|b| *b == 0));
             }
         }
+    }
+
+    #[test]
+    fn a_full_ring_is_filled_a_few_buffers_at_a_time() {
+        let mut ram = Ram::new(0x8_0000);
+        let mut driver = Driver::new(0x1_0000, 64, features::VERSION_1);
+        let mut rng = Rng::new([3; 32]);
+        rng.attach(0, driver.queue());
+        for n in 0..2 * TURN as u64 + 1 {
+            let part = (0x4_0000 + 0x100 * n, 64, true);
+            driver.offer(&mut ram, &[part], false).unwrap();
+        }
+        for given in [TURN, TURN, 1] {
+            assert!(rng.wants_service());
+            rng.serve(&mut ram, Nanos::ZERO);
+            let taken = core::iter::from_fn(|| driver.take(&mut ram));
+            assert_eq!(taken.count(), given);
+        }
+        assert!(!rng.wants_service());
     }
 
     #[test]
