@@ -205,7 +205,7 @@ pub(super) const CASES: &[Case] = &[
             Expect(r"Linux {release} is up after"),
             // The three of them have three of the first addresses that the DHCP server gives.
             Send(
-                "n=0; for a in 15 16 17 18 19; do ping -c 3 -w 5 10.0.2.$a && n=$((n + 1)); done; \
+                "n=0; for a in 15 16 17 18 19; do ping -c 1 -w 3 10.0.2.$a && n=$((n + 1)); done; \
                  echo reached-$n\n",
             ),
             Expect("^reached-3$"),
