@@ -38,8 +38,7 @@ const PEER: &str = talker!("peer", "ip=10.9.0.9/24 stay=10");
 /// Such a frame takes as well a step of copying for each 8 bytes, and four for each 8 bytes of a
 /// checksum to be put in: 45,000, or 360,000 for the eight of them. What is cut into segments fills
 /// the peer's 32 buffers at most, at 3,500 each, as the peer does not run meanwhile; what finds no
-/// buffer ends there. The other devices' work is shorter: 8 buffers of random bytes at 15,000 each,
-/// 64 pieces of text to print.
+/// buffer ends there. The other devices' work is shorter: 256 random bytes, 64 pieces of text.
 const LONGEST_DOORBELL: u64 = 360_000 + 32 * 3_500;
 
 /// The heartbeat was right, beside so many vCPUs of the attacker and a peer, whose exits are short
