@@ -3,6 +3,7 @@
 //! A memory map with overlaps is no input that an emulator's firmware can be made to give; the
 //! host tests of `boot` cover it.
 
+use super::{MONITOR, TO_MONITOR, left_well};
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, QEMU_UEFI, Source, Step};
 use crate::emulator::Extension;
 
@@ -43,12 +44,7 @@ debug_exit = true
 const END: Step = Expect(r"^tessera\| end: status=");
 
 fn rest_went_on(heard: &Heard) -> Result<(), String> {
-    let line = "tessera| vm rest: ended: debug exit, code 1";
-    if heard.all.contains(line) {
-        Ok(())
-    } else {
-        Err(format!("no line `{line}`"))
-    }
+    left_well(heard, &["rest"])
 }
 
 /// What `list` said first and last.
@@ -146,8 +142,8 @@ pub(super) const CASES: &[Case] = &[
                 r"^tessera\| warning: switch lan: port up: no network card of this machine is 00:1f\.7; it has none$",
             ),
             Expect("^#$"),
-            Send("\x140"),
-            Expect(r"^tessera\| keyboard: monitor"),
+            TO_MONITOR,
+            MONITOR,
             Send("flows man\r"),
             Expect(r"^tessera\| no switch is named `man`; there are: twins circle words lan$"),
             Send("port show lan/tap\r"),
@@ -441,8 +437,8 @@ autostart = false
         },
         steps: &[
             Expect("^#$"),
-            Send("\x140"),
-            Expect(r"^tessera\| keyboard: monitor"),
+            TO_MONITOR,
+            MONITOR,
             Send("list\r"),
             Expect(r"KiB of memory free$"),
             // Verbs and names.
