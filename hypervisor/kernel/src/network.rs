@@ -475,12 +475,7 @@ impl Room {
             Err(error) => {
                 error!("{error}; switch {name} has no ports");
                 ports.clear();
-                // A switch without ports is always sound.
-                let empty = vswitch::config::SwitchConfig::default();
-                match Switch::new(empty, secret) {
-                    Ok(switch) => switch,
-                    Err(error) => panic!("an empty switch: {error}"),
-                }
+                Switch::empty(secret)
             }
         };
         Self {

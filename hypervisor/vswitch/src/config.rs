@@ -162,11 +162,11 @@ fn once<T: Ord + Clone + core::fmt::Display>(field: &'static str, all: Vec<T>) -
 }
 
 impl SwitchConfig {
-    /// Checks all of it.
+    /// Checks all of it; the flows.
     ///
     /// # Errors
     /// The first thing that is wrong, and where.
-    pub fn check(&self) -> Result<(), ConfigError> {
+    pub fn check(&self) -> Result<FlowTables, ConfigError> {
         let at = |place: Place| {
             move |(field, problem)| ConfigError {
                 place,
@@ -186,7 +186,7 @@ impl SwitchConfig {
         for meter in &self.meters {
             check_meter(meter).map_err(at(Place::Meter(meter.id)))?;
         }
-        self.tables().map(|_| ())
+        self.tables()
     }
 
     /// The number of the port of that name.

@@ -302,20 +302,29 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// A switch of that configuration. Its name is no other switch's. The secret is random and known to nobody: it hides where
-    /// addresses are in tables.
+    /// A switch of that configuration. Its name is no other switch's. The secret is random and
+    /// known to nobody: it hides where addresses are in tables.
     ///
     /// # Errors
     /// What is wrong with the configuration.
     pub fn new(config: SwitchConfig, secret: [u64; 2]) -> Result<Self, ConfigError> {
-        config.check()?;
-        let flows = config.tables()?;
+        let flows = config.check()?;
+        Ok(Self::of(config, flows, secret))
+    }
+
+    /// A switch without ports, in the place of one whose configuration is refused.
+    #[must_use]
+    pub fn empty(secret: [u64; 2]) -> Self {
+        Self::of(SwitchConfig::default(), FlowTables::normal(), secret)
+    }
+
+    fn of(config: SwitchConfig, flows: FlowTables, secret: [u64; 2]) -> Self {
         let hasher = Hasher::new(secret);
         let name = config
             .name
             .bytes()
             .fold(secret[1], |sum, byte| hasher.hash(&[sum, u64::from(byte)]));
-        Ok(Self {
+        Self {
             core: Core::new(&config, hasher.clone()),
             meters: meters(&config),
             flows,
@@ -326,7 +335,7 @@ impl Switch {
             strays: 0,
             hasher,
             config,
-        })
+        }
     }
 
     /// Puts another configuration in its place, whole or not at all. Counters, links, what was
@@ -336,8 +345,7 @@ impl Switch {
     /// # Errors
     /// What is wrong with the configuration; the one before stays.
     pub fn replace(&mut self, config: SwitchConfig) -> Result<(), ConfigError> {
-        config.check()?;
-        let mut flows = config.tables()?;
+        let mut flows = config.check()?;
         flows.inherit(&self.flows);
         let before = self.core.homes();
         let mut core = Core::new(&config, self.hasher.clone());
