@@ -7,6 +7,7 @@ use crate::flow::{Command, FlowMod};
 use crate::key::ether;
 use crate::learn::MAX_LEARNED;
 use crate::mirror::{MAX_MIRRORS, MirrorConfig, MirrorOutput};
+use crate::order::sort;
 use crate::port::{PortConfig, PortKind};
 use crate::rate::Rate;
 use crate::tables::FlowTables;
@@ -149,7 +150,7 @@ fn rate(field: &'static str, rate: Option<Rate>) -> Checked {
 
 /// The first that is there twice.
 fn twice<T: Ord + Clone>(mut all: Vec<T>) -> Option<T> {
-    all.sort();
+    sort(&mut all);
     let pair = all.windows(2).find(|pair| pair.first() == pair.last())?;
     pair.first().cloned()
 }

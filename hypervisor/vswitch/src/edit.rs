@@ -177,8 +177,13 @@ impl Editor {
                 self.v4_word(network, 8, [ttl, protocol])?;
             }
             Field::NwTtl(ttl) if v6 => *self.at(network + 7)? = [ttl],
+            Field::TpSrc(kind) if self.key.is_message() => self.message(0, kind as u8)?,
+            Field::TpDst(code) if self.key.is_message() => self.message(1, code as u8)?,
             Field::TpSrc(port) => self.port(0, port)?,
             Field::TpDst(port) => self.port(2, port)?,
+            Field::NdTarget(target) => self.neighbour(8, target)?,
+            Field::NdSll(MacAddr(mac)) => self.option(1, mac)?,
+            Field::NdTll(MacAddr(mac)) => self.option(2, mac)?,
             Field::ArpOp(op) if arp => *self.at(network + 6)? = [0, op],
             Field::ArpSha(MacAddr(mac)) if arp => *self.at(network + 8)? = mac,
             Field::ArpSpa(address) if arp => *self.at(network + 14)? = address,
@@ -210,7 +215,8 @@ impl Editor {
             *sum = updated(*sum, &old, &new);
         }
         let v4 = header.is_some();
-        if v4 && self.key.nw_proto == proto::ICMPV6 || !v4 && self.key.nw_proto == proto::ICMP {
+        // ICMP's checksum is about the message alone.
+        if self.key.nw_proto == proto::ICMP || v4 && self.key.nw_proto == proto::ICMPV6 {
             return Some(());
         }
         let partial = self.checksum == Checksum::Partial;
@@ -232,8 +238,46 @@ impl Editor {
         if !matches!(protocol, proto::TCP | proto::UDP) || self.transport_sum_offset().is_none() {
             return None;
         }
-        let new = port.to_be_bytes();
-        let old = core::mem::replace(self.at(at + offset)?, new);
+        self.covered(at + offset, port.to_be_bytes())
+    }
+
+    /// Changes the type (0) or the code (1) of an ICMP message.
+    fn message(&mut self, which: usize, to: u8) -> Option<()> {
+        self.transport_sum_offset()?;
+        let at = ROOM + self.layout.transport;
+        let mut pair: [u8; 2] = *self.at(at)?;
+        *pair.get_mut(which)? = to;
+        self.covered(at, pair)
+    }
+
+    /// Changes what is `offset` bytes behind the beginning of a neighbour message (RFC 4861 §4.3).
+    fn neighbour<const N: usize>(&mut self, offset: usize, new: [u8; N]) -> Option<()> {
+        let at = ROOM + self.layout.transport;
+        let &mut [kind, code] = self.at(at)?;
+        let within = self.layout.transport + offset + N <= self.layout.end;
+        let meant = self.key.dl_type == ether::IPV6 && self.key.is_message();
+        if !within || !meant || !matches!((kind, code), (135 | 136, 0)) {
+            return None;
+        }
+        self.covered(at + offset, new)
+    }
+
+    /// Changes the first link-layer address option of that kind.
+    fn option(&mut self, kind: u8, mac: [u8; 6]) -> Option<()> {
+        let mut offset = 24;
+        loop {
+            let &mut [found, units] = self.at(ROOM + self.layout.transport + offset)?;
+            match (found, units) {
+                (_, 0) => return None,
+                (found, 1) if found == kind => return self.neighbour(offset + 2, mac),
+                _ => offset += usize::from(units) * 8,
+            }
+        }
+    }
+
+    /// Changes bytes that the transport's checksum is about.
+    fn covered<const N: usize>(&mut self, offset: usize, new: [u8; N]) -> Option<()> {
+        let old = core::mem::replace(self.at(offset)?, new);
         if self.checksum == Checksum::Full
             && let Some(sum) = self.transport_sum()
         {
@@ -248,6 +292,7 @@ impl Editor {
         let (header, offset) = match self.key.nw_proto {
             proto::TCP => (20, 16),
             proto::UDP => (8, 6),
+            proto::ICMP if self.key.is_message() => (8, 2),
             proto::ICMPV6 => (4, 2),
             _ => return None,
         };

@@ -21,6 +21,7 @@ use crate::key::FlowKey;
 use crate::learn::{self, Table};
 use crate::mirror::{CAPTURE, Capture, Mirror, MirrorOutput, Target};
 use crate::normal::Pass;
+use crate::order::{sort, sort_by};
 use crate::port::{Port, PortConfig, PortKind, VlanSet};
 use crate::rate::Bucket;
 use crate::tables::{FlowTables, TablesError};
@@ -82,7 +83,7 @@ pub(crate) struct Core {
 impl Core {
     fn new(config: &SwitchConfig, hasher: Hasher) -> Self {
         let mut sorted: Vec<&PortConfig> = config.ports.iter().collect();
-        sorted.sort_by_key(|port| port.id);
+        sort_by(&mut sorted, |a, b| a.id < b.id);
         let mut ports: Vec<Port> = Vec::with_capacity(sorted.len());
         ports.extend(
             sorted
@@ -119,7 +120,7 @@ impl Core {
             let own = port.config.macs.iter().map(|mac| (*mac, place));
             self.addresses.extend(own);
         }
-        self.addresses.sort_unstable();
+        sort(&mut self.addresses);
     }
 
     fn index_listeners(&mut self) {

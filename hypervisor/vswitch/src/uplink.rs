@@ -12,6 +12,7 @@
 use alloc::vec::Vec;
 
 use crate::key::{Vlan, ether};
+use crate::order::sort;
 use crate::port::{PortKind, Tags};
 use crate::switch::Core;
 use crate::{MacAddr, PortId};
@@ -97,7 +98,7 @@ impl Core {
         for place in 0..self.ports.len() {
             self.homes_of(place, &mut homes);
         }
-        homes.sort_unstable();
+        sort(&mut homes);
         homes.dedup();
         homes
     }

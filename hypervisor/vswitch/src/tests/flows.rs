@@ -195,11 +195,11 @@ fn text_comes_back_as_open_vswitch_prints_it() {
         ),
         (
             "dl_vlan=0xffff,actions=mod_vlan_vid:3,mod_vlan_pcp:1",
-            "vlan_tci=0x0000/0x1fff actions=mod_vlan_vid:3,set_field:1->vlan_pcp",
+            "vlan_tci=0x0000/0x1fff actions=mod_vlan_vid:3,mod_vlan_pcp:1",
         ),
         (
             "dl_vlan=3,actions=mod_vlan_vid:5,strip_vlan,strip_vlan",
-            "dl_vlan=3 actions=set_field:4101->vlan_vid,pop_vlan,strip_vlan",
+            "dl_vlan=3 actions=mod_vlan_vid:5,pop_vlan,strip_vlan",
         ),
         (
             "ip,nw_src=1.2.3.4/255.0.255.0,nw_tos=184,ip_frag=first,actions=mod_nw_tos:8",
