@@ -230,10 +230,10 @@ const fn only(
     form: Form,
     needs: Needs,
 ) -> Column {
-    let masked = match form {
-        Form::TcpFlags | Form::Tci | Form::Vid | Form::Number(0xffff) => true,
-        _ => false,
-    };
+    let masked = matches!(
+        form,
+        Form::TcpFlags | Form::Tci | Form::Vid | Form::Number(0xffff)
+    );
     Column {
         uses,
         ..both([name, name, other], at, form, masked, needs)
