@@ -535,7 +535,7 @@ impl Column {
                 }
             }
         };
-        Ok((value & mask, mask))
+        Ok((value, mask))
     }
 }
 
@@ -626,6 +626,7 @@ pub(crate) struct Draft {
 impl Draft {
     /// Adds what a field must be.
     pub fn put(&mut self, column: &Column, (value, mask): Masked) -> Result<()> {
+        let value = value & mask;
         let part = Part {
             at: column.at,
             value,

@@ -71,6 +71,12 @@ pub enum Why {
     /// There is no mask for it.
     #[error("can not be masked")]
     Mask,
+    /// A mask of nothing.
+    #[error("a mask without bits changes nothing")]
+    NoBits,
+    /// A value with bits that its mask leaves out.
+    #[error("its value has bits outside its mask")]
+    Outside,
     /// Not allowed in this command.
     #[error("has no meaning in this command")]
     Misplaced,
@@ -454,9 +460,10 @@ fn set(name: &str, value: &str, facts: &Facts) -> Result<Action> {
     let field = Column::set(name).ok_or_else(unknown)?;
     let (value, mask) = field.column().read(value, &|_| None)?;
     field.column().needs.check(facts)?;
-    match mask {
-        0 => Err(form("0", "a mask with bits in it")),
-        _ => Ok(Action::Set(field.to((value, mask)))),
+    match (mask, value & !mask) {
+        (0, _) => Err(Why::NoBits),
+        (_, 0) => Ok(Action::Set(field.to((value, mask)))),
+        _ => Err(Why::Outside),
     }
 }
 
