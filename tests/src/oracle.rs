@@ -473,13 +473,23 @@ impl Rules<'_> {
             // R7.
             || (local && !port.forged_source && !port.macs.contains(&key.dl_src))
             // R5.
-            || (uplink && self.world.homes().any(|(mac, _)| mac == key.dl_src))
+            || (uplink && self.is_echo())
             // R4.
             || (uplink && key.dl_dst.is_group() && self.is_passive())
             // A third tag would be needed; only `normal` needs it, and the others have none here.
             || (self.world.plain
                 && port.mode() == VlanMode::Dot1qTunnel
                 && key.vlans[1].present())
+    }
+
+    /// Whether its source is a guest's own address, or one learned from a guest in its VLAN.
+    fn is_echo(&self) -> bool {
+        let vlan = self.entry_vlan();
+        let mut homes = self.world.homes();
+        homes.any(|(mac, port)| {
+            let own = port.macs.contains(&mac);
+            mac == self.key.dl_src && (own || world::carries(port, vlan))
+        })
     }
 
     /// Whether another uplink of the frame's VLAN is preferred to the one it came by.

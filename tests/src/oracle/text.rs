@@ -66,8 +66,8 @@ pub fn compare(scratch: &Path, random: &mut Random, count: u64) -> Result<u64> {
         }
         // OpenFlow 1.0 has other words for actions: what we print must mean the same to it.
         let ours: Vec<String> = old.iter().map(|(_, flow)| flow.to_string()).collect();
-        let meant = self::printed(scratch, "OpenFlow10", &given(&old))?;
-        let said = self::printed(scratch, "OpenFlow10", &ours)?;
+        let meant = printed(scratch, "OpenFlow10", &given(&old))?;
+        let said = printed(scratch, "OpenFlow10", &ours)?;
         for (((line, flow), meant), said) in old.iter().zip(&meant).zip(&said) {
             // "No tag" looks different in the two forms of match that this protocol has.
             let plain = |text: &str| text.replace("vlan_tci=0x0000/0x1fff", "vlan_tci=0x0000");

@@ -73,6 +73,7 @@ impl World {
     pub fn random(random: &mut Random) -> Self {
         let plain = random.once_in(2);
         let mirrored = random.once_in(3);
+        let into_vlan = plain && mirrored && random.once_in(3);
         // Where what is dropped differs by rules, so would its copies.
         let alike = !plain || mirrored;
         let guests = 2 + random.below(4);
@@ -82,7 +83,7 @@ impl World {
             ..SwitchConfig::default()
         };
         config.teaming.reverse_path = false;
-        for id in 1..=guests + uplinks + usize::from(mirrored) {
+        for id in 1..=guests + uplinks + usize::from(mirrored && !into_vlan) {
             let kind = match id {
                 id if id <= guests => PortKind::Vnic,
                 id if id <= guests + uplinks => PortKind::Uplink,
@@ -108,7 +109,7 @@ impl World {
             config.ports.push(port);
         }
         if mirrored {
-            config.mirrors = vec![mirror(random, &config.ports, plain)];
+            config.mirrors = vec![mirror(random, &config.ports, plain, into_vlan)];
         }
         if !plain {
             config.meters = (1..=random.below(3) as u32).map(meter).collect();
@@ -236,30 +237,24 @@ const fn meter(id: u32) -> MeterConfig {
     }
 }
 
-fn mirror(random: &mut Random, ports: &[PortConfig], plain: bool) -> MirrorConfig {
+/// A mirror to the last port, or into a VLAN.
+fn mirror(random: &mut Random, ports: &[PortConfig], plain: bool, into_vlan: bool) -> MirrorConfig {
     let ids: Vec<PortId> = ports.iter().map(|p| p.id).collect();
-    let (output, sources) = ids.split_last().expect("there are ports");
-    // Copies of what leaves are of one of the forms in which it does; which, ports that do nothing
-    // else forget.
-    if plain && random.once_in(3) {
-        return MirrorConfig {
-            name: "m1".to_owned(),
-            select_all: random.once_in(3),
-            select_src: random.some(sources),
-            select_dst: Vec::new(),
-            select_vlan: if random.once_in(2) {
-                random.some(&VLANS)
-            } else {
-                Vec::new()
-            },
-            output: MirrorOutput::Vlan(VlanId::new(random.pick(&VLANS[1..])).expect("a VLAN")),
-        };
-    }
+    let (last, others) = ids.split_last().expect("there are ports");
+    let (output, sources) = match into_vlan {
+        true => {
+            let vlan = VlanId::new(random.pick(&VLANS[1..])).expect("a VLAN");
+            (MirrorOutput::Vlan(vlan), &*ids)
+        }
+        false => (MirrorOutput::Port(*last), others),
+    };
     MirrorConfig {
         name: "m1".to_owned(),
         select_all: plain && random.once_in(3),
         select_src: random.some(sources),
-        select_dst: if plain {
+        // A copy of what leaves has the form of one of the frame's outputs, and which is not said:
+        // a port that gets nothing but copies can forget its tags, a VLAN cannot.
+        select_dst: if plain && !into_vlan {
             random.some(sources)
         } else {
             Vec::new()
@@ -269,7 +264,7 @@ fn mirror(random: &mut Random, ports: &[PortConfig], plain: bool) -> MirrorConfi
         } else {
             Vec::new()
         },
-        output: MirrorOutput::Port(*output),
+        output,
     }
 }
 
@@ -475,7 +470,8 @@ fn masked(random: &mut Random, end: &str, of: &Kind<'_>, tags: u32) -> String {
         format!("{}/{}", address(value & mask), address(mask | 1))
     };
     let v6 = |random: &mut Random| {
-        let address = |n: u64| Ipv6Addr::from_bits(u128::from(n) << 60 | 3);
+        // Open vSwitch takes a mask that begins with a decimal digit for a prefix's length.
+        let address = |n: u64| Ipv6Addr::from_bits(0xffff << 112 | u128::from(n) << 32 | 3);
         match random.once_in(2) {
             true => format!("fe80:{:x}::/32", random.below(4)),
             false => format!("{}/{}", address(value & mask), address(mask)),
