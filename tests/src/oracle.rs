@@ -435,7 +435,7 @@ impl Rules<'_> {
             // A later fragment has no ICMP header here; there its payload is changed.
             || (self.key.nw_frag & FRAG_LATER != 0 && said.text.contains("->icmp"))
             // Flows change reverse ARP as they say; there this is taken and not done.
-            || (self.key.dl_type == ether::RARP && said.text.contains("->arp_"))
+            || (self.key.dl_type == ether::RARP && ["->arp_", "_ARP_"].iter().any(|of| said.text.contains(of)))
     }
 
     /// Whether flows may push a third tag: there the innermost gets lost, here the frame stops.

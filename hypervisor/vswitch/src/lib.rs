@@ -9,7 +9,7 @@
 //! | limits of the port; what was decided for the key before | [`switch`], [`rate`], [`cache`] |
 //! | what the port admits: links, policies, echoes | [`normal`], `policy` |
 //! | flows, as Open vSwitch has them | [`tables`], [`flow`], [`ofctl`], `fields`, [`translate`] |
-//! | VLANs, addresses, uplinks: the action `normal` | [`normal`], [`port`], [`learn`], [`uplink`] |
+//! | VLANs, addresses, uplinks: the action `normal` | [`normal`], [`port`], [`learn`], [`uplink`], [`beacon`] |
 //! | the gate of each output, and mirrors | [`normal`], [`mirror`] |
 //! | meters, limits of the receivers, captures, counters | [`switch`], [`counters`] |
 //!
@@ -26,6 +26,7 @@ use core::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub mod beacon;
 pub mod cache;
 pub mod config;
 pub mod counters;

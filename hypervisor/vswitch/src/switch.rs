@@ -12,6 +12,7 @@ use core::fmt;
 
 use arch::Nanos;
 
+use crate::beacon::Beacons;
 use crate::cache::{Cache, Hasher, Notes};
 use crate::config::{ConfigError, SwitchConfig};
 use crate::counters::{Counters, DropCause};
@@ -78,6 +79,7 @@ pub(crate) struct Core {
     pub mirrors: Vec<Mirror>,
     pub learned: Table,
     pub announcements: VecDeque<Home>,
+    pub beacons: Beacons,
 }
 
 impl Core {
@@ -96,6 +98,8 @@ impl Core {
             places.push(u16::try_from(place).unwrap_or(NOWHERE));
         }
         let limits = ports.iter().filter_map(|port| port.config.learning);
+        let uplinks = ports.iter().filter(|port| port.is(PortKind::Uplink));
+        let beacons = Beacons::new(uplinks.map(Port::id), &hasher);
         let mut core = Self {
             learned: Table::new(limits.map(|learning| learning.limit).sum(), hasher),
             ports,
@@ -106,6 +110,7 @@ impl Core {
             teaming: config.teaming.clone(),
             mirrors: Vec::new(),
             announcements: VecDeque::new(),
+            beacons,
         };
         core.index_addresses();
         core.index_listeners();
@@ -191,11 +196,11 @@ impl Core {
         (place != NOWHERE).then_some(place.into())
     }
 
-    fn port(&self, id: PortId) -> Option<&Port> {
+    pub fn port(&self, id: PortId) -> Option<&Port> {
         self.ports.get(self.place(id)?)
     }
 
-    fn port_mut(&mut self, id: PortId) -> Option<&mut Port> {
+    pub fn port_mut(&mut self, id: PortId) -> Option<&mut Port> {
         let place = self.place(id)?;
         self.ports.get_mut(place)
     }
@@ -413,6 +418,7 @@ impl Switch {
         let (steps, hits, notes) = match cache.look_up(&key, self.generation) {
             Ok(place) => cache.get(place).unwrap_or_default(),
             Err(hash) => {
+                self.core.hear(in_port, &key, header, now);
                 let (notes, lasting) = self.translate(entry, &key, now, None);
                 let Translation { steps, hits, .. } = &self.translation;
                 if lasting {
@@ -539,6 +545,7 @@ impl Switch {
             if let Some(port) = self.core.port_mut(id) {
                 port.up = up;
             }
+            self.core.forget_beacons(id, up);
             self.core.announce_moved(&before);
         } else {
             port.up = up;
@@ -547,8 +554,12 @@ impl Switch {
         Ok(())
     }
 
-    /// Forgets learned addresses that have been silent for too long. Call it about once a second.
+    /// Forgets learned addresses that have been silent for too long, and judges by beacons (R8).
+    /// Call it about once a second, or more often; announcements may be ready after.
     pub fn tick(&mut self, now: Nanos) {
+        if self.core.beat(now) {
+            self.changed();
+        }
         let ageing = self.core.ports.iter().map(|port| {
             let seconds = port.config.learning.map_or(0, |learning| learning.ageing);
             (port.id(), u64::from(seconds) * 1_000_000_000)
@@ -646,7 +657,13 @@ impl Switch {
         Ok(())
     }
 
-    /// The next announcement that is to be sent out of an uplink, as it is: the port, and how much
+    /// Whether beacons say that an uplink leads nowhere, though it has a link (R8).
+    #[must_use]
+    pub fn is_lost(&self, id: PortId) -> bool {
+        self.core.port(id).is_some_and(|port| port.up && port.lost)
+    }
+
+    /// The next announcement or beacon that is to be sent out of an uplink, as it is: the port, and how much
     /// of `frame` it takes.
     pub fn announcement(&mut self, frame: &mut [u8; 64]) -> Option<(PortId, usize)> {
         self.core.announcement(frame)

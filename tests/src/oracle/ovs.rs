@@ -21,8 +21,8 @@ use crate::process::{Process, limited};
 
 /// Where Debian has the database's schema.
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
-/// Longer than a million cases take.
-const LIMIT: Duration = Duration::from_secs(1500);
+/// Longer than a million cases take on a busy machine.
+const LIMIT: Duration = Duration::from_secs(7200);
 
 /// A bridge whose frames go through Open vSwitch's userspace datapath.
 pub struct Userspace {
@@ -379,7 +379,8 @@ impl Traced {
     /// source, or there was more than one `normal`, or addresses were changed.
     pub fn learned_itself(&self, key: &FlowKey) -> bool {
         let normals = self.text.matches("    NORMAL\n").count();
-        let changed = self.text.contains("->eth_") || self.text.contains("mod_dl_");
+        let changes = ["->eth_", "mod_dl_", "->NXM_OF_ETH_"];
+        let changed = changes.iter().any(|word| self.text.contains(word));
         let mattered = key.dl_src == key.dl_dst || normals > 1 || changed;
         mattered && self.text.contains(LEARNED)
     }
