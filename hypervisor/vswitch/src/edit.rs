@@ -504,6 +504,62 @@ mod tests {
         assert_eq!(out[30..34], [192, 168, 1, 77]);
     }
 
+    /// A neighbour solicitation with options: something else, the source's address, its own again.
+    fn solicitation() -> Vec<u8> {
+        let mut body = vec![0xfe; 16];
+        body.extend([14, 1, 1, 2, 3, 4, 5, 6, 1, 1, 2, 0, 0, 0, 0, 9]);
+        let mut frame = packet(&[], true, proto::ICMPV6, &body);
+        frame[54..56].copy_from_slice(&[135, 0]);
+        frame[56..58].copy_from_slice(&[0, 0]);
+        let (header, transport) = frame[14..].split_at(40);
+        let sum = !transport_sum(header, transport, true, proto::ICMPV6);
+        frame[56..58].copy_from_slice(&sum.to_be_bytes());
+        frame
+    }
+
+    #[test]
+    fn neighbour_messages_keep_right_checksums() {
+        let frame = solicitation();
+        assert!(is_sound(&frame));
+        let (target, source) = ([0x20; 16], MacAddr([2, 0, 0, 0, 0, 7]));
+        let steps = [Field::NdTarget(target), Field::NdSll(source)].map(Step::Set);
+        let out = edited(&frame, &steps);
+        assert!(is_sound(&out));
+        let key = FlowKey::extract(&out, PortId(1)).unwrap();
+        assert_eq!((key.nd_target, key.arp_sha), (target, source));
+        // There is no such option, and nothing to change.
+        let other = edited(&frame, &[Step::Set(Field::NdTll(source))]);
+        assert_eq!(other, frame);
+        // An option that ends the frame too early is left alone, as is one of no length.
+        let mut broken = frame.clone();
+        broken[78..80].copy_from_slice(&[1, 0]);
+        assert_eq!(edited(&broken, &steps[1..]), broken);
+        assert_eq!(edited(&frame[..90], &steps[1..]), frame[..90]);
+    }
+
+    #[test]
+    fn messages_change_type_and_code_with_their_checksum() {
+        let frame = packet(&[], false, proto::ICMP, &[1, 2, 3]);
+        let mut frame = frame;
+        frame[36..38].copy_from_slice(&[0, 0]);
+        let right = !sum(&frame[34..]);
+        frame[36..38].copy_from_slice(&right.to_be_bytes());
+        let out = edited(
+            &frame,
+            &[
+                Field::TpSrc(11),
+                Field::TpDst(1),
+                Field::NwSrc(ipv4([9, 9, 9, 9])),
+            ]
+            .map(Step::Set),
+        );
+        assert_eq!(out[34..36], [11, 1]);
+        assert_eq!((sum(&out[14..34]), sum(&out[34..])), (0xffff, 0xffff));
+        let frame = solicitation();
+        let out = edited(&frame, &[Field::TpSrc(128), Field::TpDst(9)].map(Step::Set));
+        assert!(is_sound(&out) && out[54..56] == [128, 9]);
+    }
+
     fn field(v6: bool) -> impl Strategy<Value = Field> {
         prop_oneof![
             any::<[u8; 6]>().prop_map(|m| Field::DlSrc(MacAddr(m))),
@@ -522,6 +578,14 @@ mod tests {
             any::<u8>().prop_map(Field::NwTtl),
             any::<u16>().prop_map(Field::TpSrc),
             any::<u16>().prop_map(Field::TpDst),
+        ]
+    }
+
+    fn neighbour_field() -> impl Strategy<Value = Field> {
+        prop_oneof![
+            any::<[u8; 16]>().prop_map(Field::NdTarget),
+            any::<[u8; 6]>().prop_map(|m| Field::NdSll(MacAddr(m))),
+            any::<[u8; 6]>().prop_map(|m| Field::NdTll(MacAddr(m))),
         ]
     }
 
@@ -548,8 +612,18 @@ mod tests {
 
         #[test]
         fn any_bytes_and_steps_are_taken(
-            frame in prop::collection::vec(any::<u8>(), 0..160),
-            fields in prop::collection::vec(field(true), 0..6),
+            frame in prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..160),
+                (0..100usize, 0..94usize, any::<u8>()).prop_map(|(length, at, byte)| {
+                    let mut frame = solicitation();
+                    if let Some(to) = frame.get_mut(at) {
+                        *to = byte;
+                    }
+                    frame.truncate(length);
+                    frame
+                }),
+            ],
+            fields in prop::collection::vec(prop_oneof![field(true), neighbour_field()], 0..6),
             tags in prop::collection::vec(any::<Option<u16>>(), 0..6),
         ) {
             let mut editor = Editor::new(&frame, frame.len(), Checksum::Full);

@@ -203,7 +203,9 @@ pub(super) const CASES: &[Case] = &[
             REST,
         ]),
         steps: &[
-            Told(r"^tessera\| error: tessera\.toml:3:10: switch `words`: .*set_field: can not be masked"),
+            Told(
+                r"^tessera\| error: tessera\.toml:3:10: switch `words`: .*set_field: can not be masked",
+            ),
             Expect(r"^tessera\| end: status=102 .*switch `words`"),
         ],
         on: &[QEMU_BIOS, BOCHS_BIOS],
