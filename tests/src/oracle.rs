@@ -198,6 +198,7 @@ fn same_key(key: &FlowKey, said: &Traced) -> Result<()> {
             "tp_src" => ports.0 = value.parse()?,
             "tp_dst" => ports.1 = value.parse()?,
             "mpls" => words.push("dl_type=0x8847".to_owned()),
+            "mplsm" => words.push("dl_type=0x8848".to_owned()),
             name if name.starts_with("mpls_") => {}
             // Not kept here: nothing matches on them.
             "ipv6_label" | "nd_reserved" | "nd_options_type" | "igmp_type" | "eth" => {}
