@@ -119,6 +119,8 @@ struct Word<'a> {
 }
 
 impl Word<'_> {
+    #[cold]
+    #[inline(never)]
     fn fail(&self, why: Why) -> TextError {
         TextError {
             column: self.at + 1,
@@ -191,11 +193,19 @@ impl<'a> Iterator for Words<'a> {
     }
 }
 
+#[cold]
+#[inline(never)]
 pub(crate) fn form(found: &str, wanted: &'static str) -> Why {
     Why::Form {
         found: found.chars().take(60).collect(),
         wanted,
     }
+}
+
+#[cold]
+#[inline(never)]
+fn superfluous(found: &str) -> Why {
+    Why::Superfluous(found.chars().take(40).collect())
 }
 
 /// A number as C writes it, without octal, which nobody means.
@@ -248,7 +258,7 @@ impl<'a> Draft<'a> {
         let mut shorthands = fields::SHORTHANDS.iter();
         if let Some(&(_, kind, protocol)) = shorthands.find(|(name, ..)| *name == word.key) {
             if !word.value.is_empty() {
-                return Err(Why::Superfluous(word.value.chars().take(40).collect()));
+                return Err(superfluous(word.value));
             }
             put("dl_type", kind)?;
             if let Some(protocol) = protocol {
@@ -352,7 +362,7 @@ fn action(
     let facts = Facts::of_match(matching, tags.0 > 0);
     let plain = |action: Action| match value {
         "" => Ok(action),
-        _ => Err(Why::Superfluous(value.chars().take(40).collect())),
+        _ => Err(superfluous(value)),
     };
     let later = |text: &str| {
         let to = decimal(text, 0, LAST_TABLE.into())? as u8;
