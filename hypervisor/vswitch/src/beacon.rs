@@ -70,6 +70,15 @@ impl Beacons {
         }
     }
 
+    /// Goes on from what was heard under another configuration of the same uplinks.
+    pub fn inherit(&mut self, older: &Self) -> bool {
+        let same = self.uplinks == older.uplinks;
+        if same {
+            self.clone_from(older);
+        }
+        same
+    }
+
     fn turn(&self, id: PortId) -> Option<usize> {
         self.uplinks.iter().position(|uplink| *uplink == id)
     }

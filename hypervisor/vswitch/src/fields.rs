@@ -697,7 +697,7 @@ impl fmt::Display for Value<'_> {
                 write!(f, "{}", V6(value))?;
                 masked(f, format_args!("{}", V6(mask)))
             }
-            Form::Type => write!(f, "{value:#06x}"),
+            Form::Type => write!(f, "{:#06x}", value as u16),
             Form::Port => write!(f, "{}", PortName(PortId(value as u16))),
             Form::Fragments => {
                 let same =
@@ -716,7 +716,8 @@ impl fmt::Display for Value<'_> {
                     Form::Number(bits) => bits.trailing_zeros(),
                     _ => 0,
                 };
-                let (value, mask) = (value >> shift, mask >> shift);
+                // Of two bytes at most.
+                let (value, mask) = ((value >> shift) as u16, (mask >> shift) as u16);
                 match (whole, set) {
                     (true, _) => write!(f, "{value}"),
                     (false, true) => write!(f, "{value}/{mask:#x}"),

@@ -1,8 +1,9 @@
 //! Flow text, as `ovs-ofctl` reads and writes it (ovs-ofctl(8), "Flow Syntax").
 //!
 //! What is accepted means what it means to Open vSwitch 3.1, and is printed as `ovs-ofctl -O
-//! OpenFlow13 parse-flows` prints it; actions that this protocol does not have (a tag changed where
-//! it is not known that there is one) are printed in OpenFlow 1.0's words. Open vSwitch silently
+//! OpenFlow13 parse-flows` prints it, or `OpenFlow15` where bits of a field are set; what these
+//! protocols do not have (`mod_vlan_vid` and `mod_vlan_pcp`, which put a tag on where there is none)
+//! is printed in OpenFlow 1.0's words. Open vSwitch silently
 //! ignores what it cannot match or cuts numbers to size. Here this is an error, because a flow that
 //! matches more than it says is a hole in a wall: a field whose prerequisite is missing, a field
 //! given twice, a number that is too large, bits outside a field.

@@ -246,12 +246,14 @@ impl Core {
     /// Takes over what the switch knew and counted under another configuration, where it still
     /// holds: of ports with the same number, name and kind.
     fn inherit(&mut self, older: &Self) {
+        let heard = self.beacons.inherit(&older.beacons);
         for port in &mut self.ports {
             let same = older.port(port.id()).filter(|older| {
                 older.config.name == port.config.name && older.config.kind == port.config.kind
             });
             if let Some(older) = same {
                 port.inherit(older);
+                port.lost = heard && older.lost;
             }
         }
         self.index_listeners();

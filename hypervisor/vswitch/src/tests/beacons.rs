@@ -71,6 +71,22 @@ fn guests_are_announced_when_an_uplink_is_lost() {
 }
 
 #[test]
+fn another_configuration_of_the_same_uplinks_knows_who_is_lost() {
+    let mut world = three();
+    seconds(&mut world, 5, apart(UP));
+    let mut config = world.switch.config().clone();
+    config.flows = vec!["priority=0,actions=normal".into()];
+    world.switch.replace(config.clone()).unwrap();
+    assert_eq!(world.switch.active_uplink(0), Some(PortId(UP2)));
+    seconds(&mut world, 1, apart(UP));
+    assert!(world.switch.is_lost(PortId(UP)));
+    // Of two that are left, nobody can tell any more.
+    config.ports.pop();
+    world.switch.replace(config).unwrap();
+    assert_eq!(world.switch.active_uplink(0), Some(PortId(UP)));
+}
+
+#[test]
 fn one_that_only_sends_or_only_hears_is_lost() {
     let mut world = three();
     seconds(&mut world, 6, |hearer, _| hearer != UP);
