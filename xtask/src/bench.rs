@@ -23,7 +23,7 @@ use crate::select::On;
 use guests::Bench;
 
 /// The benches, with what they measure.
-pub const NAMES: [(&str, &str); 6] = [
+pub const NAMES: [(&str, &str); 7] = [
     (
         "exits",
         "instructions per exit, by kind; bytes and instructions of the hypervisor itself",
@@ -43,6 +43,10 @@ pub const NAMES: [(&str, &str); 6] = [
     (
         "sched",
         "what a scheduler's decision costs, how well it shares, how soon who is woken runs",
+    ),
+    (
+        "network",
+        "exits and instructions per frame between two guests",
     ),
     (
         "switch",
@@ -196,6 +200,7 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
                 "smp" => bench.smp()?,
                 "share" => bench.share()?,
                 "boot" => bench.boot()?,
+                "network" => bench.network()?,
                 _ => continue,
             };
             good &= all.iter().all(|f| within(on, f) != Some(false));
@@ -216,6 +221,9 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
     }
     Ok(good)
 }
+
+/// Exits of both guests for a thousand frames, at most: see [`guests::Bench::network`].
+const FRAME_EXITS: u64 = 50;
 
 /// The mark of a figure on an emulator, and the goal.
 fn limits(emulator: Emulator, figure: &Figure) -> (Option<u64>, Option<u64>) {

@@ -1077,6 +1077,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 abi::hypercall::VERSION => abi::VERSION.into(),
                 abi::hypercall::YIELD
                 | abi::hypercall::KICK_CPU
+                | abi::hypercall::EXITS
                 | abi::hypercall::VMCS_ACCESSES => return self.other_hypercall(next),
                 #[cfg(feature = "fault-injection")]
                 abi::hypercall::FAULT => return self.other_hypercall(next),
@@ -1090,7 +1091,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     #[inline(never)]
     fn other_hypercall(&mut self, next: u64) -> Handled {
         let gprs = self.vcpu.gprs();
-        let (number, target) = (gprs[Gpr::Rax], gprs[Gpr::Rcx]);
+        let (number, argument, target) = (gprs[Gpr::Rax], gprs[Gpr::Rbx], gprs[Gpr::Rcx]);
         let mut then = Next::Enter;
         let result = match (number, self.vcpu.control_accesses()) {
             (abi::hypercall::YIELD, _) => {
@@ -1103,6 +1104,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 then = Next::Prepare;
                 0
             }
+            (abi::hypercall::EXITS, _) => match self.counts.of(argument) {
+                Some(count) => count as i64 & i64::MAX,
+                None => abi::hypercall::ERROR_ARGUMENT,
+            },
             (abi::hypercall::VMCS_ACCESSES, Some([reads, writes])) => {
                 ((writes & 0x7fff_ffff) << 32 | reads & 0xffff_ffff) as i64
             }
