@@ -144,7 +144,7 @@ impl Guest {
         &mut self,
         pair: u16,
         budget: u32,
-        poll: bool,
+        ask: Ask,
     ) -> (Transmitted, Vec<(NetHeader, Vec<u8>)>) {
         let mut buffer = vec![0; 20 * FRAME_ROOM];
         let mut frames = Vec::new();
@@ -153,7 +153,7 @@ impl Guest {
             &mut self.ram,
             pair,
             budget,
-            poll,
+            ask,
             &mut buffer,
             |header, frame| frames.push((header, frame.to_vec())),
         );
@@ -161,7 +161,7 @@ impl Guest {
     }
 
     pub fn transmit(&mut self, pair: u16) -> Vec<(NetHeader, Vec<u8>)> {
-        self.transmit_with(pair, 1000, false).1
+        self.transmit_with(pair, 1000, Ask::Now).1
     }
 
     /// How many chains of a transmit queue came back.
