@@ -354,7 +354,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     #[inline(never)]
     fn move_frames(&mut self, host: &mut impl Host) -> Result<(), Stop> {
         let busy = host.tsc().wrapping_sub(self.moved) <= self.vm.silence || self.listens;
-        let ask = if busy { Ask::Idle } else { Ask::Now };
+        let mut ask = if busy { Ask::Idle } else { Ask::Now };
         self.listens = false;
         // The deadline is another one.
         self.armed = None;
@@ -365,10 +365,14 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 return Ok(());
             }
             if host.interrupted() {
-                // The rest comes before the next entry.
+                // The rest comes as the vCPU leaves, or before its next entry.
+                self.listens = true;
                 self.attention.insert(Attention::ACTIONS);
                 self.kick_others(host);
                 return Err(Stop::Preempted);
+            }
+            if busy {
+                ask = Ask::Never;
             }
         }
     }

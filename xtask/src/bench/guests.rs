@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use harness::emulator::Pace;
 use harness::{Console, Emulator, Firmware, Machine, Received};
 
-use super::Figure;
+use super::{Figure, PER_FRAMES};
 use crate::config::memory_for;
 use crate::factory::{Factory, Kernel, bundle_of};
 use crate::progress::step;
@@ -213,11 +213,11 @@ fn per_frame(found: &[Figure]) -> Result<Vec<Figure>> {
         let ends = [format!("send-{length}-"), format!("take-{length}-")];
         let exits = |f: &&Figure| f.unit == "exits" && ends.iter().any(|e| f.case.starts_with(e));
         let total = found.iter().filter(exits).map(|f| f.value).sum();
-        put("exits", each(total, 1000), "/1000 frames");
-        put("lost", each(lost, 1000), "/1000 frames");
+        put("lost", each(lost, 1000), "frames/1000 frames");
+        put("exits", each(total, 1000), PER_FRAMES);
         for figure in found.iter().filter(exits) {
             let exits = each(figure.value, 1000);
-            all.push(Figure::new(&figure.case, exits, "exits/1000 frames"));
+            all.push(Figure::new(&figure.case, exits, "of these"));
         }
     }
     Ok(all)

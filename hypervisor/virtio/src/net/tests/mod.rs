@@ -3,6 +3,7 @@
 mod control;
 mod offload;
 mod path;
+mod race;
 
 use std::collections::VecDeque;
 
