@@ -24,7 +24,7 @@ use log::{error, info, warn};
 use monitor::command::SwitchNames;
 use monitor::network::{At, Drain};
 use relay::{BATCH, Far, Inbound, Leaving, Relay};
-use virtio::net::{Ask, FRAME_ROOM, NetHeader, Transmitted};
+use virtio::net::{Ask, FRAME_ROOM, NetHeader, Transmitted, Whole};
 use vm::config::{Config, network};
 use vswitch::{MacAddr, PortId, Switch};
 
@@ -286,17 +286,10 @@ impl Network {
         let Mover { relay, buffer } = mover;
         let mut frames = heapless::Vec::<Inbound<'_>, BATCH>::new();
         let done = live.vm.with_nic(index, |net, memory| {
-            net.transmit(
-                memory,
-                pair,
-                BATCH as u32,
-                ask,
-                buffer,
-                |header, frame| {
-                    // Never more than the budget.
-                    let _ = frames.push((header, frame));
-                },
-            )
+            net.transmit(memory, pair, BATCH as u32, ask, buffer, |header, frame| {
+                // Never more than the budget.
+                let _ = frames.push((header, frame));
+            })
         });
         source.forward(machine, relay, &frames);
         done.unwrap_or_default()
@@ -327,7 +320,7 @@ impl Network {
                     {
                         frame.copy_from_slice(bytes);
                         rest = behind;
-                        let _ = frames.push((NetHeader::default(), frame));
+                        let _ = frames.push((NetHeader::default(), Whole::bare(frame)));
                     }
                 });
                 more |= count == BATCH;

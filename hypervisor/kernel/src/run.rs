@@ -23,10 +23,10 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use cpu::percpu::{Core, this};
 use hw::CoreTimer;
 use sched::{CoreId, CoreSet, Decision, Scheduler, VcpuId, VmId};
+use virtio::net::Ask;
 use vm::config::{Config, MAX_VMS};
 use vm::dump::Dump;
 use vm::exits::Exits;
-use virtio::net::Ask;
 use vm::{End, Order, Seats, Stop};
 
 /// How often the serial port is polled where it has no interrupt, in nanoseconds.

@@ -14,7 +14,7 @@ use alloc::vec::Vec;
 use core::ops::DerefMut;
 
 use arch::Nanos;
-use virtio::net::{Frame, NetHeader};
+use virtio::net::{Frame, NetHeader, Whole};
 use vswitch::cache::Cache;
 use vswitch::edit::{Checksum, Editor, HEADER, MIN_FRAME};
 use vswitch::translate::Step;
@@ -29,7 +29,7 @@ const ENOUGH: usize = 256;
 const PADDING: [u8; MIN_FRAME] = [0; MIN_FRAME];
 
 /// A frame that came in.
-pub type Inbound<'a> = (NetHeader, &'a [u8]);
+pub type Inbound<'a> = (NetHeader, Whole<'a>);
 
 /// What a core needs to move frames.
 #[derive(Debug)]
@@ -128,10 +128,11 @@ impl Relay {
         self.outputs.clear();
         self.edits.clear();
         let mut done = 0;
-        for (_, bytes) in frames {
+        for (_, frame) in frames {
             if self.outputs.len() >= ENOUGH {
                 break;
             }
+            let bytes = frame.bytes();
             let head = bytes.get(..HEADER).unwrap_or(bytes);
             let decision = switch.decide(&mut self.cache, port, head, bytes.len(), now);
             let begin = self.edits.len() as u32;
@@ -168,13 +169,13 @@ impl Leaving<'_> {
     /// Hands over each, in order, with what is to be done to it yet.
     pub fn each(self, mut give: impl FnMut(&NetHeader, &Frame<'_>)) {
         for output in self.outputs {
-            let Some((header, bytes)) = self.frames.get(usize::from(output.frame)) else {
+            let Some((header, frame)) = self.frames.get(usize::from(output.frame)) else {
                 continue;
             };
             let range = output.begin as usize..output.end as usize;
             match self.edits.get(range).unwrap_or_default() {
-                [] => give(header, &Frame::whole(bytes)),
-                edits => edited(header, bytes, edits, &mut give),
+                [] => give(header, &frame.frame()),
+                edits => edited(header, frame.bytes(), edits, &mut give),
             }
         }
     }

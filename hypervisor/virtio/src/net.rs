@@ -15,7 +15,7 @@ mod frame;
 mod offload;
 
 pub use control::MAX_ADDRESSES;
-pub use frame::{ETHERNET, Frame};
+pub use frame::{ETHERNET, Frame, Whole};
 pub use offload::{Checksum, Gso, GsoKind, HeaderError, NetHeader};
 
 use alloc::{boxed::Box, sync::Arc, vec::Vec};
@@ -572,7 +572,7 @@ impl NetDevice {
         budget: u32,
         ask: Ask,
         mut buffer: &'b mut [u8],
-        mut sink: impl FnMut(NetHeader, &'b [u8]),
+        mut sink: impl FnMut(NetHeader, Whole<'b>),
     ) -> Transmitted {
         let mut done = Transmitted::default();
         if !self.ready() || pair >= self.config.pairs {
@@ -612,12 +612,16 @@ impl NetDevice {
                         let (frame, rest) =
                             core::mem::take(&mut buffer).split_at_mut(NetHeader::SIZE + length);
                         buffer = rest;
-                        let frame = frame.get(NetHeader::SIZE..).unwrap_or_default();
+                        // As a receiver has it that takes everything over.
+                        if let Some(place) = frame.first_chunk_mut() {
+                            *place = header.encode(u64::MAX, 1);
+                        }
+                        let frame = Whole::headed(frame);
                         counters.out_frames += 1;
                         counters.out_bytes += length as u64;
                         if settings.pairs > 1 {
                             // Answers come to the same pair (§5.1.6.5.6).
-                            let flow = Frame::whole(frame).with_head(flow_hash) as usize % FLOWS;
+                            let flow = frame.frame().with_head(flow_hash) as usize % FLOWS;
                             if let Some(flow) = self.flows.get_mut(flow) {
                                 *flow = pair as u8;
                             }
@@ -903,7 +907,9 @@ fn write_frame(
             false => Ok(Err(ReceiveDrop::Long)),
         };
     }
-    if let Some(small) = SmallFrame::join(&header, frame) {
+    if let Some(headed) = frame.behind_header(&header) {
+        first.write(mem, 0, headed)?;
+    } else if let Some(small) = SmallFrame::join(&header, frame) {
         first.write(mem, 0, small.bytes())?;
     } else {
         let mut at = first.write(mem, 0, &header)?;

@@ -134,9 +134,18 @@ impl SplitQueue {
             Some(head) => head,
             None => self.read_ahead(mem, waiting)?,
         };
-        chain.clear();
-        chain.token.id = head;
-        self.walk(mem, head, chain)?;
+        let token = Token {
+            id: head,
+            places: 0,
+        };
+        let first = Self::descriptor(mem, self.layout.descriptors, head, self.layout.size)?;
+        if first.third & (DESC_INDIRECT | DESC_NEXT) == 0 {
+            chain.single(token, first.addr, first.length, first.third);
+        } else {
+            chain.clear();
+            chain.token = token;
+            self.walk(mem, first, chain)?;
+        }
         self.next_available = next.wrapping_add(1);
         self.ahead.known = waiting - 1;
         Ok(true)
@@ -165,21 +174,32 @@ impl SplitQueue {
         Ok(first)
     }
 
-    /// Follows a chain. Each step takes a place in `chain` or, once, goes to the indirect table.
+    #[inline]
+    fn descriptor(
+        mem: &mut dyn GuestMemory,
+        table: GuestPhysAddr,
+        number: u16,
+        entries: u16,
+    ) -> Result<Descriptor, QueueError> {
+        if number >= entries {
+            return Err(QueueError::Descriptor(number));
+        }
+        Descriptor::read(mem, at(table, 16 * u64::from(number))?)
+    }
+
+    /// Follows a chain from its first descriptor. Each step takes a place in `chain` or, once, goes
+    /// to the indirect table.
+    #[inline(never)]
     fn walk(
         &self,
         mem: &mut dyn GuestMemory,
-        head: u16,
+        mut found: Descriptor,
         chain: &mut Chain,
     ) -> Result<(), QueueError> {
         let (mut table, mut entries) = (self.layout.descriptors, self.layout.size);
-        let (mut number, mut steps, mut nested) = (head, 0, false);
+        let (mut steps, mut nested) = (0, false);
         loop {
-            if number >= entries {
-                return Err(QueueError::Descriptor(number));
-            }
-            let found = Descriptor::read(mem, at(table, 16 * u64::from(number))?)?;
-            let (flags, next) = (found.third, found.fourth);
+            let (flags, mut number) = (found.third, found.fourth);
             if flags & DESC_INDIRECT != 0 {
                 if !self.indirect || nested || flags & DESC_NEXT != 0 {
                     return Err(QueueError::Indirect(found.length));
@@ -190,17 +210,17 @@ impl SplitQueue {
                     indirect_count(found.length)?,
                 );
                 (number, steps, nested) = (0, 0, true);
-                continue;
+            } else {
+                chain.append(found.addr, found.length, flags)?;
+                if flags & DESC_NEXT == 0 {
+                    return Ok(());
+                }
+                steps += 1;
+                if steps >= entries {
+                    return Err(QueueError::Chain);
+                }
             }
-            chain.append(found.addr, found.length, flags)?;
-            if flags & DESC_NEXT == 0 {
-                return Ok(());
-            }
-            steps += 1;
-            if steps >= entries {
-                return Err(QueueError::Chain);
-            }
-            number = next;
+            found = Self::descriptor(mem, table, number, entries)?;
         }
     }
 

@@ -315,7 +315,7 @@ pub fn net(data: &[u8]) {
                 &mut buffer,
                 |header, frame| {
                     if kept.len() < 4 {
-                        kept.push((header, frame.to_vec()));
+                        kept.push((header, frame.bytes().to_vec()));
                     }
                 },
             );

@@ -156,7 +156,7 @@ impl Guest {
             budget,
             ask,
             &mut buffer,
-            |header, frame| frames.push((header, frame.to_vec())),
+            |header, frame| frames.push((header, frame.bytes().to_vec())),
         );
         (done, frames)
     }

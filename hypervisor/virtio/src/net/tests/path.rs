@@ -65,7 +65,7 @@ fn frames_of_a_batch_stay_in_the_buffer() {
     let done = net
         .lock()
         .transmit(&mut guest.ram, 0, 8, Ask::Now, &mut buffer, |_, frame| {
-            frames.push(frame)
+            frames.push(frame.bytes())
         });
     // Room for one more of any length is kept.
     assert_eq!(
@@ -353,6 +353,57 @@ fn a_ring_that_lies_breaks_the_device_but_gives_back_what_was_taken() {
     guest.offer(rx(0), &[(MEMORY - 20, 100, true)]);
     assert_eq!(guest.hear(&frame_to(MAC, 60)), Err(ReceiveDrop::NotReady));
     assert!(guest.settle().broken);
+}
+
+#[test]
+fn a_frame_that_stands_behind_its_header_arrives_like_one_that_does_not() {
+    let tag = |mut frame: Vec<u8>| {
+        frame.splice(12..12, [0x81, 0, 0, 5]);
+        (PLAIN, frame)
+    };
+    for (header, frame) in [
+        (PLAIN, frame_to(MAC, 60)),
+        (PLAIN, frame_to(MAC, 1514)),
+        tag(frame_to(MAC, 100)),
+        tcp(5000, 1448),
+        tcp(100, 0),
+    ] {
+        for receiver in [
+            EVERYTHING,
+            BASIC,
+            BASIC | feature::GUEST_CSUM,
+            BASIC | feature::MRG_RXBUF,
+            EVERYTHING | features::RING_PACKED,
+        ] {
+            for room in [100, 1526, 8000] {
+                let mut sender = Guest::new(EVERYTHING);
+                sender.send(0, header, &frame);
+                let (net, mut buffer) = (sender.net.clone(), vec![0; FRAME_ROOM]);
+                let mut sent = None;
+                net.lock()
+                    .transmit(&mut sender.ram, 0, 1, Ask::Now, &mut buffer, |h, f| {
+                        sent = Some((h, f))
+                    });
+                let (header, whole) = sent.unwrap();
+                assert_eq!(whole.bytes(), frame);
+                let arrives = |frame: Frame<'_>| {
+                    let mut guest = Guest::new(receiver);
+                    guest.stock(0, 100, room);
+                    let net = guest.net.clone();
+                    let outcome = net.lock().receive(&mut guest.ram, &header, &frame);
+                    guest.settle();
+                    let all = guest.received(0).into_iter();
+                    let all: Vec<_> = all.map(|one| (one.header, one.frame)).collect();
+                    (outcome, all)
+                };
+                assert_eq!(
+                    arrives(whole.frame()),
+                    arrives(Frame::whole(whole.bytes())),
+                    "{receiver:#x} {room}"
+                );
+            }
+        }
+    }
 }
 
 #[test]
@@ -797,7 +848,11 @@ fn random_rings_and_frames_never_panic() {
             guest.ram.put(at, &[random.next() as u8]);
         }
         for _ in 0..4 {
-            let (_, frames) = guest.transmit_with(0, 8, [Ask::Now, Ask::Idle, Ask::Never][random.below(3) as usize]);
+            let (_, frames) = guest.transmit_with(
+                0,
+                8,
+                [Ask::Now, Ask::Idle, Ask::Never][random.below(3) as usize],
+            );
             for (header, frame) in frames {
                 let _ = guest.receive(&header, &frame);
             }

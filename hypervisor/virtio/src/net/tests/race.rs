@@ -151,7 +151,10 @@ fn no_frame_is_left_behind_whatever_comes_between() {
                 );
                 rung += doorbells;
             }
-            assert!(rung != 0, "some schedules need a doorbell: {kind:#x} {asks:?}");
+            assert!(
+                rung != 0,
+                "some schedules need a doorbell: {kind:#x} {asks:?}"
+            );
         }
     }
 }
