@@ -7,6 +7,9 @@
 //! (board → memory → card) are taken alone; a core counts the lock of its [`Mover`] all the while, so that a panic in here stops the machine
 //! rather than leave another VM's card locked.
 //!
+//! Drivers that keep sending are not asked to notify: their queues are left *silent*, and the vCPU
+//! that was looked after says when to look again (`vm::run`).
+//!
 //! What the monitor asks and changes goes through [`Room`]: under the switch's lock, so that a
 //! change is in use for every frame after it.
 

@@ -38,6 +38,8 @@ pub struct Relay {
     outputs: Vec<Output>,
     /// What is done to the frames of `outputs` before they leave.
     edits: Vec<Step>,
+    /// They leave by more than one port.
+    mixed: bool,
 }
 
 /// A frame that leaves. They are ordered by port, then as they came.
@@ -74,6 +76,7 @@ impl Relay {
             cache: Cache::new(decisions, secret),
             outputs: Vec::new(),
             edits: Vec::new(),
+            mixed: false,
         }
     }
 
@@ -98,22 +101,28 @@ impl Relay {
                 return;
             };
             // One port takes everything, most of the time.
-            if !self.outputs.is_sorted() {
+            if self.mixed {
                 self.outputs.sort_unstable();
-            }
-            for outputs in self.outputs.chunk_by(|a, b| a.port == b.port) {
-                let Some(first) = outputs.first() else {
-                    continue;
-                };
-                let edits = &self.edits;
-                let leaving = Leaving {
-                    frames: these,
-                    outputs,
-                    edits,
-                };
-                far.take(first.port, leaving);
+                for outputs in self.outputs.chunk_by(|a, b| a.port == b.port) {
+                    self.hand_over(these, outputs, far);
+                }
+            } else {
+                self.hand_over(these, &self.outputs, far);
             }
             frames = rest;
+        }
+    }
+
+    /// Hands over what leaves by one port.
+    fn hand_over(&self, frames: &[Inbound<'_>], outputs: &[Output], far: &mut impl Far) {
+        if let Some(first) = outputs.first() {
+            let edits = &self.edits;
+            let leaving = Leaving {
+                frames,
+                outputs,
+                edits,
+            };
+            far.take(first.port, leaving);
         }
     }
 
@@ -128,6 +137,8 @@ impl Relay {
         self.outputs.clear();
         self.edits.clear();
         let mut done = 0;
+        let mut first = None;
+        self.mixed = false;
         for (_, frame) in frames {
             if self.outputs.len() >= ENOUGH {
                 break;
@@ -138,12 +149,15 @@ impl Relay {
             let begin = self.edits.len() as u32;
             for step in decision.steps {
                 match *step {
-                    Step::Output(port) => self.outputs.push(Output {
-                        port,
-                        frame: done as u16,
-                        end: self.edits.len() as u32,
-                        begin,
-                    }),
+                    Step::Output(port) => {
+                        self.mixed |= *first.get_or_insert(port) != port;
+                        self.outputs.push(Output {
+                            port,
+                            frame: done as u16,
+                            end: self.edits.len() as u32,
+                            begin,
+                        });
+                    }
                     edit => self.edits.push(edit),
                 }
             }
