@@ -302,6 +302,7 @@ pub(crate) fn read<const N: usize>(
 
 /// A 16-byte descriptor; the last two fields differ between the ring formats: flags and next
 /// (§2.7.5), buffer id and flags (§2.8.13).
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Descriptor {
     pub addr: u64,
     pub length: u32,
@@ -311,13 +312,18 @@ pub(crate) struct Descriptor {
 
 impl Descriptor {
     pub fn read(mem: &mut dyn GuestMemory, addr: GuestPhysAddr) -> Result<Self, QueueError> {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = read::<16>(mem, addr)?;
-        Ok(Self {
+        Ok(Self::parse(&read(mem, addr)?))
+    }
+
+    #[inline]
+    pub const fn parse(bytes: &[u8; 16]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *bytes;
+        Self {
             addr: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
             length: u32::from_le_bytes([i, j, k, l]),
             third: u16::from_le_bytes([m, n]),
             fourth: u16::from_le_bytes([o, p]),
-        })
+        }
     }
 }
 
