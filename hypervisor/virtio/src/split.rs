@@ -25,7 +25,7 @@ const USED_NO_NOTIFY: u16 = 1;
 /// Entries of the available ring that are read at once.
 const AHEAD: usize = 16;
 /// Descriptors that are read at once.
-const HEADS: usize = 8;
+const HEADS: usize = 4;
 /// Used elements that are written at once.
 const STAGED: usize = 8;
 
