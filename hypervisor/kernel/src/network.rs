@@ -33,7 +33,7 @@ use vswitch::{MacAddr, PortId, Switch};
 
 /// Batches of a queue that a core moves before it looks at what else there is: a ring of the usual
 /// length, so that who receives is there once for all of it.
-const BATCHES: usize = 8;
+const BATCHES: usize = 4;
 /// Bytes of the frames of a batch.
 const BUFFER: usize = 4 * FRAME_ROOM;
 /// Decisions that a core remembers.

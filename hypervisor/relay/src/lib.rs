@@ -21,7 +21,7 @@ use vswitch::translate::Step;
 use vswitch::{PortId, Switch};
 
 /// Frames of a batch, at most.
-pub const BATCH: usize = 32;
+pub const BATCH: usize = 64;
 /// Outputs after which a part of a batch is handed over before more is asked: a flood of a whole
 /// batch to thousands of ports needs no room for all of that.
 const ENOUGH: usize = 256;
