@@ -250,7 +250,7 @@ struct TraceArgs {
 
 #[derive(Args)]
 struct BenchArgs {
-    /// The bench [default: all; known: exits, smp, share, boot, sched, switch]
+    /// The bench [default: all; known: exits, smp, share, boot, sched, network, switch]
     name: Option<String>,
     /// Measure on this one only [default: Bochs and QEMU's own emulation]
     #[arg(long, value_enum)]
