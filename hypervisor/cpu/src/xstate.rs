@@ -7,6 +7,7 @@
 
 use alloc::boxed::Box;
 use alloc::vec;
+use alloc::vec::Vec;
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, __cpuid_count};
 
@@ -45,6 +46,7 @@ pub struct XStateCaps {
     mask: u64,
     size: usize,
     method: Method,
+    compacts: bool,
 }
 
 impl XStateCaps {
@@ -56,6 +58,7 @@ impl XStateCaps {
                 mask: X87 | SSE,
                 size: LEGACY_AND_HEADER,
                 method: Method::Fxsave,
+                compacts: false,
             };
         }
         let leaf = __cpuid_count(0xd, 0);
@@ -67,12 +70,18 @@ impl XStateCaps {
             .map(|bit| __cpuid_count(0xd, bit))
             .map(|leaf| leaf.ebx as usize + leaf.eax as usize)
             .fold(LEGACY_AND_HEADER, usize::max);
-        let method = if __cpuid_count(0xd, 1).eax & 1 != 0 {
+        let ways = __cpuid_count(0xd, 1).eax;
+        let method = if ways & 1 != 0 {
             Method::Xsaveopt
         } else {
             Method::Xsave
         };
-        Self { mask, size, method }
+        Self {
+            mask,
+            size,
+            method,
+            compacts: ways & 1 << 1 != 0,
+        }
     }
 
     /// The bits of XCR0 that a guest may set.
@@ -87,12 +96,28 @@ impl XStateCaps {
         self.method != Method::Fxsave
     }
 
+    /// Whether guests may save state in the compacted format, by XSAVEC and XSAVES: the processor
+    /// has them, and has not been found wrong.
+    #[must_use]
+    pub const fn compacts(&self) -> bool {
+        self.compacts
+    }
+
+    /// The processor has XSAVEC, and it was found wrong.
+    #[must_use]
+    pub fn compacts_wrong(&self) -> bool {
+        self.has_xsave() && !self.compacts && __cpuid_count(0xd, 1).eax & 1 << 1 != 0
+    }
+
     /// Makes the calling core ready to move extended state: CR0.TS and EM off, CR4.OSFXSR and
-    /// OSXSAVE on.
+    /// OSXSAVE on. Then it sees for itself whether XSAVEC can be relied on: that of Bochs 2.7 puts
+    /// components 160 bytes before the place that XRSTOR takes them from, and programs in guests
+    /// lose vector registers.
     ///
     /// # Safety
-    /// The core is in ring 0 of the hypervisor, whose code uses no extended state.
-    pub unsafe fn enable(&self) {
+    /// The core is in ring 0 of the hypervisor, whose code uses no extended state, and has that of
+    /// no guest.
+    pub unsafe fn enable(&mut self) {
         let (mut cr0, mut cr4): (u64, u64);
         // SAFETY: reads of control registers in ring 0.
         unsafe {
@@ -108,7 +133,64 @@ impl XStateCaps {
         unsafe {
             asm!("mov cr0, {}", "mov cr4, {}", in(reg) cr0, in(reg) cr4, options(nomem, nostack))
         };
+        if self.compacts {
+            // SAFETY: the core was just made ready, and has the state of no guest.
+            self.compacts = unsafe { self.compaction_holds() };
+        }
     }
+
+    /// Whether XSAVEC lays components out one after the other from byte 576 on, each at a multiple
+    /// of 64 if CPUID asks for that (Vol. 1 §13.4.3).
+    ///
+    /// # Safety
+    /// As for [`XState::save`]; registers and XCR0 are as after power-up then.
+    unsafe fn compaction_holds(&self) -> bool {
+        let mut places = Vec::new();
+        let mut end = LEGACY_AND_HEADER;
+        for bit in (2..63).filter(|bit| self.mask & 1 << bit != 0) {
+            let leaf = __cpuid_count(0xd, bit);
+            let aligned = if leaf.ecx & 1 << 1 != 0 { 64 } else { 1 };
+            let (length, from) = (leaf.eax as usize, leaf.ebx as usize);
+            let to = end.next_multiple_of(aligned);
+            end = to + length;
+            // Of PKRU's eight bytes half are reserved.
+            places.push((
+                from,
+                to,
+                length.min(if 1 << bit == PKRU { 4 } else { length }),
+            ));
+        }
+        let lines = self.size.max(end).div_ceil(64);
+        let mut standard = XState {
+            area: vec![Line([0; 64]); lines].into_boxed_slice(),
+            caps: *self,
+            xcr0: self.mask,
+        };
+        standard.reset();
+        let mut compacted = standard.area.clone();
+        for (from, _, length) in &places {
+            (*from..from + length).for_each(|at| standard.put(at, &[mark(at - from)]));
+        }
+        standard.put(XSTATE_BV, &(self.mask & !(X87 | SSE)).to_le_bytes());
+        // SAFETY: by the contract; both areas have room for all components in either format.
+        unsafe {
+            standard.restore();
+            xsetbv(self.mask);
+            asm!("xsavec64 [{}]", in(reg) compacted.as_mut_ptr(), in("eax") u32::MAX, in("edx") u32::MAX, options(nostack));
+            standard.reset();
+            standard.restore();
+        }
+        let bytes = || compacted.iter().flat_map(|line| line.0);
+        places.iter().all(|(_, to, length)| {
+            let found = bytes().skip(*to).take(*length);
+            found.eq((0..*length).map(mark))
+        })
+    }
+}
+
+/// What [`XStateCaps::compaction_holds`] has at this place of a component: never zero.
+const fn mark(at: usize) -> u8 {
+    (at % 251) as u8 | 1
 }
 
 /// `wanted` without what XSETBV would refuse for want of something else (Vol. 1 §13.3): AVX needs

@@ -165,10 +165,17 @@ fn out_of_memory(extension: Extension) -> VirtUnavailable {
 
 /// Makes the core ready to move guests' extended state.
 fn extended_state() -> XStateCaps {
-    let xstate = XStateCaps::detect(cpu::xstate::KNOWN);
-    // SAFETY: ring 0, and the hypervisor itself uses no extended state.
+    let mut xstate = XStateCaps::detect(cpu::xstate::KNOWN);
+    // SAFETY: ring 0, the hypervisor itself uses no extended state, and no guest ran here yet.
     unsafe { xstate.enable() };
     xstate
+}
+
+/// Tells of what the processor cannot be trusted with.
+fn tell(xstate: &XStateCaps) {
+    if xstate.compacts_wrong() {
+        log::warn!("XSAVEC puts components where XRSTOR does not look: guests are not offered it");
+    }
 }
 
 /// What both vendors let guests use alike: it needs no control of theirs.
@@ -176,6 +183,7 @@ fn enabled(xstate: &XStateCaps) -> Enabled {
     let xcr0 = if xstate.has_xsave() { xstate.mask() } else { 0 };
     Enabled {
         xcr0,
+        xsavec: xstate.compacts(),
         ..Enabled::default()
     }
 }
@@ -198,6 +206,7 @@ impl VmxBackend {
         let on = unsafe { Vmx::enable(&caps, region) }?;
         let features = caps.features();
         log::info!("VT-x: {features:?}");
+        tell(&xstate);
         let access_page = features.contains(cpu::vmx::Features::APIC_ACCESSES);
         let access_page = access_page.then(|| host_page(host.map)).flatten();
         Ok(Self {
@@ -270,7 +279,7 @@ impl Backend for VmxBackend {
         Enabled {
             rdtscp: features.contains(cpu::vmx::Features::RDTSCP),
             invpcid: features.contains(cpu::vmx::Features::INVPCID),
-            xsaves: features.contains(cpu::vmx::Features::XSAVES),
+            xsaves: self.xstate.compacts() && features.contains(cpu::vmx::Features::XSAVES),
             ..enabled(&self.xstate)
         }
     }
@@ -302,6 +311,7 @@ impl SvmBackend {
         // SAFETY: the boot core, once, with pages of its own.
         let on = unsafe { Svm::enable(&caps, save) }?;
         log::info!("AMD-V: {} ASIDs, {:?}", caps.asids, caps.features);
+        tell(&xstate);
         Ok(Self {
             caps,
             xstate,
@@ -362,7 +372,7 @@ impl Backend for SvmBackend {
             rdtscp: self.caps.features.contains(SvmFeatures::TSC_AUX),
             // They run natively where the machine has them.
             invpcid: true,
-            xsaves: true,
+            xsaves: self.xstate.compacts(),
             ..enabled(&self.xstate)
         }
     }

@@ -211,6 +211,8 @@ pub struct Enabled {
     pub rdtscp: bool,
     /// INVPCID (VT-x: "enable INVPCID").
     pub invpcid: bool,
+    /// XSAVEC works as the manual says.
+    pub xsavec: bool,
     /// XSAVES and XRSTORS (VT-x: "enable XSAVES/XRSTORS").
     pub xsaves: bool,
     /// IA32_SPEC_CTRL is part of the vCPU's state, and the caller does what
@@ -544,7 +546,7 @@ impl<'a> Builder<'a> {
             (7, EBX) if subleaf == 0 && !enabled.invpcid => 1 << 10,
             (7, ECX) => u32::from(self.xcr0 & 1 << 9 == 0) << 3 | u32::from(!enabled.rdtscp) << 22,
             (7, EDX) if subleaf == 0 && enabled.arch_capabilities == 0 => 1 << 29,
-            (0xd, EAX) if !enabled.xsaves => 1 << 3,
+            (0xd, EAX) => u32::from(!enabled.xsavec) << 1 | u32::from(!enabled.xsaves) << 3,
             // The core count is the VM's.
             (0x8000_0001, ECX) => 1 << 1,
             (0x8000_0001, EDX) if !enabled.rdtscp => 1 << 27,
@@ -900,6 +902,7 @@ mod tests {
     const ALL: Enabled = Enabled {
         rdtscp: true,
         invpcid: true,
+        xsavec: true,
         xsaves: true,
         spec_ctrl: true,
         xcr0: u64::MAX,
