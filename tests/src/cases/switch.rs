@@ -1,11 +1,14 @@
 //! Switches at the monitor: what they tell, and changes while guests talk.
 
-use super::linux::{FILES, PROMPT};
+use super::linux::FILES;
+use super::network::{KEYBOARD, TWO_LEASES};
 use super::{MONITOR, TO_MONITOR};
 use crate::dialogue::{Case, Heard, Load, QEMU_BIOS, Step};
 use crate::emulator::Card;
 
 use Step::{Check, Expect, Refuse, Send};
+
+const PROMPT_A: Step = Expect("^a# ");
 
 /// The lines of pcap that came hold three echo requests and their answers at least, behind the
 /// header of a file.
@@ -37,7 +40,7 @@ name = "a"
 kind = "linux"
 kernel = "vmlinuz"
 initrd = "initrd.cpio"
-cmdline = "console=ttyS0 quiet"
+cmdline = "console=ttyS0 quiet hostname=a"
 memory = "160MiB"
 [[vm.nic]]
 mac = "02:00:00:00:00:0a"
@@ -60,13 +63,15 @@ kind = "mirror"
         spoil: None,
     },
     steps: &[
-        PROMPT,
+        KEYBOARD,
+        TO_MONITOR,
+        // A lease that came later would take the place of the addresses set here.
+        TWO_LEASES,
+        Send("\x141"),
         Send("ip a add 10.9.0.1/24 dev eth0; ip link set eth0 up; echo ready$((1))a\r"),
         Expect("^ready1a$"),
         Send("\x142"),
         Expect(r"^tessera\| keyboard: b"),
-        Send("\r"),
-        PROMPT,
         Send("ip a add 10.9.0.2/24 dev eth0; ip link set eth0 up; echo ready$((1))b\r"),
         Expect("^ready1b$"),
         TO_MONITOR,
@@ -89,7 +94,7 @@ kind = "mirror"
         // What a guest may not do is refused, and counted.
         Send("ip link set eth0 promisc on; ip link set eth0 address 02:00:00:00:00:77\r"),
         Expect("RTNETLINK answers: Invalid argument|ioctl.*Invalid argument|SIOCSIFHWADDR"),
-        PROMPT,
+        PROMPT_A,
         Send("\x142"),
         Expect(r"^tessera\| keyboard: b"),
         // And what it may is done: answers find its new address.
