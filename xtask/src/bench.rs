@@ -23,7 +23,7 @@ use crate::select::On;
 use guests::Bench;
 
 /// The benches, with what they measure.
-pub const NAMES: [(&str, &str); 6] = [
+pub const NAMES: [(&str, &str); 7] = [
     (
         "exits",
         "instructions per exit, by kind; bytes and instructions of the hypervisor itself",
@@ -43,6 +43,10 @@ pub const NAMES: [(&str, &str); 6] = [
     (
         "sched",
         "what a scheduler's decision costs, how well it shares, how soon who is woken runs",
+    ),
+    (
+        "network",
+        "exits and instructions per frame between two guests",
     ),
     (
         "switch",
@@ -196,6 +200,7 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
                 "smp" => bench.smp()?,
                 "share" => bench.share()?,
                 "boot" => bench.boot()?,
+                "network" => bench.network()?,
                 _ => continue,
             };
             good &= all.iter().all(|f| within(on, f) != Some(false));
@@ -217,13 +222,18 @@ pub fn bench(factory: &Factory, request: &Request) -> Result<bool> {
     Ok(good)
 }
 
+/// Exits of both guests for a thousand frames: the unit, and how many they may be.
+const PER_FRAMES: &str = "exits/1000 frames";
+const FRAME_EXITS: u64 = 50;
+
 /// The mark of a figure on an emulator, and the goal.
 fn limits(emulator: Emulator, figure: &Figure) -> (Option<u64>, Option<u64>) {
     let mark = MARKS
         .iter()
         .find(|m| m.case == figure.case && figure.unit == "instructions");
     let Some(mark) = mark else {
-        return (None, None);
+        let of_frames = figure.unit == PER_FRAMES;
+        return (None, of_frames.then_some(FRAME_EXITS));
     };
     let [vtx, svm] = mark.kvm;
     let kvm = if emulator == Emulator::Bochs {
@@ -242,8 +252,11 @@ fn limits(emulator: Emulator, figure: &Figure) -> (Option<u64>, Option<u64>) {
     )
 }
 
-/// Whether a figure is at most a third of its mark.
+/// Whether a figure is at most a third of its mark, or keeps the mark of its own.
 fn within(emulator: Emulator, figure: &Figure) -> Option<bool> {
+    if figure.unit == PER_FRAMES {
+        return Some(figure.value <= FRAME_EXITS);
+    }
     let (kvm, _) = limits(emulator, figure);
     kvm.map(|k| figure.value * 3 <= k)
 }
@@ -273,6 +286,7 @@ fn table(name: &str, emulator: Emulator, figures: &[Figure]) -> String {
             format!("1/{:.1}", k as f64 / figure.value.max(1) as f64)
         });
         let verdict = match (within(emulator, figure), goal) {
+            (Some(false), _) if figure.unit == PER_FRAMES => "ABOVE",
             (Some(false), _) => "ABOVE A THIRD",
             (_, Some(goal)) if figure.value <= goal => "goal",
             _ => "",

@@ -227,7 +227,7 @@ struct TestArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// For how many seconds the group fuzz tries each of its targets, two at a time
-    #[arg(long, value_name = "S", default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "S", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     fuzz_seconds: u64,
     /// A group (lint, host, boot, linux, ...), group/case, or a part of a case's name
     filter: Vec<String>,
@@ -250,7 +250,7 @@ struct TraceArgs {
 
 #[derive(Args)]
 struct BenchArgs {
-    /// The bench [default: all; known: exits, smp, share, boot, sched, switch]
+    /// The bench [default: all; known: exits, smp, share, boot, sched, network, switch]
     name: Option<String>,
     /// Measure on this one only [default: Bochs and QEMU's own emulation]
     #[arg(long, value_enum)]

@@ -11,10 +11,12 @@
 //!
 //! Command line: `smp` measures what two vCPUs on one core cost each other, `apart` the same with a
 //! core for each; `share=<from>,<to>` counts what the guest gets of its core between two times of
-//! its own, in milliseconds; `nothing` measures nothing.
+//! its own, in milliseconds; `take=<frames>,<ring>` and `send=<ring>` measure, in a guest each, frames from one to the
+//! other; `nothing` measures nothing.
 #![no_std]
 #![no_main]
 
+mod frames;
 mod share;
 mod smp;
 
@@ -360,7 +362,10 @@ fn main() {
             (Ok(from), Ok(to)) => share::count(from, to),
             _ => println!("# share: `{from}` and `{to}` must be milliseconds"),
         },
-        _ => exits(),
+        _ => match word.split_once('=') {
+            Some((role @ ("send" | "take"), numbers)) => frames::measure(role == "send", numbers),
+            _ => exits(),
+        },
     }
 }
 

@@ -82,6 +82,11 @@ pub mod hypercall {
     /// The hypervisor fails while it works for the caller, at the place in RBX (see [`fault`]); only
     /// in builds for tests of that (else [`ERROR_UNKNOWN`]).
     pub const FAULT: u64 = OWN + 3;
+    /// Gives how often the calling vCPU has left guest mode for the reason with the number in RBX,
+    /// this call counted: 0 CPUID, 1 hypercalls, 2 RDMSR, 3 WRMSR, 4 ports, 5 local APIC, 6 memory,
+    /// 7 HLT, 8 interrupts and timers of the machine, 9 windows, 10 all others
+    /// (else [`ERROR_ARGUMENT`]).
+    pub const EXITS: u64 = OWN + 4;
     /// KVM's call: the vCPU whose APIC id is in RCX leaves HLT, whatever its interrupt flag says;
     /// if it is not in HLT, its next HLT is over at once. RBX is 0. Gives 0, also when there is no
     /// such vCPU. Offered with [`crate::cpuid::kvm::PV_UNHALT`].

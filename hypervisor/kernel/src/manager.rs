@@ -92,6 +92,9 @@ impl Manager {
             drain: Nanos::NEVER,
         };
         console::set_switches(machine.network.names());
+        if let Some(fault) = machine.network.fault() {
+            this.fail(STATUS_BOOT, fault.to_string());
+        }
         for entry in &config.vms {
             match entry {
                 Ok(config) => this.add(config),

@@ -7,6 +7,9 @@
 //! (board → memory → card) are taken alone; a core counts the lock of its [`Mover`] all the while, so that a panic in here stops the machine
 //! rather than leave another VM's card locked.
 //!
+//! Drivers that keep sending are not asked to notify: their queues are left *silent*, and the vCPU
+//! that was looked after says when to look again (`vm::run`).
+//!
 //! What the monitor asks and changes goes through [`Room`]: under the switch's lock, so that a
 //! change is in use for every frame after it.
 
@@ -24,12 +27,13 @@ use log::{error, info, warn};
 use monitor::command::SwitchNames;
 use monitor::network::{At, Drain};
 use relay::{BATCH, Far, Inbound, Leaving, Relay};
-use virtio::net::{FRAME_ROOM, NetHeader};
+use virtio::net::{Ask, FRAME_ROOM, NetHeader, Transmitted, Whole};
 use vm::config::{Config, network};
 use vswitch::{MacAddr, PortId, Switch};
 
-/// Batches that a core moves for one doorbell before it looks at what else there is.
-const BATCHES: usize = 2;
+/// Batches of a queue that a core moves before it looks at what else there is: a ring of the usual
+/// length, so that who receives is there once for all of it.
+const BATCHES: usize = 4;
 /// Bytes of the frames of a batch.
 const BUFFER: usize = 4 * FRAME_ROOM;
 /// Decisions that a core remembers.
@@ -55,6 +59,8 @@ pub struct Room {
     pulled: Vec<AtomicBool>,
     /// The way of captured frames out.
     drain: Lock<Drain>,
+    /// Why it has no ports.
+    fault: Option<String>,
 }
 
 /// What is behind a port.
@@ -115,6 +121,11 @@ impl Network {
     /// The switches in the order of the configuration.
     pub fn rooms(&self) -> &[Room] {
         &self.rooms
+    }
+
+    /// What is wrong with the first switch that was left out.
+    pub fn fault(&self) -> Option<&str> {
+        self.rooms.iter().find_map(|room| room.fault.as_deref())
     }
 
     /// What can be named at the monitor.
@@ -217,11 +228,13 @@ impl Network {
         }
     }
 
-    /// Moves the frames of a VM whose doorbell was rung.
-    pub fn transmit(&self, machine: &Machine, live: &Live) {
+    /// Moves the frames of a VM whose doorbell was rung, and of its silent queues; `true`: some
+    /// queue is left silent, so this is to be called again before long.
+    pub fn transmit(&self, machine: &Machine, live: &Live, ask: Ask) -> bool {
         let Some(mut mover) = self.mover() else {
-            return;
+            return false;
         };
+        let mut silent = false;
         let vm = &live.vm;
         for (index, nic) in vm.nics().iter().enumerate() {
             let Some(room) = self.rooms.get(nic.switch) else {
@@ -239,20 +252,28 @@ impl Network {
             while pairs != 0 {
                 let pair = pairs.trailing_zeros() as u16;
                 pairs &= pairs - 1;
-                let mut more = true;
+                // What was found first decides whether a driver keeps sending.
+                let mut ask = ask;
+                let mut done = Transmitted::default();
                 for _ in 0..BATCHES {
-                    if !more {
-                        break;
-                    }
                     let source = Source {
                         room,
                         port: nic.port,
                         now: machine.clock.now(),
                     };
-                    more = self.batch(machine, &mut mover, live, (index, pair), source);
+                    done = self.batch(machine, &mut mover, live, (index, pair, ask), source);
+                    if !done.more {
+                        break;
+                    }
+                    if ask == Ask::Idle {
+                        ask = Ask::Never;
+                    }
                 }
-                if more {
+                if done.more {
                     nic.net.notify_again(pair);
+                } else if done.silent {
+                    nic.net.leave_silent(pair);
+                    silent = true;
                 }
             }
             if nic.net.has_signals() {
@@ -260,34 +281,28 @@ impl Network {
             }
         }
         uplinks::flush();
+        silent
     }
 
-    /// Moves one batch of a queue; `true`: there may be more.
+    /// Moves one batch of a queue.
     fn batch(
         &self,
         machine: &Machine,
         mover: &mut Mover,
         live: &Live,
-        (index, pair): (usize, u16),
+        (index, pair, ask): (usize, u16, Ask),
         source: Source<'_>,
-    ) -> bool {
+    ) -> Transmitted {
         let Mover { relay, buffer } = mover;
         let mut frames = heapless::Vec::<Inbound<'_>, BATCH>::new();
         let done = live.vm.with_nic(index, |net, memory| {
-            net.transmit(
-                memory,
-                pair,
-                BATCH as u32,
-                false,
-                buffer,
-                |header, frame| {
-                    // Never more than the budget.
-                    let _ = frames.push((header, frame));
-                },
-            )
+            net.transmit(memory, pair, BATCH as u32, ask, buffer, |header, frame| {
+                // Never more than the budget.
+                let _ = frames.push((header, frame));
+            })
         });
         source.forward(machine, relay, &frames);
-        done.is_some_and(|done| done.more)
+        done.unwrap_or_default()
     }
 
     /// Takes in what came by the machine's cards; `true`: there may be more.
@@ -315,7 +330,7 @@ impl Network {
                     {
                         frame.copy_from_slice(bytes);
                         rest = behind;
-                        let _ = frames.push((NetHeader::default(), frame));
+                        let _ = frames.push((NetHeader::default(), Whole::bare(frame)));
                     }
                 });
                 more |= count == BATCH;
@@ -433,6 +448,7 @@ impl Room {
             .and_then(|config| {
                 Switch::new(config, secret).map_err(|error| format!("switch {name}: {error}"))
             });
+        let mut fault = None;
         let switch = match made {
             Ok(mut switch) => {
                 for uplink in &section.uplinks {
@@ -475,12 +491,8 @@ impl Room {
             Err(error) => {
                 error!("{error}; switch {name} has no ports");
                 ports.clear();
-                // A switch without ports is always sound.
-                let empty = vswitch::config::SwitchConfig::default();
-                match Switch::new(empty, secret) {
-                    Ok(switch) => switch,
-                    Err(error) => panic!("an empty switch: {error}"),
-                }
+                fault = Some(error);
+                Switch::empty(secret)
             }
         };
         Self {
@@ -489,6 +501,7 @@ impl Room {
             pulled: ports.iter().map(|_| AtomicBool::new(false)).collect(),
             ports,
             drain: Lock::new(Drain::default()),
+            fault,
         }
     }
 

@@ -23,6 +23,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use cpu::percpu::{Core, this};
 use hw::CoreTimer;
 use sched::{CoreId, CoreSet, Decision, Scheduler, VcpuId, VmId};
+use virtio::net::Ask;
 use vm::config::{Config, MAX_VMS};
 use vm::dump::Dump;
 use vm::exits::Exits;
@@ -362,8 +363,8 @@ impl vm::Host for CoreHost<'_> {
     fn output(&mut self, bytes: &[u8]) {
         console::guest_output(usize::from(self.live.id.0), bytes);
     }
-    fn frames(&mut self) {
-        self.machine.network.transmit(self.machine, self.live);
+    fn frames(&mut self, ask: Ask) -> bool {
+        self.machine.network.transmit(self.machine, self.live, ask)
     }
     #[cfg(feature = "fault-injection")]
     fn with_shared_lock(&mut self, work: fn() -> !) -> ! {

@@ -14,14 +14,14 @@ use alloc::vec::Vec;
 use core::ops::DerefMut;
 
 use arch::Nanos;
-use virtio::net::{Frame, NetHeader};
+use virtio::net::{Frame, NetHeader, Whole};
 use vswitch::cache::Cache;
 use vswitch::edit::{Checksum, Editor, HEADER, MIN_FRAME};
 use vswitch::translate::Step;
 use vswitch::{PortId, Switch};
 
 /// Frames of a batch, at most.
-pub const BATCH: usize = 32;
+pub const BATCH: usize = 64;
 /// Outputs after which a part of a batch is handed over before more is asked: a flood of a whole
 /// batch to thousands of ports needs no room for all of that.
 const ENOUGH: usize = 256;
@@ -29,7 +29,7 @@ const ENOUGH: usize = 256;
 const PADDING: [u8; MIN_FRAME] = [0; MIN_FRAME];
 
 /// A frame that came in.
-pub type Inbound<'a> = (NetHeader, &'a [u8]);
+pub type Inbound<'a> = (NetHeader, Whole<'a>);
 
 /// What a core needs to move frames.
 #[derive(Debug)]
@@ -38,6 +38,8 @@ pub struct Relay {
     outputs: Vec<Output>,
     /// What is done to the frames of `outputs` before they leave.
     edits: Vec<Step>,
+    /// They leave by more than one port.
+    mixed: bool,
 }
 
 /// A frame that leaves. They are ordered by port, then as they came.
@@ -74,6 +76,7 @@ impl Relay {
             cache: Cache::new(decisions, secret),
             outputs: Vec::new(),
             edits: Vec::new(),
+            mixed: false,
         }
     }
 
@@ -98,22 +101,28 @@ impl Relay {
                 return;
             };
             // One port takes everything, most of the time.
-            if !self.outputs.is_sorted() {
+            if self.mixed {
                 self.outputs.sort_unstable();
-            }
-            for outputs in self.outputs.chunk_by(|a, b| a.port == b.port) {
-                let Some(first) = outputs.first() else {
-                    continue;
-                };
-                let edits = &self.edits;
-                let leaving = Leaving {
-                    frames: these,
-                    outputs,
-                    edits,
-                };
-                far.take(first.port, leaving);
+                for outputs in self.outputs.chunk_by(|a, b| a.port == b.port) {
+                    self.hand_over(these, outputs, far);
+                }
+            } else {
+                self.hand_over(these, &self.outputs, far);
             }
             frames = rest;
+        }
+    }
+
+    /// Hands over what leaves by one port.
+    fn hand_over(&self, frames: &[Inbound<'_>], outputs: &[Output], far: &mut impl Far) {
+        if let Some(first) = outputs.first() {
+            let edits = &self.edits;
+            let leaving = Leaving {
+                frames,
+                outputs,
+                edits,
+            };
+            far.take(first.port, leaving);
         }
     }
 
@@ -128,21 +137,27 @@ impl Relay {
         self.outputs.clear();
         self.edits.clear();
         let mut done = 0;
-        for (_, bytes) in frames {
+        let mut first = None;
+        self.mixed = false;
+        for (_, frame) in frames {
             if self.outputs.len() >= ENOUGH {
                 break;
             }
+            let bytes = frame.bytes();
             let head = bytes.get(..HEADER).unwrap_or(bytes);
             let decision = switch.decide(&mut self.cache, port, head, bytes.len(), now);
             let begin = self.edits.len() as u32;
             for step in decision.steps {
                 match *step {
-                    Step::Output(port) => self.outputs.push(Output {
-                        port,
-                        frame: done as u16,
-                        end: self.edits.len() as u32,
-                        begin,
-                    }),
+                    Step::Output(port) => {
+                        self.mixed |= *first.get_or_insert(port) != port;
+                        self.outputs.push(Output {
+                            port,
+                            frame: done as u16,
+                            end: self.edits.len() as u32,
+                            begin,
+                        });
+                    }
                     edit => self.edits.push(edit),
                 }
             }
@@ -168,13 +183,13 @@ impl Leaving<'_> {
     /// Hands over each, in order, with what is to be done to it yet.
     pub fn each(self, mut give: impl FnMut(&NetHeader, &Frame<'_>)) {
         for output in self.outputs {
-            let Some((header, bytes)) = self.frames.get(usize::from(output.frame)) else {
+            let Some((header, frame)) = self.frames.get(usize::from(output.frame)) else {
                 continue;
             };
             let range = output.begin as usize..output.end as usize;
             match self.edits.get(range).unwrap_or_default() {
-                [] => give(header, &Frame::whole(bytes)),
-                edits => edited(header, bytes, edits, &mut give),
+                [] => give(header, &frame.frame()),
+                edits => edited(header, frame.bytes(), edits, &mut give),
             }
         }
     }

@@ -61,7 +61,7 @@ fn forward(switch: &RefCell<Switch>, frames: &[Vec<u8>]) -> Seen {
     let mut relay = Relay::new(64, [3, 4]);
     let frames: Vec<Inbound<'_>> = frames
         .iter()
-        .map(|bytes| (NetHeader::default(), bytes.as_slice()))
+        .map(|bytes| (NetHeader::default(), Whole::bare(bytes)))
         .collect();
     let mut seen = Seen::default();
     let lock = || switch.borrow_mut();

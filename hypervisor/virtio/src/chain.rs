@@ -153,6 +153,12 @@ impl Chain {
         offset: u64,
         buf: &mut [u8],
     ) -> Result<usize, QueueError> {
+        if let ([part], 0) = (self.readable(), offset)
+            && buf.len() as u64 <= part.length.into()
+        {
+            mem.read(part.addr, buf).map_err(buffer)?;
+            return Ok(buf.len());
+        }
         let mut done = 0;
         pieces(self.readable(), offset, buf.len(), |addr, range| {
             done = range.end;
@@ -172,6 +178,12 @@ impl Chain {
         offset: u64,
         data: &[u8],
     ) -> Result<usize, QueueError> {
+        if let ([part], 0) = (self.writable(), offset)
+            && data.len() as u64 <= part.length.into()
+        {
+            mem.write(part.addr, data).map_err(buffer)?;
+            return Ok(data.len());
+        }
         let mut done = 0;
         pieces(self.writable(), offset, data.len(), |addr, range| {
             done = range.end;
@@ -185,6 +197,23 @@ impl Chain {
         (self.readable, self.length) = (0, 0);
         (self.readable_bytes, self.writable_bytes) = (0, 0);
         self.token = Token::default();
+    }
+
+    /// Fills it with one buffer, as its only descriptor tells of it.
+    #[inline]
+    pub(crate) const fn single(&mut self, token: Token, addr: u64, length: u32, flags: u16) {
+        let writable = flags & DESC_WRITE != 0;
+        let [first, ..] = &mut self.buffers;
+        *first = Buffer {
+            addr: GuestPhysAddr::new(addr),
+            length,
+            writable,
+        };
+        (self.token, self.length) = (token, 1);
+        (self.readable, self.readable_bytes, self.writable_bytes) = match writable {
+            true => (0, 0, length as u64),
+            false => (1, length as u64, 0),
+        };
     }
 
     /// Appends a buffer as a descriptor tells of it.
@@ -273,6 +302,7 @@ pub(crate) fn read<const N: usize>(
 
 /// A 16-byte descriptor; the last two fields differ between the ring formats: flags and next
 /// (§2.7.5), buffer id and flags (§2.8.13).
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Descriptor {
     pub addr: u64,
     pub length: u32,
@@ -282,13 +312,18 @@ pub(crate) struct Descriptor {
 
 impl Descriptor {
     pub fn read(mem: &mut dyn GuestMemory, addr: GuestPhysAddr) -> Result<Self, QueueError> {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = read::<16>(mem, addr)?;
-        Ok(Self {
+        Ok(Self::parse(&read(mem, addr)?))
+    }
+
+    #[inline]
+    pub const fn parse(bytes: &[u8; 16]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *bytes;
+        Self {
             addr: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
             length: u32::from_le_bytes([i, j, k, l]),
             third: u16::from_le_bytes([m, n]),
             fourth: u16::from_le_bytes([o, p]),
-        })
+        }
     }
 }
 

@@ -15,7 +15,7 @@ mod frame;
 mod offload;
 
 pub use control::MAX_ADDRESSES;
-pub use frame::{ETHERNET, Frame};
+pub use frame::{ETHERNET, Frame, Whole};
 pub use offload::{Checksum, Gso, GsoKind, HeaderError, NetHeader};
 
 use alloc::{boxed::Box, sync::Arc, vec::Vec};
@@ -342,6 +342,17 @@ impl Counters {
     }
 }
 
+/// When the driver of a transmit queue that is found empty is asked to notify.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// At once.
+    Now,
+    /// If the queue was empty from the start: not a driver that keeps sending.
+    Idle,
+    /// Not at all: nobody can add anything before the next call.
+    Never,
+}
+
 /// What [`NetDevice::transmit`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Transmitted {
@@ -349,6 +360,8 @@ pub struct Transmitted {
     pub chains: u32,
     /// There may be more, and the driver will not notify: call again.
     pub more: bool,
+    /// There was nothing more, but the driver will not notify: call again in a while.
+    pub silent: bool,
 }
 
 /// All that changes of a device, for saving.
@@ -440,7 +453,8 @@ impl NetDevice {
     #[must_use]
     pub fn save(&self) -> NetState {
         NetState {
-            notified: self.bells.notified(),
+            // Who looks after silent queues stays behind.
+            notified: self.bells.notified() | self.bells.silent(),
             signals: self.bells.signals(),
             ..self.state.clone()
         }
@@ -549,17 +563,16 @@ impl NetDevice {
     /// handed to `sink` with what is to be done to them yet; they stay there when this returns, so
     /// that they can be delivered without this device's lock.
     ///
-    /// While chains are there the driver need not notify. When there are none it is asked to, and
-    /// one more look is taken; with `poll` only when there were none at all, so that a driver
-    /// that keeps sending is not asked at all. In the end the driver is told, once.
+    /// While chains are there the driver need not notify. When there are none it is asked to, as
+    /// `ask` says, and one more look is taken. In the end the driver is told, once.
     pub fn transmit<'b>(
         &mut self,
         mem: &mut dyn GuestMemory,
         pair: u16,
         budget: u32,
-        poll: bool,
+        ask: Ask,
         mut buffer: &'b mut [u8],
-        mut sink: impl FnMut(NetHeader, &'b [u8]),
+        mut sink: impl FnMut(NetHeader, Whole<'b>),
     ) -> Transmitted {
         let mut done = Transmitted::default();
         if !self.ready() || pair >= self.config.pairs {
@@ -578,8 +591,8 @@ impl NetDevice {
                     return Ok(());
                 }
                 if !queue.pop(mem, chain)? {
-                    if poll && done.chains > 0 {
-                        done.more = true;
+                    if ask == Ask::Never || ask == Ask::Idle && done.chains > 0 {
+                        done.silent = true;
                         return Ok(());
                     }
                     queue.ask_for_notification(mem, true)?;
@@ -599,12 +612,16 @@ impl NetDevice {
                         let (frame, rest) =
                             core::mem::take(&mut buffer).split_at_mut(NetHeader::SIZE + length);
                         buffer = rest;
-                        let frame = frame.get(NetHeader::SIZE..).unwrap_or_default();
+                        // As a receiver has it that takes everything over.
+                        if let Some(place) = frame.first_chunk_mut() {
+                            *place = header.encode(u64::MAX, 1);
+                        }
+                        let frame = Whole::headed(frame);
                         counters.out_frames += 1;
                         counters.out_bytes += length as u64;
                         if settings.pairs > 1 {
                             // Answers come to the same pair (§5.1.6.5.6).
-                            let flow = Frame::whole(frame).with_head(flow_hash) as usize % FLOWS;
+                            let flow = frame.frame().with_head(flow_hash) as usize % FLOWS;
                             if let Some(flow) = self.flows.get_mut(flow) {
                                 *flow = pair as u8;
                             }
@@ -626,7 +643,7 @@ impl NetDevice {
             Ok(false) => {}
             Err(error) => {
                 self.broken(error);
-                done.more = false;
+                (done.more, done.silent) = (false, false);
             }
         }
         done
@@ -890,7 +907,9 @@ fn write_frame(
             false => Ok(Err(ReceiveDrop::Long)),
         };
     }
-    if let Some(small) = SmallFrame::join(&header, frame) {
+    if let Some(headed) = frame.behind_header(&header) {
+        first.write(mem, 0, headed)?;
+    } else if let Some(small) = SmallFrame::join(&header, frame) {
         first.write(mem, 0, small.bytes())?;
     } else {
         let mut at = first.write(mem, 0, &header)?;
@@ -1018,10 +1037,12 @@ impl SharedNet {
         self.device.lock()
     }
 
-    /// A bit for each pair whose transmit queue was notified since the last call. Takes no lock.
+    /// A bit for each pair whose transmit queue was notified since the last call, or was left
+    /// silent. Takes no lock.
     pub fn take_notified(&self) -> u32 {
         let queues = (0..self.config.pairs).map(|pair| bit(tx(pair)));
         let found = self.bells.take(queues.fold(0, |set, queue| set | queue));
+        let found = found | self.bells.take_silent();
         (0..self.config.pairs)
             .filter(|&pair| found & bit(tx(pair)) != 0)
             .fold(0, |set, pair| set | 1 << pair)
@@ -1045,6 +1066,12 @@ impl SharedNet {
     /// Marks the transmit queue of `pair` as notified: there is more in it than was taken.
     pub fn notify_again(&self, pair: u16) {
         self.bells.notify(bit(tx(pair)));
+    }
+
+    /// The driver of the transmit queue of `pair` was not asked to notify: the caller calls
+    /// [`SharedNet::take_notified`] again before long, unless somebody else does first.
+    pub fn leave_silent(&self, pair: u16) {
+        self.bells.leave_silent(bit(tx(pair)));
     }
 
     /// Whether the driver is to hear of something: the guest's board has to look after its
@@ -1131,7 +1158,7 @@ impl Device for SharedNet {
         if let Some(slot) = state.queues.get_mut(usize::from(index)) {
             *slot = None;
         }
-        self.bells.take(bit(index));
+        self.bells.forget(bit(index));
         state.unsettled &= !bit(index);
     }
 

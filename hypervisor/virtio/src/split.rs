@@ -5,8 +5,8 @@
 //! chain is at most as long as the queue, so that a loop of descriptors ends in an error.
 //!
 //! Reaching guest memory is what costs: the available index is read when all that it told of is
-//! taken, entries of the available ring a line of the cache at once, and used elements are written
-//! together.
+//! taken, entries of the available ring a line of the cache at once, descriptors together as long as
+//! heads follow each other, and used elements are written together.
 
 use core::sync::atomic::{Ordering, fence};
 
@@ -24,6 +24,8 @@ const USED_NO_NOTIFY: u16 = 1;
 
 /// Entries of the available ring that are read at once.
 const AHEAD: usize = 16;
+/// Descriptors that are read at once.
+const HEADS: usize = 4;
 /// Used elements that are written at once.
 const STAGED: usize = 8;
 
@@ -37,6 +39,11 @@ struct Ahead {
     /// ... so many.
     count: u16,
     entries: [u16; AHEAD],
+    /// The first descriptors of as many chains from entry `from` on: what the driver has made
+    /// available it does not change.
+    heads: [Descriptor; HEADS],
+    from: u16,
+    read: u16,
 }
 
 impl PartialEq for Ahead {
@@ -53,6 +60,19 @@ impl Ahead {
         let place = index.wrapping_sub(self.first);
         let entry = self.entries.get(usize::from(place));
         entry.filter(|_| place < self.count).copied()
+    }
+
+    #[inline]
+    fn head(&self, index: u16) -> Option<Descriptor> {
+        let place = index.wrapping_sub(self.from);
+        let head = self.heads.get(usize::from(place));
+        head.filter(|_| place < self.read).copied()
+    }
+
+    /// How many entries from `index` on, [`HEADS`] at most, name descriptors that follow each other.
+    fn run(&self, index: u16, head: u16) -> usize {
+        let follows = |&n: &u16| self.get(index.wrapping_add(n)) == head.checked_add(n);
+        (1..HEADS as u16).take_while(follows).count() + 1
     }
 }
 
@@ -134,9 +154,21 @@ impl SplitQueue {
             Some(head) => head,
             None => self.read_ahead(mem, waiting)?,
         };
-        chain.clear();
-        chain.token.id = head;
-        self.walk(mem, head, chain)?;
+        let token = Token {
+            id: head,
+            places: 0,
+        };
+        let first = match self.ahead.head(next) {
+            Some(first) => first,
+            None => self.read_heads(mem, next, head)?,
+        };
+        if first.third & (DESC_INDIRECT | DESC_NEXT) == 0 {
+            chain.single(token, first.addr, first.length, first.third);
+        } else {
+            chain.clear();
+            chain.token = token;
+            self.walk(mem, first, chain)?;
+        }
         self.next_available = next.wrapping_add(1);
         self.ahead.known = waiting - 1;
         Ok(true)
@@ -165,21 +197,57 @@ impl SplitQueue {
         Ok(first)
     }
 
-    /// Follows a chain. Each step takes a place in `chain` or, once, goes to the indirect table.
+    /// Reads the first descriptor of entry `index`, which is `head`, and those of the entries behind
+    /// it that follow.
+    fn read_heads(
+        &mut self,
+        mem: &mut dyn GuestMemory,
+        index: u16,
+        head: u16,
+    ) -> Result<Descriptor, QueueError> {
+        let Some(room) = self.layout.size.checked_sub(head).filter(|&room| room > 0) else {
+            return Err(QueueError::Descriptor(head));
+        };
+        let count = self.ahead.run(index, head).min(room.into());
+        let mut bytes = [0; 16 * HEADS];
+        let bytes = bytes.get_mut(..16 * count).unwrap_or_default();
+        let place = at(self.layout.descriptors, 16 * u64::from(head))?;
+        mem.read(place, bytes).map_err(ring)?;
+        let (read, _) = bytes.as_chunks();
+        for (to, from) in self.ahead.heads.iter_mut().zip(read) {
+            *to = Descriptor::parse(from);
+        }
+        (self.ahead.from, self.ahead.read) = (index, count as u16);
+        let [first, ..] = self.ahead.heads;
+        Ok(first)
+    }
+
+    #[inline]
+    fn descriptor(
+        mem: &mut dyn GuestMemory,
+        table: GuestPhysAddr,
+        number: u16,
+        entries: u16,
+    ) -> Result<Descriptor, QueueError> {
+        if number >= entries {
+            return Err(QueueError::Descriptor(number));
+        }
+        Descriptor::read(mem, at(table, 16 * u64::from(number))?)
+    }
+
+    /// Follows a chain from its first descriptor. Each step takes a place in `chain` or, once, goes
+    /// to the indirect table.
+    #[inline(never)]
     fn walk(
         &self,
         mem: &mut dyn GuestMemory,
-        head: u16,
+        mut found: Descriptor,
         chain: &mut Chain,
     ) -> Result<(), QueueError> {
         let (mut table, mut entries) = (self.layout.descriptors, self.layout.size);
-        let (mut number, mut steps, mut nested) = (head, 0, false);
+        let (mut steps, mut nested) = (0, false);
         loop {
-            if number >= entries {
-                return Err(QueueError::Descriptor(number));
-            }
-            let found = Descriptor::read(mem, at(table, 16 * u64::from(number))?)?;
-            let (flags, next) = (found.third, found.fourth);
+            let (flags, mut number) = (found.third, found.fourth);
             if flags & DESC_INDIRECT != 0 {
                 if !self.indirect || nested || flags & DESC_NEXT != 0 {
                     return Err(QueueError::Indirect(found.length));
@@ -190,17 +258,17 @@ impl SplitQueue {
                     indirect_count(found.length)?,
                 );
                 (number, steps, nested) = (0, 0, true);
-                continue;
+            } else {
+                chain.append(found.addr, found.length, flags)?;
+                if flags & DESC_NEXT == 0 {
+                    return Ok(());
+                }
+                steps += 1;
+                if steps >= entries {
+                    return Err(QueueError::Chain);
+                }
             }
-            chain.append(found.addr, found.length, flags)?;
-            if flags & DESC_NEXT == 0 {
-                return Ok(());
-            }
-            steps += 1;
-            if steps >= entries {
-                return Err(QueueError::Chain);
-            }
-            number = next;
+            found = Self::descriptor(mem, table, number, entries)?;
         }
     }
 
@@ -256,6 +324,8 @@ impl SplitQueue {
 
     pub(crate) fn publish(&mut self, mem: &mut dyn GuestMemory) -> Result<(), QueueError> {
         self.write_staged(mem)?;
+        // What the driver changes though it must not is seen by the next batch.
+        self.ahead.read = 0;
         // The index after the elements (§2.7.8.2).
         fence(Ordering::Release);
         mem.write(at(self.layout.device, 2)?, &self.next_used.to_le_bytes())

@@ -60,6 +60,11 @@ impl Counts {
         let counter = &mut self.0[reason as usize];
         *counter = counter.wrapping_add(1);
     }
+
+    /// How many there were for the reason with this number.
+    pub(crate) fn of(&self, reason: u64) -> Option<u64> {
+        self.0.get(usize::try_from(reason).ok()?).copied()
+    }
 }
 
 /// The exits of a vCPU up to the end of its last turn.

@@ -24,6 +24,6 @@ mod vm;
 pub use nic::VmNic;
 pub use seats::Seats;
 pub use vm::{
-    End, Host, MakeVcpu, Making, Order, Processor, Stop, VcpuParts, Vm, VmError, VmSetup,
+    End, Host, MakeVcpu, Making, Order, Processor, SILENCE, Stop, VcpuParts, Vm, VmError, VmSetup,
     check_images,
 };

@@ -466,6 +466,8 @@ mod tests {
             armed: Vec::new(),
             output: Vec::new(),
             kicked: 0,
+            looks: Vec::new(),
+            frames: false,
         };
         let (mut end, mut out) = (End::Stopped, 0);
         while out < vcpus {

@@ -22,6 +22,7 @@ use machine::map;
 use machine::msr::{MsrContext, MsrEffect, MsrFault};
 use machine::pvclock;
 use memory::FaultOutcome;
+use virtio::net::Ask;
 
 /// The cause of a crash by the guest's shutdown.
 const SHUTDOWN: &str = "triple fault";
@@ -118,8 +119,15 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     /// Runs the guest until something else wants the core or the guest wants nothing of it. The
     /// vCPU must be loaded.
     pub fn run(&mut self, host: &mut impl Host) -> Stop {
+        if self.listens {
+            // Nothing was added while the vCPU was away: see `leave_queues`.
+            self.moved = host.tsc();
+        }
         let stop = self.turn(host);
         self.exits.publish(&self.counts);
+        if self.listens {
+            return self.leave_queues(stop, host);
+        }
         stop
     }
 
@@ -185,6 +193,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                         if self.tick(host).is_err() {
                             return Stop::Ordered;
                         }
+                        let listens = self.listens;
+                        self.attention.set(Attention::FRAMES, listens);
                         continue 'prepare;
                     }
                     Ok(Next::Yield) => {
@@ -275,14 +285,12 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     fn prepare_in_full(&mut self, host: &mut impl Host) -> Option<Stop> {
         #[cfg(feature = "fault-injection")]
         self.fail_at_entry(host);
-        if self.vm.fabric.is_signalled(self.id())
-            || self
-                .attention
-                .intersects(Attention::KICKS | Attention::ACTIONS)
-        {
-            let stop = self.look_around(host);
-            if stop.is_some() {
-                return stop;
+        let look = Attention::KICKS | Attention::ACTIONS | Attention::FRAMES;
+        let mut wanted = false;
+        if self.vm.fabric.is_signalled(self.id()) || self.attention.intersects(look) {
+            match self.look_around(host) {
+                Ok(wants) => wanted = wants,
+                Err(stop) => return Some(stop),
             }
         }
         if let Some(stop) = self.deliver() {
@@ -290,7 +298,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             return Some(stop);
         }
         // The 8259's acknowledge cycle may have left something for others.
-        if self.attention.contains(Attention::KICKS) && self.kick_others(host) {
+        wanted |= self.attention.contains(Attention::KICKS) && self.kick_others(host);
+        if wanted {
             return Some(Stop::Preempted);
         }
         let shown = (self.apic.tpr(), self.apic.tpr_threshold());
@@ -306,23 +315,21 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     }
 
     /// Tells others what came for them, and takes what came for this vCPU. In this order: a kick
-    /// of its own among those that are told is seen right after.
-    fn look_around(&mut self, host: &mut impl Host) -> Option<Stop> {
+    /// of its own among those that are told is seen right after. `true`: the core is wanted.
+    fn look_around(&mut self, host: &mut impl Host) -> Result<bool, Stop> {
+        let mut moved = false;
         if self.attention.contains(Attention::ACTIONS) || self.apic.id() == 0 {
             self.attention.remove(Attention::ACTIONS);
             if let Some(end) = self.carry_out(host) {
                 self.kick_others(host);
-                return Some(end);
+                return Err(end);
             }
-            while self.vm.has_frames() {
-                host.frames();
-                if self.vm.has_frames() && host.interrupted() {
-                    // The rest comes before the next entry.
-                    self.attention.insert(Attention::ACTIONS);
-                    self.kick_others(host);
-                    return Some(Stop::Preempted);
-                }
-            }
+            moved = self.vm.has_frames();
+        }
+        if moved || self.attention.contains(Attention::FRAMES) {
+            self.attention.remove(Attention::FRAMES);
+            moved = true;
+            self.move_frames(host)?;
         }
         let wanted = self.kick_others(host);
         if self.vm.fabric.is_signalled(self.id()) {
@@ -334,10 +341,63 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             let extint = self.vm.fabric.extint_for(&self.apic);
             self.attention.set(Attention::EXTINT, extint);
             if self.vm.order() != Order::Run {
-                return Some(Stop::Ordered);
+                return Err(Stop::Ordered);
             }
         }
-        wanted.then_some(Stop::Preempted)
+        // Who got frames may want this very core.
+        Ok(wanted || moved && host.kick(0))
+    }
+
+    /// Moves the frames of the VM's network cards. A driver that rings again soon after that is
+    /// not asked to, as long as each look finds frames: the queues are silent, and this comes again
+    /// within [`crate::SILENCE`].
+    #[inline(never)]
+    fn move_frames(&mut self, host: &mut impl Host) -> Result<(), Stop> {
+        let busy = host.tsc().wrapping_sub(self.moved) <= self.vm.silence || self.listens;
+        let mut ask = if busy { Ask::Idle } else { Ask::Now };
+        self.listens = false;
+        // The deadline is another one.
+        self.armed = None;
+        loop {
+            self.listens |= host.frames(ask);
+            self.moved = host.tsc();
+            if !self.vm.has_frames() {
+                return Ok(());
+            }
+            if host.interrupted() {
+                // The rest comes as the vCPU leaves, or before its next entry.
+                self.listens = true;
+                self.attention.insert(Attention::ACTIONS);
+                self.kick_others(host);
+                return Err(Stop::Preempted);
+            }
+            if busy {
+                ask = Ask::Never;
+            }
+        }
+    }
+
+    /// Looks at silent queues as the vCPU leaves the core, and asks for notifications again,
+    /// unless it will go on and has no sibling: then nobody adds to a queue meanwhile.
+    #[cold]
+    fn leave_queues(&mut self, stop: Stop, host: &mut impl Host) -> Stop {
+        let ask = match stop {
+            Stop::Ended(_) => return stop,
+            Stop::Preempted | Stop::Yield if self.vm.vcpus() == 1 => Ask::Never,
+            _ => Ask::Now,
+        };
+        self.listens = host.frames(ask);
+        // What came of it for this vCPU is seen once it is back in its seat.
+        self.kick_others(host);
+        if !self.vm.has_frames() {
+            return stop;
+        }
+        // The rest comes before the next entry, or the next halt.
+        self.attention.insert(Attention::ACTIONS);
+        match stop {
+            Stop::Halted { .. } => Stop::Preempted,
+            stop => stop,
+        }
     }
 
     /// Tells others what came for them; `true`: the core is wanted.
@@ -433,7 +493,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
         self.armed = Some(next);
         // Where the vCPU has a timer of its own, it ends the turn as well: it leaves the guest
         // whatever state that is in.
-        let deadline = self.vm.tsc_at(next).min(host.turn_end());
+        let mut deadline = self.vm.tsc_at(next).min(host.turn_end());
+        if self.listens {
+            deadline = deadline.min(self.moved.saturating_add(self.vm.silence));
+        }
         let own = self.vcpu.set_deadline(deadline);
         host.arm(if own { u64::MAX } else { deadline });
     }
@@ -796,6 +859,9 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             let kicked = core::mem::take(&mut self.kicked);
             let halts = !kicked && self.vcpu.pending_event().is_none();
             self.attention.set(Attention::HALTED, halts);
+            // What it sent before it halts leaves first.
+            let listens = self.listens;
+            self.attention.set(Attention::FRAMES, listens);
         }
         Ok(Next::Prepare)
     }
@@ -1077,6 +1143,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 abi::hypercall::VERSION => abi::VERSION.into(),
                 abi::hypercall::YIELD
                 | abi::hypercall::KICK_CPU
+                | abi::hypercall::EXITS
                 | abi::hypercall::VMCS_ACCESSES => return self.other_hypercall(next),
                 #[cfg(feature = "fault-injection")]
                 abi::hypercall::FAULT => return self.other_hypercall(next),
@@ -1090,7 +1157,7 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
     #[inline(never)]
     fn other_hypercall(&mut self, next: u64) -> Handled {
         let gprs = self.vcpu.gprs();
-        let (number, target) = (gprs[Gpr::Rax], gprs[Gpr::Rcx]);
+        let (number, argument, target) = (gprs[Gpr::Rax], gprs[Gpr::Rbx], gprs[Gpr::Rcx]);
         let mut then = Next::Enter;
         let result = match (number, self.vcpu.control_accesses()) {
             (abi::hypercall::YIELD, _) => {
@@ -1103,6 +1170,10 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
                 then = Next::Prepare;
                 0
             }
+            (abi::hypercall::EXITS, _) => match self.counts.of(argument) {
+                Some(count) => count as i64 & i64::MAX,
+                None => abi::hypercall::ERROR_ARGUMENT,
+            },
             (abi::hypercall::VMCS_ACCESSES, Some([reads, writes])) => {
                 ((writes & 0x7fff_ffff) << 32 | reads & 0xffff_ffff) as i64
             }

@@ -13,6 +13,7 @@ use core::cell::RefCell;
 use machine::cpuid::Enabled;
 use machine::mock::MockVcpu;
 use memory::{Format, FrameAllocator, FrameRange};
+use virtio::net::Ask;
 
 /// Marsaglia's xorshift.
 pub(crate) struct Random(u64);
@@ -107,6 +108,10 @@ pub(crate) struct Core {
     pub output: Vec<u8>,
     /// vCPUs that were told to look.
     pub kicked: u64,
+    /// How its queues were looked at.
+    pub looks: Vec<Ask>,
+    /// Frames are in them.
+    pub frames: bool,
 }
 
 impl Host for Core {
@@ -131,7 +136,15 @@ impl Host for Core {
     fn output(&mut self, bytes: &[u8]) {
         self.output.extend_from_slice(bytes);
     }
-    fn frames(&mut self) {}
+    fn frames(&mut self, ask: Ask) -> bool {
+        self.looks.push(ask);
+        let found = core::mem::take(&mut self.frames);
+        match ask {
+            Ask::Now => false,
+            Ask::Idle => found,
+            Ask::Never => true,
+        }
+    }
     #[cfg(feature = "fault-injection")]
     fn with_shared_lock(&mut self, work: fn() -> !) -> ! {
         work()
@@ -280,6 +293,8 @@ impl World {
                 armed: Vec::new(),
                 output: Vec::new(),
                 kicked: 0,
+                looks: Vec::new(),
+                frames: false,
             },
             machine,
         }

@@ -28,6 +28,7 @@ use machine::msr::MsrState;
 use machine::pci::{DeviceFunction, PciFunction};
 use memory::{AddressSpace, Format, MapError, Region, RegionError, RegionKind};
 use spin::{Mutex, MutexGuard};
+use virtio::net::Ask;
 use virtio::{console::Console, pci::VirtioPci, rng::Rng};
 
 /// What a running vCPU needs of the core it runs on.
@@ -45,9 +46,9 @@ pub trait Host {
     fn interrupted(&mut self) -> bool;
     /// Shows what the guest wrote on its console.
     fn output(&mut self, bytes: &[u8]);
-    /// A doorbell of the VM's network cards was rung: moves their frames. No lock of the VM is
-    /// held.
-    fn frames(&mut self);
+    /// Moves the frames of the VM's network cards: of queues whose doorbell was rung, and of those
+    /// left silent. `true`: some are left silent now, as `ask` says. No lock of the VM is held.
+    fn frames(&mut self, ask: Ask) -> bool;
     /// Works while a lock is held that all cores share.
     #[cfg(feature = "fault-injection")]
     fn with_shared_lock(&mut self, work: fn() -> !) -> !;
@@ -172,6 +173,10 @@ pub struct VmSetup<'a, 'i, P, F> {
     /// Called from time to time by a core that waits for what another one holds of the VM.
     pub still_waiting: fn(),
 }
+
+/// How soon a silent queue of a network card is looked at again while its VM runs, in nanoseconds: a
+/// frame waits there no longer.
+pub const SILENCE: u64 = 100_000;
 
 /// How often a lock is tried before the wait is a long one: far beyond what a holder may take.
 const LONG_WAIT: u32 = 1 << 20;
@@ -329,6 +334,8 @@ pub struct Vm<P: PhysMemory, F: FrameSource> {
     still_waiting: fn(),
     pub(crate) name: String,
     pub(crate) nics: Vec<VmNic>,
+    /// [`SILENCE`] in ticks of the TSC.
+    pub(crate) silence: u64,
 }
 
 impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
@@ -431,6 +438,7 @@ impl<P: PhysMemory, F: FrameSource> Vm<P, F> {
             still_waiting: setup.still_waiting,
             name: config.name.clone(),
             nics,
+            silence: clock.nanos_to_ticks(SILENCE),
         };
         Ok(Making { vm, entry, copies })
     }
@@ -644,6 +652,10 @@ pub struct Processor<V: Vcpu, P: PhysMemory, F: FrameSource> {
     pub(crate) attention: Attention,
     /// Another vCPU asked that its next halt be none.
     pub(crate) kicked: bool,
+    /// The machine's TSC when it had moved frames last.
+    pub(crate) moved: u64,
+    /// It left queues silent then, and is to look at them again.
+    pub(crate) listens: bool,
     /// How long it was kept from running, in nanoseconds.
     pub(crate) stolen: u64,
     /// What the guest was told of that, and whether it was being preempted.
@@ -675,9 +687,11 @@ bitflags::bitflags! {
         const KICKS = 1 << 4;
         /// The board wants something of the host.
         const ACTIONS = 1 << 5;
+        /// Silent queues of the network cards are to be looked at.
+        const FRAMES = 1 << 6;
         /// The preparation of the next entry is to fail.
         #[cfg(feature = "fault-injection")]
-        const FAULT = 1 << 6;
+        const FAULT = 1 << 7;
     }
 }
 
@@ -728,6 +742,8 @@ impl<V: Vcpu, P: PhysMemory, F: FrameSource> Processor<V, P, F> {
             shown_tpr: (0, 0),
             attention,
             kicked: false,
+            moved: 0,
+            listens: false,
             stolen: 0,
             stolen_shown: None,
             end: None,

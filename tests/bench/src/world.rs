@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use arch::{GuestMemory, GuestPhysAddr, MemoryFault, Nanos};
 use relay::{BATCH, Far, Inbound, Leaving, Relay};
 use spin::Mutex;
-use virtio::net::{FRAME_ROOM, NetConfig, NetDevice, NetHeader, SharedNet, feature};
+use virtio::net::{Ask, FRAME_ROOM, NetConfig, NetDevice, NetHeader, SharedNet, feature};
 use virtio::{Device, Queue, QueueLayout, features};
 use vswitch::config::SwitchConfig;
 use vswitch::port::{PortConfig, PortKind};
@@ -347,7 +347,7 @@ impl World {
                 &mut *ram,
                 0,
                 BATCH as u32,
-                true,
+                Ask::Idle,
                 &mut self.buffer,
                 |header, frame| frames.push((header, frame)),
             );

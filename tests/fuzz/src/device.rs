@@ -4,7 +4,7 @@
 use arch::{GuestMemory, GuestPhysAddr, MemoryFault, Nanos};
 use machine::pci::PciFunction;
 use virtio::console::Console;
-use virtio::net::{Frame, NetConfig, NetDevice, NetHeader, SharedNet, feature};
+use virtio::net::{Ask, Frame, NetConfig, NetDevice, NetHeader, SharedNet, feature};
 use virtio::pci::VirtioPci;
 use virtio::rng::Rng;
 use virtio::{Device, features};
@@ -311,11 +311,11 @@ pub fn net(data: &[u8]) {
                 &mut world.ram,
                 pair,
                 8,
-                false,
+                Ask::Now,
                 &mut buffer,
                 |header, frame| {
                     if kept.len() < 4 {
-                        kept.push((header, frame.to_vec()));
+                        kept.push((header, frame.bytes().to_vec()));
                     }
                 },
             );

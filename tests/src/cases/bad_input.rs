@@ -193,6 +193,22 @@ pub(super) const CASES: &[Case] = &[
         ..CONFIG
     },
     Case {
+        name: "switch-left-out",
+        load: hello(&[
+            "[[switch]]\nname = \"words\"\nflows = [\"ip,actions=set_field:1/1->nw_ttl,normal\"]\n",
+            REST,
+        ]),
+        steps: &[
+            Told(
+                r"^tessera\| error: tessera\.toml:3:10: switch `words`: .*set_field: can not be masked",
+            ),
+            Expect(r"^tessera\| end: status=102 .*switch `words`"),
+        ],
+        on: &[QEMU_BIOS, BOCHS_BIOS],
+        end: Ending::Judged(102, rest_went_on),
+        ..CONFIG
+    },
+    Case {
         name: "missing-kernel",
         load: hello(&[
             "[[vm]]\nname = \"lost\"\nkind = \"pvh\"\nkernel = \"nowhere\"\nmemory = \"16MiB\"\n",

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use harness::emulator::Pace;
 use harness::{Console, Emulator, Firmware, Machine, Received};
 
-use super::Figure;
+use super::{Figure, PER_FRAMES};
 use crate::config::memory_for;
 use crate::factory::{Factory, Kernel, bundle_of};
 use crate::progress::step;
@@ -28,6 +28,10 @@ const VCPUS: [u32; 3] = [1, 4, 64];
 
 /// When guests that share a core begin and end to count, in milliseconds of their time.
 const COUNTED: (u64, u64) = (500, 2500);
+
+/// Frames of each length that are counted, and the entries of the guests' rings.
+const FRAMES: u64 = 20_000;
+const RING: u16 = 256;
 
 /// The bench's guest in a VM of this name, with this command line and these keys besides.
 fn vm(name: &str, cmdline: &str, keys: &str) -> String {
@@ -133,6 +137,19 @@ impl Bench<'_> {
         Ok(all)
     }
 
+    /// What a frame costs that goes from one guest to another through a switch while the sender
+    /// has always more.
+    pub fn network(&self) -> Result<Vec<Figure>> {
+        let card = "[[vm.nic]]\nswitch = \"lan\"\n";
+        let guest = |name, cmdline: &str| vm(name, cmdline, "memory = \"16MiB\"") + card;
+        let config = format!(
+            "[[switch]]\nname = \"lan\"\n{}{}",
+            guest("take", &format!("take={FRAMES},{RING}")),
+            guest("send", &format!("send={RING}")),
+        );
+        per_frame(&self.run("network", Kernel::Tessera, &config, 1)?)
+    }
+
     /// What the hypervisor's start and its VMs take.
     pub fn boot(&self) -> Result<Vec<Figure>> {
         let mut all = Vec::new();
@@ -173,6 +190,37 @@ impl Bench<'_> {
         }
         Ok(all)
     }
+}
+
+/// What two guests counted, for a thousand frames: exits of both by reason, instructions, frames
+/// that were lost because the taker had no room.
+fn per_frame(found: &[Figure]) -> Result<Vec<Figure>> {
+    let count = |case: String| found.iter().find(|f| f.case == case).map(|f| f.value);
+    let mut all = Vec::new();
+    for length in [64, 1500] {
+        let (Some(frames), Some(took), Some(lost)) = (
+            count(format!("take-{length}")),
+            count(format!("took-{length}")),
+            count(format!("lost-{length}")),
+        ) else {
+            bail!("the guests did not count frames of {length} bytes: {found:?}");
+        };
+        let each = |count: u64, of: u64| (count * of).div_ceil(frames.max(1));
+        let mut put = |what: &str, value, unit| {
+            all.push(Figure::new(&format!("{what}-{length}"), value, unit));
+        };
+        put("frame", each(took, 1), "instructions");
+        let ends = [format!("send-{length}-"), format!("take-{length}-")];
+        let exits = |f: &&Figure| f.unit == "exits" && ends.iter().any(|e| f.case.starts_with(e));
+        let total = found.iter().filter(exits).map(|f| f.value).sum();
+        put("lost", each(lost, 1000), "frames/1000 frames");
+        put("exits", each(total, 1000), PER_FRAMES);
+        for figure in found.iter().filter(exits) {
+            let exits = each(figure.value, 1000);
+            all.push(Figure::new(&figure.case, exits, "of these"));
+        }
+    }
+    Ok(all)
 }
 
 /// Each guest's part of what all counted, and the greatest error against its part of the weights,

@@ -19,6 +19,9 @@ pub(super) const ASKED: u64 = 1 << 63;
 pub(super) struct Bells {
     /// A bit for each queue with news; [`ASKED`].
     notified: AtomicU64,
+    /// A bit for each queue whose driver was not asked to notify, though nothing was left in it:
+    /// somebody looks again before long, whoever comes first.
+    silent: AtomicU64,
     /// A bit for each queue whose driver wants an interrupt; [`CONFIG`], [`BROKEN`].
     signals: AtomicU64,
     /// Queues that the function serves; none while the device is not ready.
@@ -40,6 +43,28 @@ impl Bells {
             0 => 0,
             _ => self.notified.fetch_and(!queues, Ordering::AcqRel) & queues,
         }
+    }
+
+    pub fn leave_silent(&self, queues: u64) {
+        self.silent.fetch_or(queues, Ordering::Release);
+    }
+
+    pub fn silent(&self) -> u64 {
+        self.silent.load(Ordering::Acquire)
+    }
+
+    /// Takes the silent queues; look into them afterwards.
+    pub fn take_silent(&self) -> u64 {
+        match self.silent() {
+            0 => 0,
+            _ => self.silent.swap(0, Ordering::AcqRel),
+        }
+    }
+
+    /// These queues are gone.
+    pub fn forget(&self, queues: u64) {
+        self.take(queues);
+        self.silent.fetch_and(!queues, Ordering::AcqRel);
     }
 
     pub fn signal(&self, signals: u64) {
@@ -74,6 +99,7 @@ impl Bells {
 
     pub fn set(&self, notified: u64, signals: u64) {
         self.notified.store(notified, Ordering::Release);
+        self.silent.store(0, Ordering::Release);
         self.signals.store(signals, Ordering::Release);
     }
 }

@@ -4,6 +4,8 @@
 //! the rest, a checksum replaces two, a segment has headers of its own before a part of the
 //! payload. So a frame is a short list of slices that are written to the receiver one by one.
 
+use super::NetHeader;
+
 /// Slices of one frame: three from outside, two more by putting a checksum in.
 const PIECES: usize = 5;
 /// The first bytes of a frame that are looked at: all headers lie in them, or the frame is not
@@ -26,12 +28,51 @@ pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
 pub(super) const ICMPV6: u8 = 58;
 
+/// A frame in one place, as it came out of a queue or from a wire.
+#[derive(Clone, Copy, Debug)]
+pub struct Whole<'a> {
+    frame: &'a [u8],
+    /// With the header in front that it has in a queue if nothing is left to do to it; else empty.
+    headed: &'a [u8],
+}
+
+impl<'a> Whole<'a> {
+    /// A frame without a header in front.
+    #[must_use]
+    pub const fn bare(frame: &'a [u8]) -> Self {
+        Self { frame, headed: &[] }
+    }
+
+    /// A frame behind its header, as [`NetHeader::encode`] gives it for a receiver that takes all
+    /// over in one buffer.
+    pub(super) fn headed(headed: &'a [u8]) -> Self {
+        let frame = headed.get(NetHeader::SIZE..).unwrap_or_default();
+        Self { frame, headed }
+    }
+
+    /// Its bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> &'a [u8] {
+        self.frame
+    }
+
+    /// The frame, to be handed on as it is.
+    #[must_use]
+    pub fn frame(&self) -> Frame<'a> {
+        Frame {
+            headed: self.headed,
+            ..Frame::whole(self.frame)
+        }
+    }
+}
+
 /// A frame without its frame check sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct Frame<'a> {
     pieces: [&'a [u8]; PIECES],
     count: usize,
     length: usize,
+    headed: &'a [u8],
 }
 
 impl<'a> Frame<'a> {
@@ -42,7 +83,13 @@ impl<'a> Frame<'a> {
             pieces: [bytes, &[], &[], &[], &[]],
             count: usize::from(!bytes.is_empty()),
             length: bytes.len(),
+            headed: &[],
         }
+    }
+
+    /// This frame behind this header in one piece, if it stands so.
+    pub(super) fn behind_header(&self, header: &[u8; NetHeader::SIZE]) -> Option<&'a [u8]> {
+        self.headed.starts_with(header).then_some(self.headed)
     }
 
     /// A frame of up to three pieces, for example rewritten headers, the rest, padding.
@@ -58,6 +105,7 @@ impl<'a> Frame<'a> {
             pieces: [&[]; PIECES],
             count: 0,
             length: 0,
+            headed: &[],
         }
     }
 

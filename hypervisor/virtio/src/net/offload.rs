@@ -173,7 +173,16 @@ impl NetHeader {
 
     /// The header for a receiver with these offloads, spread over `buffers` chains.
     #[must_use]
+    #[inline]
     pub fn encode(&self, offloads: u64, buffers: u16) -> [u8; Self::SIZE] {
+        if let (None, Checksum::Unknown) = (self.gso, self.checksum) {
+            let [b0, b1] = buffers.to_le_bytes();
+            return [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b0, b1];
+        }
+        self.encode_in_full(offloads, buffers)
+    }
+
+    fn encode_in_full(&self, offloads: u64, buffers: u16) -> [u8; Self::SIZE] {
         let (flags, start, offset) = match self.checksum {
             _ if offloads & feature::GUEST_CSUM == 0 => (0, 0, 0),
             Checksum::Unknown => (0, 0, 0),

@@ -1158,6 +1158,59 @@ fn exits_are_counted_by_reason_and_told_at_the_end_of_a_turn() {
 }
 
 #[test]
+fn a_silent_queue_is_looked_at_in_time() {
+    let mut world = World::new();
+    world.cpu.vcpu.own_timer = false;
+    world.cpu.listens = true;
+    world.core.tsc += 7_000_000;
+    let due = world.core.tsc + crate::SILENCE;
+    // A look that finds frames is followed by another one, in time; one that finds none is not.
+    world.core.frames = true;
+    assert_eq!(world.run(&[Exit::PreemptionTimer]), PREEMPTED);
+    assert_eq!(world.core.armed, [due, due]);
+    assert_eq!(world.core.looks, [Ask::Idle, Ask::Never]);
+    assert!(world.cpu.listens, "and nobody adds anything meanwhile");
+    // The time while it was away does not count.
+    world.core.tsc += 50_000_000;
+    world.core.armed.clear();
+    world.core.looks.clear();
+    assert_eq!(world.run(&[Exit::PreemptionTimer]), PREEMPTED);
+    let due = world.core.tsc + crate::SILENCE;
+    assert_eq!(world.core.armed.first(), Some(&due));
+    assert_eq!(world.core.looks, [Ask::Idle]);
+    assert!(!world.cpu.listens && world.core.armed.last() > Some(&due));
+}
+
+#[test]
+fn who_leaves_a_silent_queue_looks_and_asks_for_notifications() {
+    let halted = |stop: &Stop| matches!(stop, Stop::Halted { .. });
+    // What it sent before it halts leaves first, ...
+    for (frames, looks) in [
+        (true, &[Ask::Idle, Ask::Now][..]),
+        (false, &[Ask::Idle][..]),
+    ] {
+        let mut world = World::new();
+        (world.cpu.listens, world.core.frames) = (true, frames);
+        world.open(true);
+        assert!(halted(&world.run(&[Exit::Hlt])));
+        assert_eq!(world.core.looks, looks);
+        assert!(!world.cpu.listens);
+    }
+    // ... and what it sent before it is paused, ...
+    let mut world = World::new();
+    world.cpu.listens = true;
+    world.cpu.vm().set_order(Order::Pause);
+    assert_eq!(world.run(&[]), Stop::Ordered);
+    assert_eq!(world.core.looks, [Ask::Now]);
+    // ... and if a sibling may add to the queue, before it is away.
+    let mut pair = Pair::new();
+    pair.worlds[0].cpu.listens = true;
+    assert_eq!(pair.worlds[0].run(&[]), PREEMPTED);
+    assert_eq!(pair.worlds[0].core.looks, [Ask::Now]);
+    assert!(!pair.worlds[0].cpu.listens);
+}
+
+#[test]
 fn a_doorbell_is_served_before_the_next_entry() {
     const BAR: u64 = 0xd000_0000;
     const RING: u64 = 0x30_0000;

@@ -3,6 +3,7 @@
 mod control;
 mod offload;
 mod path;
+mod race;
 
 use std::collections::VecDeque;
 
@@ -144,7 +145,7 @@ impl Guest {
         &mut self,
         pair: u16,
         budget: u32,
-        poll: bool,
+        ask: Ask,
     ) -> (Transmitted, Vec<(NetHeader, Vec<u8>)>) {
         let mut buffer = vec![0; 20 * FRAME_ROOM];
         let mut frames = Vec::new();
@@ -153,15 +154,15 @@ impl Guest {
             &mut self.ram,
             pair,
             budget,
-            poll,
+            ask,
             &mut buffer,
-            |header, frame| frames.push((header, frame.to_vec())),
+            |header, frame| frames.push((header, frame.bytes().to_vec())),
         );
         (done, frames)
     }
 
     pub fn transmit(&mut self, pair: u16) -> Vec<(NetHeader, Vec<u8>)> {
-        self.transmit_with(pair, 1000, false).1
+        self.transmit_with(pair, 1000, Ask::Now).1
     }
 
     /// How many chains of a transmit queue came back.

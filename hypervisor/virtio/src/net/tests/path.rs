@@ -64,24 +64,25 @@ fn frames_of_a_batch_stay_in_the_buffer() {
     let net = guest.net.clone();
     let done = net
         .lock()
-        .transmit(&mut guest.ram, 0, 8, false, &mut buffer, |_, frame| {
-            frames.push(frame)
+        .transmit(&mut guest.ram, 0, 8, Ask::Now, &mut buffer, |_, frame| {
+            frames.push(frame.bytes())
         });
     // Room for one more of any length is kept.
     assert_eq!(
         done,
         Transmitted {
             chains: 4,
-            more: true
+            more: true,
+            silent: false
         }
     );
     assert_eq!(
         frames.iter().map(|frame| frame.len()).collect::<Vec<_>>(),
         [60, 61, 62, 63]
     );
-    let (done, frames) = guest.transmit_with(0, 4, false);
+    let (done, frames) = guest.transmit_with(0, 4, Ask::Now);
     assert_eq!((done.chains, done.more, frames.len()), (4, true, 4));
-    let (done, frames) = guest.transmit_with(0, 4, false);
+    let (done, frames) = guest.transmit_with(0, 4, Ask::Now);
     assert_eq!((done.chains, done.more, frames.len()), (2, false, 2));
 }
 
@@ -334,13 +335,14 @@ fn a_ring_that_lies_breaks_the_device_but_gives_back_what_was_taken() {
     let mut guest = Guest::new(EVERYTHING);
     guest.send(0, PLAIN, &frame_to(MAC, 60));
     guest.offer(tx(0), &[(MEMORY, 100, false)]);
-    let (done, frames) = guest.transmit_with(0, 10, false);
+    let (done, frames) = guest.transmit_with(0, 10, Ask::Now);
     assert_eq!(
         (done, frames.len()),
         (
             Transmitted {
                 chains: 1,
-                more: false
+                more: false,
+                silent: false
             },
             1
         )
@@ -351,6 +353,57 @@ fn a_ring_that_lies_breaks_the_device_but_gives_back_what_was_taken() {
     guest.offer(rx(0), &[(MEMORY - 20, 100, true)]);
     assert_eq!(guest.hear(&frame_to(MAC, 60)), Err(ReceiveDrop::NotReady));
     assert!(guest.settle().broken);
+}
+
+#[test]
+fn a_frame_that_stands_behind_its_header_arrives_like_one_that_does_not() {
+    let tag = |mut frame: Vec<u8>| {
+        frame.splice(12..12, [0x81, 0, 0, 5]);
+        (PLAIN, frame)
+    };
+    for (header, frame) in [
+        (PLAIN, frame_to(MAC, 60)),
+        (PLAIN, frame_to(MAC, 1514)),
+        tag(frame_to(MAC, 100)),
+        tcp(5000, 1448),
+        tcp(100, 0),
+    ] {
+        for receiver in [
+            EVERYTHING,
+            BASIC,
+            BASIC | feature::GUEST_CSUM,
+            BASIC | feature::MRG_RXBUF,
+            EVERYTHING | features::RING_PACKED,
+        ] {
+            for room in [100, 1526, 8000] {
+                let mut sender = Guest::new(EVERYTHING);
+                sender.send(0, header, &frame);
+                let (net, mut buffer) = (sender.net.clone(), vec![0; FRAME_ROOM]);
+                let mut sent = None;
+                net.lock()
+                    .transmit(&mut sender.ram, 0, 1, Ask::Now, &mut buffer, |h, f| {
+                        sent = Some((h, f))
+                    });
+                let (header, whole) = sent.unwrap();
+                assert_eq!(whole.bytes(), frame);
+                let arrives = |frame: Frame<'_>| {
+                    let mut guest = Guest::new(receiver);
+                    guest.stock(0, 100, room);
+                    let net = guest.net.clone();
+                    let outcome = net.lock().receive(&mut guest.ram, &header, &frame);
+                    guest.settle();
+                    let all = guest.received(0).into_iter();
+                    let all: Vec<_> = all.map(|one| (one.header, one.frame)).collect();
+                    (outcome, all)
+                };
+                assert_eq!(
+                    arrives(whole.frame()),
+                    arrives(Frame::whole(whole.bytes())),
+                    "{receiver:#x} {room}"
+                );
+            }
+        }
+    }
 }
 
 #[test]
@@ -554,17 +607,49 @@ fn notifications_are_off_while_frames_keep_coming() {
     assert_eq!(guest.net.take_notified(), 1);
     assert_eq!(guest.net.take_notified(), 0);
     // Out of budget: called again in any case.
-    let (done, _) = guest.transmit_with(0, 2, false);
+    let (done, _) = guest.transmit_with(0, 2, Ask::Now);
     assert_eq!((done.more, notifies(&guest)), (true, false));
     // Empty: asked for, and nothing came meanwhile.
-    let (done, _) = guest.transmit_with(0, 2, false);
+    let (done, _) = guest.transmit_with(0, 2, Ask::Now);
     assert_eq!((done.chains, done.more, notifies(&guest)), (1, false, true));
-    // Polling: not while there are frames.
-    guest.send(0, PLAIN, &frame_to(MAC, 60));
-    let (done, _) = guest.transmit_with(0, 2, true);
-    assert_eq!((done.chains, done.more, notifies(&guest)), (1, true, false));
-    let (done, _) = guest.transmit_with(0, 2, true);
-    assert_eq!((done.chains, done.more, notifies(&guest)), (0, false, true));
+    // A driver that keeps sending is not asked while there are frames, ...
+    for (ask, frames, silent) in [
+        (Ask::Idle, 1, true),
+        (Ask::Idle, 1, true),
+        (Ask::Never, 1, true),
+        (Ask::Never, 0, true),
+        // ... and only when a look has found none.
+        (Ask::Idle, 0, false),
+        (Ask::Idle, 1, true),
+        (Ask::Now, 0, false),
+    ] {
+        (0..frames).for_each(|_| guest.send(0, PLAIN, &frame_to(MAC, 60)));
+        let (done, _) = guest.transmit_with(0, 2, ask);
+        assert_eq!((done.chains, done.silent), (frames, silent), "{ask:?}");
+        assert_eq!((done.more, notifies(&guest)), (false, !silent), "{ask:?}");
+    }
+}
+
+#[test]
+fn a_silent_queue_is_looked_at_by_whoever_comes_first() {
+    let mut guest = Guest::new(EVERYTHING);
+    guest.net.take_notified();
+    guest.net.leave_silent(0);
+    assert!(!guest.net.has_notified(), "nobody need look at once");
+    // Where it is put back, nobody is there who promised to look.
+    let saved = guest.net.lock().save();
+    assert_eq!(guest.net.take_notified(), 1);
+    assert_eq!(guest.net.take_notified(), 0);
+    guest.net.lock().restore(saved);
+    assert!(guest.net.has_notified());
+    assert_eq!(guest.net.take_notified(), 1);
+    // A queue that is taken away, or a device that is reset, has nothing left behind.
+    guest.net.leave_silent(0);
+    guest.net.detach(tx(0));
+    assert_eq!(guest.net.take_notified(), 0);
+    guest.net.leave_silent(0);
+    guest.net.reset();
+    assert_eq!(guest.net.take_notified(), 0);
 }
 
 #[test]
@@ -577,7 +662,7 @@ fn the_driver_is_told_once_for_a_batch() {
         guest.send(0, PLAIN, &frame_to(MAC, 60));
     }
     for (budget, want) in [(3, 0), (3, bit(1)), (3, 0)] {
-        guest.transmit_with(0, budget, false);
+        guest.transmit_with(0, budget, Ask::Now);
         assert_eq!(guest.net.take_signals().queues, want);
     }
     // The same into the receive queue: of three frames the second is waited for.
@@ -699,7 +784,7 @@ fn a_saved_device_goes_on_where_it_was() {
         guest.command(0, 0, &[1]);
         guest.send(0, PLAIN, &frame_to(MAC, 60));
         guest.send(0, PLAIN, &frame_to(MAC, 61));
-        guest.transmit_with(0, 1, false);
+        guest.transmit_with(0, 1, Ask::Now);
         // Put into the queue, not yet shown.
         guest.hear(&frame_to([2; 6], 60)).unwrap();
         let state = guest.device().save();
@@ -763,7 +848,11 @@ fn random_rings_and_frames_never_panic() {
             guest.ram.put(at, &[random.next() as u8]);
         }
         for _ in 0..4 {
-            let (_, frames) = guest.transmit_with(0, 8, random.below(2) == 0);
+            let (_, frames) = guest.transmit_with(
+                0,
+                8,
+                [Ask::Now, Ask::Idle, Ask::Never][random.below(3) as usize],
+            );
             for (header, frame) in frames {
                 let _ = guest.receive(&header, &frame);
             }
