@@ -22,8 +22,8 @@ use anyhow::{Context, Result, bail, ensure};
 use arch::Nanos;
 use vswitch::Switch;
 use vswitch::edit::{Checksum, Editor};
-use vswitch::key::{FlowKey, Vlan, ether};
-use vswitch::mirror::MirrorConfig;
+use vswitch::key::{FRAG_LATER, FlowKey, Vlan, ether};
+use vswitch::mirror::{MirrorConfig, MirrorOutput};
 use vswitch::ofctl::parse_key;
 use vswitch::port::{PortConfig, PortKind, VlanMode};
 use vswitch::translate::Step;
@@ -91,6 +91,7 @@ fn compare_world(daemons: &mut Daemons, seed: u64, frames: u64, tally: &mut Tall
     let mut switch = Switch::new(world.config.clone(), [seed, !seed])
         .with_context(|| format!("{:#?}", world.config))?;
     daemons.build(&world)?;
+    world.teach(&mut switch)?;
     for _ in 0..frames {
         let (in_port, frame) = frames::random(&mut random, &world);
         let said = daemons.trace(in_port, &frame)?;
@@ -175,7 +176,8 @@ fn outputs_of(key: &FlowKey, steps: &[Step]) -> Vec<Output> {
             Step::PushVlan(tag) => key.vlans = [tag, key.vlans[0]],
             Step::PopVlan => key.vlans = [key.vlans[1], Vlan::NONE],
             Step::Set(field) => key.set(field),
-            Step::Meter(_) => {}
+            // Kept where keys have nothing: the meters that an output is behind.
+            Step::Meter(id) => key.reserved[0] |= 1 << id,
         }
     }
     outputs
@@ -196,6 +198,7 @@ fn same_key(key: &FlowKey, said: &Traced) -> Result<()> {
             "tp_src" => ports.0 = value.parse()?,
             "tp_dst" => ports.1 = value.parse()?,
             "mpls" => words.push("dl_type=0x8847".to_owned()),
+            "mplsm" => words.push("dl_type=0x8848".to_owned()),
             name if name.starts_with("mpls_") => {}
             // Not kept here: nothing matches on them.
             "ipv6_label" | "nd_reserved" | "nd_options_type" | "igmp_type" | "eth" => {}
@@ -241,7 +244,21 @@ fn check_bytes(key: &FlowKey, frame: &[u8], steps: &[Step], tally: &mut Tally) -
                 bytes.extend(frame.get(editor.taken()..).unwrap_or_default());
                 let length = bytes.len();
                 bytes.resize(length + editor.padding(frame.len()), 0);
-                let got = FlowKey::extract(&bytes, key.in_port)?;
+                let mut got = FlowKey::extract(&bytes, key.in_port)?;
+                // A neighbour message's fields appear, or disappear, with its type; one without an
+                // option does not get it; with an option twice, none is read.
+                if key.is_neighbour() || want.is_neighbour() {
+                    let same = key.is_neighbour() == want.is_neighbour();
+                    if !same || key.nd_target == [0; 16] {
+                        got.nd_target = want.nd_target;
+                    }
+                    if !same || key.arp_sha == MacAddr::default() {
+                        got.arp_sha = want.arp_sha;
+                    }
+                    if !same || key.arp_tha == MacAddr::default() {
+                        got.arp_tha = want.arp_tha;
+                    }
+                }
                 // Behind two tags there may be a third, which shows when one goes.
                 let third = matches!(want.dl_type, ether::VLAN | ether::SERVICE_VLAN);
                 let shows = |key: &FlowKey| match sound.whole && !third {
@@ -302,6 +319,11 @@ impl Rules<'_> {
                 return false;
             };
             if self.is_behind_native(to) {
+                return false;
+            }
+            // Copies into a VLAN do not go back. Where there are such, flows are not.
+            let copies = |m: &MirrorConfig| matches!(m.output, MirrorOutput::Vlan(_));
+            if to.id == self.in_port && config.mirrors.iter().any(copies) {
                 return false;
             }
             if to.kind == PortKind::Uplink {
@@ -411,8 +433,10 @@ impl Rules<'_> {
         self.is_known_behind_other_tags(said)
             || self.floods_to_other_vlan(said)
             || self.pushes_third_tag(said)
+            // A later fragment has no ICMP header here; there its payload is changed.
+            || (self.key.nw_frag & FRAG_LATER != 0 && said.text.contains("->icmp"))
             // Flows change reverse ARP as they say; there this is taken and not done.
-            || (self.key.dl_type == ether::RARP && said.text.contains("->arp_"))
+            || (self.key.dl_type == ether::RARP && ["->arp_", "_ARP_"].iter().any(|of| said.text.contains(of)))
     }
 
     /// Whether flows may push a third tag: there the innermost gets lost, here the frame stops.
@@ -450,13 +474,23 @@ impl Rules<'_> {
             // R7.
             || (local && !port.forged_source && !port.macs.contains(&key.dl_src))
             // R5.
-            || (uplink && self.world.homes().any(|(mac, _)| mac == key.dl_src))
+            || (uplink && self.is_echo())
             // R4.
             || (uplink && key.dl_dst.is_group() && self.is_passive())
             // A third tag would be needed; only `normal` needs it, and the others have none here.
             || (self.world.plain
                 && port.mode() == VlanMode::Dot1qTunnel
                 && key.vlans[1].present())
+    }
+
+    /// Whether its source is a guest's own address, or one learned from a guest in its VLAN.
+    fn is_echo(&self) -> bool {
+        let vlan = self.entry_vlan();
+        let mut homes = self.world.homes();
+        homes.any(|(mac, port)| {
+            let own = port.macs.contains(&mac);
+            mac == self.key.dl_src && (own || world::carries(port, vlan))
+        })
     }
 
     /// Whether another uplink of the frame's VLAN is preferred to the one it came by.

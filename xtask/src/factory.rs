@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Context, Result};
+use vm::bundle::CONFIGURATION;
 
 use crate::bundle::build_bundle;
 use crate::config::Packed;
@@ -207,7 +208,7 @@ impl State {
 
 /// The bundle of a configuration and its images.
 pub fn bundle_of(text: &str, files: &[(String, Vec<u8>)]) -> Vec<u8> {
-    let mut entries = vec![("tessera.toml".to_owned(), text.as_bytes().to_vec())];
+    let mut entries = vec![(CONFIGURATION.to_owned(), text.as_bytes().to_vec())];
     entries.extend(files.iter().cloned());
     build_bundle(&entries)
 }

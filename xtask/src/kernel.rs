@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use vm::load::sniff;
 
 use crate::config::{Packed, memory_for};
 
@@ -12,56 +13,6 @@ pub const VM: &str = "kernel";
 /// The names of its files in the bundle.
 const IMAGE: &str = "kernel";
 const MODULE: &str = "module";
-
-/// How a kernel wants to be started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A bzImage (Linux, Documentation/arch/x86/boot.rst).
-    Linux,
-    /// An ELF with a Multiboot 0.6.96 header.
-    Multiboot,
-    /// An ELF with the Xen note that holds a 32-bit entry (Xen, docs/misc/pvh.pandoc).
-    Pvh,
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Linux => "linux",
-            Self::Multiboot => "multiboot",
-            Self::Pvh => "pvh",
-        }
-    }
-
-    /// Looks at the image.
-    pub fn of(image: &[u8]) -> Option<Self> {
-        if image.get(0x202..0x206) == Some(b"HdrS") {
-            return Some(Self::Linux);
-        }
-        if has_multiboot_header(image) {
-            return Some(Self::Multiboot);
-        }
-        // The note's name, and its type 18 (XEN_ELFNOTE_PHYS32_ENTRY) before it.
-        const NOTE: &[u8] = b"\x12\0\0\0Xen\0";
-        let elf = image.starts_with(b"\x7fELF");
-        (elf && image.windows(NOTE.len()).any(|w| w == NOTE)).then_some(Self::Pvh)
-    }
-}
-
-/// Whether a Multiboot header stands in the first 8 KiB, at a multiple of four, with the sum of
-/// its first three words zero (Multiboot Specification 0.6.96 §3.1).
-fn has_multiboot_header(image: &[u8]) -> bool {
-    const MAGIC: u32 = 0x1bad_b002;
-    let word = |b: &[u8]| b.try_into().ok().map(u32::from_le_bytes);
-    let start = image.get(..8192.min(image.len())).unwrap_or_default();
-    let mut places = start.chunks_exact(4).enumerate();
-    places.any(|(i, chunk)| {
-        let header = start
-            .get(i * 4..i * 4 + 12)
-            .map(|h| h.chunks_exact(4).filter_map(word));
-        word(chunk) == Some(MAGIC) && header.is_some_and(|h| h.fold(0, u32::wrapping_add) == 0)
-    })
-}
 
 /// What the command line says about the VM.
 #[derive(Clone, Debug)]
@@ -84,10 +35,11 @@ pub struct Options<'a> {
 pub fn configuration(options: &Options) -> Result<Packed> {
     let read = |p: &Path| fs::read(p).with_context(|| format!("reading {}", p.display()));
     let image = read(options.file)?;
-    let Some(kind) = Kind::of(&image) else {
+    let looks = sniff(&image);
+    let Some(kind) = looks.kind else {
         bail!(
-            "{} is no kernel known here: a bzImage (`HdrS` at 0x202), an ELF with a multiboot1 header \
-             in its first 8 KiB, or an ELF with a PVH note",
+            "{} is {looks}, and no kernel known here: a bzImage (`HdrS` at 0x202), a multiboot1 header \
+             in the first 8 KiB, or an ELF with a PVH note",
             options.file.display()
         );
     };
@@ -161,30 +113,6 @@ pub fn code(console: &str) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_kind_is_seen_in_the_image() {
-        let mut bzimage = vec![0; 0x400];
-        bzimage.splice(0x202..0x206, *b"HdrS");
-        assert_eq!(Kind::of(&bzimage), Some(Kind::Linux));
-
-        let mut multiboot = b"\x7fELF".to_vec();
-        multiboot.resize(0x1000, 0);
-        let header = [0x1bad_b002_u32, 3, 0_u32.wrapping_sub(0x1bad_b002 + 3)];
-        multiboot.extend(header.iter().flat_map(|w| w.to_le_bytes()));
-        assert_eq!(Kind::of(&multiboot), Some(Kind::Multiboot));
-        multiboot[0x1004] = 4;
-        assert_eq!(Kind::of(&multiboot), None, "a wrong checksum");
-
-        let pvh = [
-            b"\x7fELF".as_slice(),
-            &[0; 60],
-            b"\x04\0\0\0\x04\0\0\0\x12\0\0\0Xen\0",
-        ]
-        .concat();
-        assert_eq!(Kind::of(&pvh), Some(Kind::Pvh));
-        assert_eq!(Kind::of(b"#!/bin/sh"), None);
-    }
 
     #[test]
     fn the_code_is_the_last_end_of_the_vm() {

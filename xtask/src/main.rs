@@ -57,22 +57,30 @@ struct Cli {
 enum Command {
     /// Boot Tessera with its guests, with this terminal on their consoles
     ///
-    /// Without --config: two of Debian's Linux, each with a shell, and a small Rust guest, on one
-    /// switch with an uplink to the emulator's network. Ctrl-T is the prefix key: then 0 for the monitor, 1-9 for a guest, n for the next, x to leave, ? for
-    /// help. Exits with 0 when every VM ended well, else with the status of Tessera's closing line;
-    /// 124 at the deadline, 125 when the machine died.
+    /// Without --config: two of Debian's Linux, each with a shell, and a small Rust guest that
+    /// answers their pings, on one switch with an uplink to the emulator's network. Ctrl-T is the
+    /// prefix key: then 0 for the monitor, 1-9 for that VM, n for the next, x to end all VMs and
+    /// leave, ? for help.
+    ///
+    /// Exits with 0 when every VM ended well, when left by Ctrl-T x, and when --until's pattern came;
+    /// with a VM's debug-exit code when that is not its success_code, 101 when a VM crashed, 102 when
+    /// the configuration or the machine cannot be used; 124 at the deadline, 125 when the machine
+    /// died, 130 when interrupted or when Tessera does not answer Ctrl-T x, 2 for a mistake in what
+    /// was typed.
     Run(RunArgs),
     /// Write the bootable disk image (UEFI and BIOS, GPT): for an emulator or a USB stick
     Image(ImageArgs),
     /// Run one test kernel as the only VM, print its console, and exit with its code
     ///
-    /// The file may be a bzImage, an ELF with a multiboot1 header, or an ELF with a PVH note. The
+    /// The file may be a bzImage, an image with a multiboot1 header, or an ELF with a PVH note. The
     /// test devices are on: port 0xf4 (value v ends the VM with code (v << 1) | 1) and the debug
-    /// console at port 0xe9. A power-off is code 0, a crash 101.
+    /// console at port 0xe9. A power-off is code 0, a crash 101; the other statuses are those of
+    /// `run`.
     Kernel(KernelArgs),
     /// Lint, test on this machine, and play the emulator cases
     ///
-    /// Without filters everything, on QEMU and on Bochs. The last line is `N passed, N failed`.
+    /// Without filters everything, on QEMU and on Bochs. The last line is `N passed, N failed`; exits
+    /// with 1 when something failed.
     Test(TestArgs),
     /// Say what a configuration's switch does with a frame, stage by stage
     ///
@@ -82,10 +90,13 @@ enum Command {
     SwitchTrace(TraceArgs),
     /// Measure what Tessera costs, in counted instructions that repeat
     ///
-    /// On Bochs and on QEMU, from inside a guest, beside what KVM takes on the same emulator.
-    /// Fails when a figure is above a third of KVM's.
+    /// On Bochs and on QEMU, from inside a guest, beside what KVM takes on the same emulator; sched
+    /// and switch on this machine. Exits with 1 when a figure misses its mark: for an exit, a third
+    /// of KVM's.
     Bench(BenchArgs),
     /// Say what this machine offers, what is missing, and how to get it
+    ///
+    /// Exits with 1 when something is missing that a full test needs.
     Doctor,
 }
 
@@ -97,19 +108,20 @@ struct Where {
     /// The firmware that boots the disk
     #[arg(long, value_enum, default_value_t)]
     firmware: FirmwareArg,
-    /// Logical processors of the machine
+    /// Logical processors of the machine: 1 to 64
     #[arg(long, visible_alias = "cores", default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
-    /// A network card of the machine: e1000, or on QEMU e1000e or virtio-net as well; or none
-    /// [default: an e1000 for each uplink of the configuration, on Bochs one]
+    /// A network card of the machine: e1000, or on QEMU e1000e or virtio-net as well; or none. Again
+    /// for another card, on QEMU [default: an e1000 for each uplink of the configuration, on Bochs
+    /// one at most]
     #[arg(long, value_name = "CARD")]
     nic: Vec<NicArg>,
     /// Join the first card to another emulator's, which is told the ports the other way round, in
     /// place of the emulator's own network: frames go by UDP from this port of ours to that of a
-    /// host (on Bochs, the next one)
+    /// host (on Bochs, always to the port after ours). PORT:PORT is within this machine
     #[arg(long, value_name = "PORT:HOST:PORT")]
     wire: Option<Wire>,
-    /// Kill the run after this many seconds, with status 124
+    /// Kill the run after this many seconds, with status 124 [default: no limit]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
 }
@@ -143,13 +155,13 @@ impl FromStr for NicArg {
 struct RunArgs {
     #[command(flatten)]
     place: Where,
-    /// A tessera.toml; files in it are looked for beside it
+    /// A tessera.toml; files in it are looked for beside it [default: xtask/default.toml]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Exit with 0 as soon as the consoles' text matches this regular expression
     #[arg(long, value_name = "PATTERN")]
     until: Option<String>,
-    /// The machine's memory in MiB [default: enough for the guests]
+    /// The machine's memory in MiB [default: enough for the guests, 1024 with --image]
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
     /// Boot this image, as it is, in place of one made from a configuration
@@ -159,10 +171,10 @@ struct RunArgs {
 
 #[derive(Args)]
 struct ImageArgs {
-    /// A tessera.toml; files in it are looked for beside it
+    /// A tessera.toml; files in it are looked for beside it [default: xtask/default.toml]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where to write it [default: tessera.img in the target directory]
+    /// Where to write it [default: tessera/tessera.img in the target directory]
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -205,7 +217,7 @@ struct TestArgs {
     /// Play the emulator cases on this one only [default: QEMU and Bochs]
     #[arg(long, value_enum)]
     on: Option<On>,
-    /// Say what groups and cases there are
+    /// Say what groups and cases there are, or which of them the filters pick
     #[arg(long)]
     list: bool,
     /// How many frames the group vswitch-oracle compares
@@ -215,7 +227,7 @@ struct TestArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// For how many seconds the group fuzz tries each of its targets, two at a time
-    #[arg(long, value_name = "S", default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "S", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     fuzz_seconds: u64,
     /// A group (lint, host, boot, linux, ...), group/case, or a part of a case's name
     filter: Vec<String>,
@@ -262,7 +274,7 @@ fn main() -> ExitCode {
         Command::Image(args) => image_command(&args),
         Command::Kernel(args) => kernel_command(&args),
         Command::Test(args) if args.list => {
-            test::list();
+            test::list(&args.filter)?;
             Ok(0)
         }
         Command::Test(args) => {
@@ -342,7 +354,10 @@ fn run_command(args: &RunArgs) -> Result<u8> {
     let name = wire.map_or("run".to_owned(), |wire| format!("run-{}", wire.local));
     let dir = workspace.dir(&name)?;
     let (disk, memory, uplinks) = match &args.image {
-        Some(image) => (image.clone(), 1024, 0),
+        Some(image) => {
+            std::fs::File::open(image).with_context(|| format!("opening {}", image.display()))?;
+            (image.clone(), 1024, 0)
+        }
         None => {
             let factory = Factory::new(workspace);
             let packed = Packed::load(args.config.as_deref(), &factory)?;

@@ -77,14 +77,33 @@ fn picked(filters: &[String], group: &str, name: &str) -> bool {
     filters.is_empty() || filters.iter().any(picks)
 }
 
-/// Prints the groups and what is in them.
-pub fn list() {
-    for (group, what) in GROUPS {
+/// Refuses a filter that picks nothing: what was meant is not known.
+fn check(filters: &[String]) -> Result<()> {
+    for filter in filters {
+        let only = std::slice::from_ref(filter);
+        let group = GROUPS.iter().any(|(group, _)| filter == group);
+        if !group && !cases::all().iter().any(|c| picked(only, c.group, c.name)) {
+            bail!("nothing is called {filter}; `cargo xtask test --list` says what there is");
+        }
+    }
+    Ok(())
+}
+
+/// Prints the groups and what is in them, as far as the filters pick it.
+pub fn list(filters: &[String]) -> Result<()> {
+    check(filters)?;
+    let other = |group: &str| filters.is_empty() || filters.iter().any(|f| f == group);
+    for (group, what) in GROUPS.into_iter().filter(|(group, _)| other(group)) {
         println!("{group:12} {what}");
     }
     for (group, what) in cases::GROUPS {
-        println!("{group:12} {what}");
-        for case in cases::all().into_iter().filter(|c| c.group == group) {
+        let cases = cases::all().into_iter();
+        let cases = cases.filter(|c| c.group == group && picked(filters, group, c.name));
+        let mut cases = cases.peekable();
+        if cases.peek().is_some() {
+            println!("{group:12} {what}");
+        }
+        for case in cases {
             let place = |(player, firmware): &Place| {
                 let player = if *player == Player::Bochs {
                     "bochs"
@@ -97,6 +116,7 @@ pub fn list() {
             println!("    {:32} {}", case.full_name(), places.join(", "));
         }
     }
+    Ok(())
 }
 
 /// How much of what has no end of its own.
@@ -117,12 +137,13 @@ pub fn test(
     amounts: &Amounts,
 ) -> Result<bool> {
     let begin = Instant::now();
+    check(filters)?;
     let players = players(on)?;
     let tasks = tasks(filters, &players);
     let other = |group: &str| filters.is_empty() || filters.iter().any(|f| f == group);
     if tasks.is_empty() && !GROUPS.iter().any(|(g, _)| other(g)) {
         bail!(
-            "nothing is called {}; `cargo xtask test --list` says what there is",
+            "{} does not run on that emulator; `cargo xtask test --list` says what runs where",
             filters.join(" or ")
         );
     }

@@ -29,9 +29,7 @@ pub mod status {
 #[allow(missing_docs, reason = "the names are the standard's")]
 pub mod feature {
     pub const INDIRECT: u64 = 1 << 28;
-    pub const EVENT_IDX: u64 = 1 << 29;
     pub const VERSION_1: u64 = 1 << 32;
-    pub const PACKED: u64 = 1 << 34;
     pub const RING_RESET: u64 = 1 << 40;
 }
 

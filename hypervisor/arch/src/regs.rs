@@ -96,6 +96,23 @@ pub enum DebugRegister {
     Dr7,
 }
 
+impl DebugRegister {
+    /// The register with the low three bits of `number`.
+    #[must_use]
+    pub const fn from_number(number: u8) -> Self {
+        match number & 7 {
+            0 => Self::Dr0,
+            1 => Self::Dr1,
+            2 => Self::Dr2,
+            3 => Self::Dr3,
+            4 => Self::Dr4,
+            5 => Self::Dr5,
+            6 => Self::Dr6,
+            _ => Self::Dr7,
+        }
+    }
+}
+
 bitflags::bitflags! {
     /// CR0 (Intel SDM Vol. 3A §2.5).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]

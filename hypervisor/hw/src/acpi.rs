@@ -373,9 +373,9 @@ mod tests {
         }
     }
 
-    /// RSDP at 0x100 → RSDT at 0x200 → FADT at 0x300 → DSDT at 0x500.
-    fn world() -> World {
-        let mut world = World(vec![0; 0x1000]);
+    /// RSDP at 0x100 → RSDT at 0x200 → one table, to be put at 0x300.
+    fn rooted(bytes: usize) -> World {
+        let mut world = World(vec![0; bytes]);
         world.put(0x100, b"RSD PTR ");
         world.put(0x110, &0x200u32.to_le_bytes());
         world.seal(0x100, 20, 8);
@@ -383,6 +383,12 @@ mod tests {
         world.put(0x204, &40u32.to_le_bytes());
         world.put(0x224, &0x300u32.to_le_bytes());
         world.seal(0x200, 40, 9);
+        world
+    }
+
+    /// A FADT that leads to a DSDT at 0x500.
+    fn world() -> World {
+        let mut world = rooted(0x1000);
         world.put(0x300, b"FACP");
         world.put(0x304, &116u32.to_le_bytes());
         world.put(0x328, &0x500u32.to_le_bytes());
@@ -415,14 +421,7 @@ mod tests {
 
     /// A world whose only table is a MADT with these entries, sealed.
     fn madt(entries: &[u8]) -> World {
-        let mut world = World(vec![0; 0x1000 + entries.len()]);
-        world.put(0x100, b"RSD PTR ");
-        world.put(0x110, &0x200u32.to_le_bytes());
-        world.seal(0x100, 20, 8);
-        world.put(0x200, b"RSDT");
-        world.put(0x204, &40u32.to_le_bytes());
-        world.put(0x224, &0x300u32.to_le_bytes());
-        world.seal(0x200, 40, 9);
+        let mut world = rooted(0x1000 + entries.len());
         let length = 44 + entries.len();
         world.put(0x300, b"APIC");
         world.put(0x304, &(length as u32).to_le_bytes());

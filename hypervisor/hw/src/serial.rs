@@ -133,12 +133,6 @@ impl Serial {
         }
     }
 
-    /// Whether a port answered.
-    #[must_use]
-    pub const fn is_present(&self) -> bool {
-        self.port.is_some()
-    }
-
     /// Sends as much as the transmitter takes now, and says how much. While it is stuck or not
     /// there, all counts as sent and is lost: a broken line must not stop the machine.
     pub fn try_send(&mut self, bytes: &[u8]) -> usize {

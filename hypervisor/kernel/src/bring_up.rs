@@ -498,11 +498,8 @@ fn start(
 
 fn read_config(bundle: &Bundle<'_>) -> Result<Config, alloc::string::String> {
     use alloc::string::ToString;
-    let text = bundle
-        .get("tessera.toml")
-        .map_err(|error| error.to_string())?;
-    let text = core::str::from_utf8(text).map_err(|error| {
-        alloc::format!("tessera.toml: not UTF-8 after byte {}", error.valid_up_to())
-    })?;
-    vm::config::parse(text, "tessera.toml").map_err(|error| error.to_string())
+    use vm::bundle::CONFIGURATION;
+    let text = bundle.get_text(CONFIGURATION);
+    let text = text.map_err(|error| error.to_string())?;
+    vm::config::parse(text, CONFIGURATION).map_err(|error| error.to_string())
 }

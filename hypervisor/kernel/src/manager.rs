@@ -16,7 +16,7 @@ use core::sync::atomic::Ordering;
 use log::{error, info, warn};
 use monitor::command::Command;
 use sched::{CoreId, CoreSet, Policy, VmId};
-use vm::bundle::Bundle;
+use vm::bundle::{Bundle, CONFIGURATION};
 use vm::config::{Class, Config, MAX_VMS, Placement, Scheduling, VmConfig, WhenDone};
 use vm::life::{Do, Life, Request as Ask, State};
 use vm::{End, Order};
@@ -92,6 +92,9 @@ impl Manager {
             drain: Nanos::NEVER,
         };
         console::set_switches(machine.network.names());
+        if let Some(fault) = machine.network.fault() {
+            this.fail(STATUS_BOOT, fault.to_string());
+        }
         for entry in &config.vms {
             match entry {
                 Ok(config) => this.add(config),
@@ -139,7 +142,7 @@ impl Manager {
         console::add_guest(&config.name, config.console_port);
         let cores = self.machine.host.cores.len() as u32;
         let mut life = Life::new(config.into());
-        let fits = config.check_cores("tessera.toml", cores);
+        let fits = config.check_cores(CONFIGURATION, cores);
         if let Err(error) = &fits {
             error!("{error}");
             self.fail(STATUS_BOOT, error.to_string());
@@ -161,7 +164,8 @@ impl Manager {
     }
 
     /// Does what is to be done, and says when it is all over: once a VM ran, the machine goes on
-    /// for as long as one does. Where no VM is to start by itself it waits for a person.
+    /// for as long as one does that is not in the background. Where no VM is to start by itself it
+    /// waits for a person.
     pub fn step(&mut self) -> Option<Over> {
         for core in self.machine.host.cores {
             match core.nmis.swap(0, Ordering::Relaxed) {
@@ -179,8 +183,27 @@ impl Manager {
         }
         self.work_if_due();
         self.drain_captures();
+        let keeps_on = |vm: &Kept| vm.life.is_active() && !vm.config.background;
+        if self.vms.iter().any(keeps_on) || self.waits() {
+            return None;
+        }
+        self.end_background();
         let active = self.vms.iter().any(|vm| vm.life.is_active());
-        (!active && !self.waits()).then_some(Over::Done)
+        (!active).then_some(Over::Done)
+    }
+
+    /// Stops those in the background, of the others one having run and none being left.
+    fn end_background(&mut self) {
+        let ran = |vm: &Kept| !vm.config.background && vm.life.state() != State::Defined;
+        if !self.vms.iter().any(ran) {
+            return;
+        }
+        for number in 0..self.vms.len() {
+            let ends = |vm: &Kept| vm.life.is_active() && vm.life.state() != State::Stopping;
+            if self.vms.get(number).is_some_and(ends) {
+                self.ask(number, Ask::Stop);
+            }
+        }
     }
 
     /// The lowest free numbers: hardware has few tags on some machines.

@@ -59,6 +59,8 @@ pub struct Room {
     pulled: Vec<AtomicBool>,
     /// The way of captured frames out.
     drain: Lock<Drain>,
+    /// Why it has no ports.
+    fault: Option<String>,
 }
 
 /// What is behind a port.
@@ -119,6 +121,11 @@ impl Network {
     /// The switches in the order of the configuration.
     pub fn rooms(&self) -> &[Room] {
         &self.rooms
+    }
+
+    /// What is wrong with the first switch that was left out.
+    pub fn fault(&self) -> Option<&str> {
+        self.rooms.iter().find_map(|room| room.fault.as_deref())
     }
 
     /// What can be named at the monitor.
@@ -441,6 +448,7 @@ impl Room {
             .and_then(|config| {
                 Switch::new(config, secret).map_err(|error| format!("switch {name}: {error}"))
             });
+        let mut fault = None;
         let switch = match made {
             Ok(mut switch) => {
                 for uplink in &section.uplinks {
@@ -483,12 +491,8 @@ impl Room {
             Err(error) => {
                 error!("{error}; switch {name} has no ports");
                 ports.clear();
-                // A switch without ports is always sound.
-                let empty = vswitch::config::SwitchConfig::default();
-                match Switch::new(empty, secret) {
-                    Ok(switch) => switch,
-                    Err(error) => panic!("an empty switch: {error}"),
-                }
+                fault = Some(error);
+                Switch::empty(secret)
             }
         };
         Self {
@@ -497,6 +501,7 @@ impl Room {
             pulled: ports.iter().map(|_| AtomicBool::new(false)).collect(),
             ports,
             drain: Lock::new(Drain::default()),
+            fault,
         }
     }
 

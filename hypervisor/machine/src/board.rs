@@ -831,13 +831,6 @@ impl Board {
         self.act(|actions| actions.reset = Some(cause));
     }
 
-    /// Whether there is something in [`Board::pic_interrupt`] or [`Board::take_actions`].
-    #[inline]
-    #[must_use]
-    pub const fn wants_attention(&self) -> bool {
-        self.extint | self.acting
-    }
-
     /// Whether [`Board::serve`] has something to do.
     #[inline]
     #[must_use]

@@ -115,13 +115,6 @@ impl TscClock {
         self.base.wrapping_add(self.nano.of(now.0))
     }
 
-    /// Lets the guest's TSC read `value` at `now`; gives by how much it jumped, modulo 2⁶⁴.
-    pub const fn set_tsc(&mut self, value: u64, now: Nanos) -> u64 {
-        let jump = value.wrapping_sub(self.tsc(now));
-        self.shift(jump);
-        jump
-    }
-
     /// Moves the guest's TSC by `ticks`, modulo 2⁶⁴.
     pub const fn shift(&mut self, ticks: u64) {
         self.base = self.base.wrapping_add(ticks);
@@ -184,7 +177,7 @@ mod tests {
     fn a_deadline_is_never_early_and_hardly_late() {
         for khz in [100_000, 1_000_000, 2_995_201, 3_999_999] {
             let mut clock = TscClock::new(khz);
-            clock.set_tsc(u64::MAX - 1_000_000, Nanos(77));
+            clock.shift(u64::MAX - 1_000_000);
             for now in [0, 5, 1_000_003, 999_999_999_999_u64] {
                 for ahead in [1, 2, 100, 12_345_678, 900_000] {
                     let now = Nanos(now);
@@ -203,7 +196,7 @@ mod tests {
     #[test]
     fn a_deadline_in_the_past_is_now_and_one_beyond_time_is_never() {
         let mut clock = TscClock::new(1_000_000);
-        clock.set_tsc(1_000, Nanos(0));
+        clock.shift(1_000);
         assert_eq!(clock.deadline(5, Nanos(10)), Nanos(10));
         assert_eq!(clock.deadline(1_010, Nanos(10)), Nanos(10));
         assert_eq!(
@@ -215,8 +208,8 @@ mod tests {
     #[test]
     fn writing_the_counter_moves_only_the_base() {
         let mut clock = TscClock::new(2_000_000);
-        let jump = clock.set_tsc(0, Nanos(500));
-        assert_eq!(jump, 0_u64.wrapping_sub(1_000));
+        clock.shift(0_u64.wrapping_sub(1_000));
+        assert_eq!(clock.tsc(Nanos(500)), 0);
         assert_eq!(clock.tsc(Nanos(501)), 2);
     }
 }

@@ -34,8 +34,6 @@ pub const HPET: u64 = 0xfed0_0000;
 /// Local APIC registers, one page, at reset.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 
-/// I/O APIC pins: global system interrupts 0 to 23.
-pub const IO_APIC_PINS: u32 = 24;
 /// Global system interrupts of the PCI interrupt lines: function's pin and slot choose one of
 /// these four, level triggered and active low.
 pub const PCI_INTX_GSI: [u32; 4] = [16, 17, 18, 19];

@@ -84,8 +84,13 @@ const fn kind(kind: PortKind) -> &'static str {
     }
 }
 
-const fn link(up: bool) -> &'static str {
-    if up { "up" } else { "down" }
+/// A port's link; `lost` is an uplink whose link leads nowhere, as beacons say.
+fn link(switch: &Switch, id: PortId, up: bool) -> &'static str {
+    match up {
+        true if switch.is_lost(id) => "lost",
+        true => "up",
+        false => "down",
+    }
 }
 
 /// Numbers or names with commas between them.
@@ -145,7 +150,8 @@ pub fn show(switch: &Switch, behind: &dyn Fn(PortId) -> String) -> String {
     for (port, up, _) in switch.ports() {
         table.number(port.id.0.into()).cell(port.name.as_str());
         table.cell(kind(port.kind)).cell(vlans(port));
-        table.cell(link(up)).cell(behind(port.id));
+        let link = link(switch, port.id, up);
+        table.cell(link).cell(behind(port.id));
     }
     lines(&table, &mut text);
     text
@@ -165,7 +171,7 @@ pub fn port(switch: &Switch, id: PortId) -> String {
         id.0,
         kind(port.kind),
         vlans(port),
-        link(up)
+        link(switch, id, up)
     );
     let allowed = [
         ("protected", port.protected),

@@ -7,6 +7,7 @@ use crate::flow::{Command, FlowMod};
 use crate::key::ether;
 use crate::learn::MAX_LEARNED;
 use crate::mirror::{MAX_MIRRORS, MirrorConfig, MirrorOutput};
+use crate::order::sort;
 use crate::port::{PortConfig, PortKind};
 use crate::rate::Rate;
 use crate::tables::FlowTables;
@@ -149,7 +150,7 @@ fn rate(field: &'static str, rate: Option<Rate>) -> Checked {
 
 /// The first that is there twice.
 fn twice<T: Ord + Clone>(mut all: Vec<T>) -> Option<T> {
-    all.sort();
+    sort(&mut all);
     let pair = all.windows(2).find(|pair| pair.first() == pair.last())?;
     pair.first().cloned()
 }
@@ -162,11 +163,11 @@ fn once<T: Ord + Clone + core::fmt::Display>(field: &'static str, all: Vec<T>) -
 }
 
 impl SwitchConfig {
-    /// Checks all of it.
+    /// Checks all of it; the flows.
     ///
     /// # Errors
     /// The first thing that is wrong, and where.
-    pub fn check(&self) -> Result<(), ConfigError> {
+    pub fn check(&self) -> Result<FlowTables, ConfigError> {
         let at = |place: Place| {
             move |(field, problem)| ConfigError {
                 place,
@@ -186,7 +187,7 @@ impl SwitchConfig {
         for meter in &self.meters {
             check_meter(meter).map_err(at(Place::Meter(meter.id)))?;
         }
-        self.tables().map(|_| ())
+        self.tables()
     }
 
     /// The number of the port of that name.

@@ -44,6 +44,8 @@ pub enum DropCause {
     PassiveUplink,
     /// By another uplink than the guest's (R6).
     ReversePath,
+    /// A beacon, which is for the switch that sent it alone (R8).
+    Beacon,
     /// From uplink to uplink (R1).
     UplinkToUplink,
     /// Between two protected ports.
@@ -90,6 +92,7 @@ impl DropCause {
         (Self::Echo, "echo"),
         (Self::PassiveUplink, "passive-uplink"),
         (Self::ReversePath, "reverse-path"),
+        (Self::Beacon, "beacon"),
         (Self::UplinkToUplink, "uplink-to-uplink"),
         (Self::Protected, "protected"),
         (Self::Unknown, "unknown"),

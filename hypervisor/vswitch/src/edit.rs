@@ -177,8 +177,13 @@ impl Editor {
                 self.v4_word(network, 8, [ttl, protocol])?;
             }
             Field::NwTtl(ttl) if v6 => *self.at(network + 7)? = [ttl],
+            Field::TpSrc(kind) if self.key.is_message() => self.message(0, kind as u8)?,
+            Field::TpDst(code) if self.key.is_message() => self.message(1, code as u8)?,
             Field::TpSrc(port) => self.port(0, port)?,
             Field::TpDst(port) => self.port(2, port)?,
+            Field::NdTarget(target) => self.neighbour(8, target)?,
+            Field::NdSll(MacAddr(mac)) => self.option(1, mac)?,
+            Field::NdTll(MacAddr(mac)) => self.option(2, mac)?,
             Field::ArpOp(op) if arp => *self.at(network + 6)? = [0, op],
             Field::ArpSha(MacAddr(mac)) if arp => *self.at(network + 8)? = mac,
             Field::ArpSpa(address) if arp => *self.at(network + 14)? = address,
@@ -210,7 +215,8 @@ impl Editor {
             *sum = updated(*sum, &old, &new);
         }
         let v4 = header.is_some();
-        if v4 && self.key.nw_proto == proto::ICMPV6 || !v4 && self.key.nw_proto == proto::ICMP {
+        // ICMP's checksum is about the message alone.
+        if self.key.nw_proto == proto::ICMP || v4 && self.key.nw_proto == proto::ICMPV6 {
             return Some(());
         }
         let partial = self.checksum == Checksum::Partial;
@@ -232,8 +238,46 @@ impl Editor {
         if !matches!(protocol, proto::TCP | proto::UDP) || self.transport_sum_offset().is_none() {
             return None;
         }
-        let new = port.to_be_bytes();
-        let old = core::mem::replace(self.at(at + offset)?, new);
+        self.covered(at + offset, port.to_be_bytes())
+    }
+
+    /// Changes the type (0) or the code (1) of an ICMP message.
+    fn message(&mut self, which: usize, to: u8) -> Option<()> {
+        self.transport_sum_offset()?;
+        let at = ROOM + self.layout.transport;
+        let mut pair: [u8; 2] = *self.at(at)?;
+        *pair.get_mut(which)? = to;
+        self.covered(at, pair)
+    }
+
+    /// Changes what is `offset` bytes behind the beginning of a neighbour message (RFC 4861 §4.3).
+    fn neighbour<const N: usize>(&mut self, offset: usize, new: [u8; N]) -> Option<()> {
+        let at = ROOM + self.layout.transport;
+        let &mut [kind, code] = self.at(at)?;
+        let within = self.layout.transport + offset + N <= self.layout.end;
+        let meant = self.key.dl_type == ether::IPV6 && self.key.is_message();
+        if !within || !meant || !matches!((kind, code), (135 | 136, 0)) {
+            return None;
+        }
+        self.covered(at + offset, new)
+    }
+
+    /// Changes the first link-layer address option of that kind.
+    fn option(&mut self, kind: u8, mac: [u8; 6]) -> Option<()> {
+        let mut offset = 24;
+        loop {
+            let &mut [found, units] = self.at(ROOM + self.layout.transport + offset)?;
+            match (found, units) {
+                (_, 0) => return None,
+                (found, 1) if found == kind => return self.neighbour(offset + 2, mac),
+                _ => offset += usize::from(units) * 8,
+            }
+        }
+    }
+
+    /// Changes bytes that the transport's checksum is about.
+    fn covered<const N: usize>(&mut self, offset: usize, new: [u8; N]) -> Option<()> {
+        let old = core::mem::replace(self.at(offset)?, new);
         if self.checksum == Checksum::Full
             && let Some(sum) = self.transport_sum()
         {
@@ -248,6 +292,7 @@ impl Editor {
         let (header, offset) = match self.key.nw_proto {
             proto::TCP => (20, 16),
             proto::UDP => (8, 6),
+            proto::ICMP if self.key.is_message() => (8, 2),
             proto::ICMPV6 => (4, 2),
             _ => return None,
         };
@@ -459,6 +504,62 @@ mod tests {
         assert_eq!(out[30..34], [192, 168, 1, 77]);
     }
 
+    /// A neighbour solicitation with options: something else, the source's address, its own again.
+    fn solicitation() -> Vec<u8> {
+        let mut body = vec![0xfe; 16];
+        body.extend([14, 1, 1, 2, 3, 4, 5, 6, 1, 1, 2, 0, 0, 0, 0, 9]);
+        let mut frame = packet(&[], true, proto::ICMPV6, &body);
+        frame[54..56].copy_from_slice(&[135, 0]);
+        frame[56..58].copy_from_slice(&[0, 0]);
+        let (header, transport) = frame[14..].split_at(40);
+        let sum = !transport_sum(header, transport, true, proto::ICMPV6);
+        frame[56..58].copy_from_slice(&sum.to_be_bytes());
+        frame
+    }
+
+    #[test]
+    fn neighbour_messages_keep_right_checksums() {
+        let frame = solicitation();
+        assert!(is_sound(&frame));
+        let (target, source) = ([0x20; 16], MacAddr([2, 0, 0, 0, 0, 7]));
+        let steps = [Field::NdTarget(target), Field::NdSll(source)].map(Step::Set);
+        let out = edited(&frame, &steps);
+        assert!(is_sound(&out));
+        let key = FlowKey::extract(&out, PortId(1)).unwrap();
+        assert_eq!((key.nd_target, key.arp_sha), (target, source));
+        // There is no such option, and nothing to change.
+        let other = edited(&frame, &[Step::Set(Field::NdTll(source))]);
+        assert_eq!(other, frame);
+        // An option that ends the frame too early is left alone, as is one of no length.
+        let mut broken = frame.clone();
+        broken[78..80].copy_from_slice(&[1, 0]);
+        assert_eq!(edited(&broken, &steps[1..]), broken);
+        assert_eq!(edited(&frame[..90], &steps[1..]), frame[..90]);
+    }
+
+    #[test]
+    fn messages_change_type_and_code_with_their_checksum() {
+        let frame = packet(&[], false, proto::ICMP, &[1, 2, 3]);
+        let mut frame = frame;
+        frame[36..38].copy_from_slice(&[0, 0]);
+        let right = !sum(&frame[34..]);
+        frame[36..38].copy_from_slice(&right.to_be_bytes());
+        let out = edited(
+            &frame,
+            &[
+                Field::TpSrc(11),
+                Field::TpDst(1),
+                Field::NwSrc(ipv4([9, 9, 9, 9])),
+            ]
+            .map(Step::Set),
+        );
+        assert_eq!(out[34..36], [11, 1]);
+        assert_eq!((sum(&out[14..34]), sum(&out[34..])), (0xffff, 0xffff));
+        let frame = solicitation();
+        let out = edited(&frame, &[Field::TpSrc(128), Field::TpDst(9)].map(Step::Set));
+        assert!(is_sound(&out) && out[54..56] == [128, 9]);
+    }
+
     fn field(v6: bool) -> impl Strategy<Value = Field> {
         prop_oneof![
             any::<[u8; 6]>().prop_map(|m| Field::DlSrc(MacAddr(m))),
@@ -477,6 +578,14 @@ mod tests {
             any::<u8>().prop_map(Field::NwTtl),
             any::<u16>().prop_map(Field::TpSrc),
             any::<u16>().prop_map(Field::TpDst),
+        ]
+    }
+
+    fn neighbour_field() -> impl Strategy<Value = Field> {
+        prop_oneof![
+            any::<[u8; 16]>().prop_map(Field::NdTarget),
+            any::<[u8; 6]>().prop_map(|m| Field::NdSll(MacAddr(m))),
+            any::<[u8; 6]>().prop_map(|m| Field::NdTll(MacAddr(m))),
         ]
     }
 
@@ -503,8 +612,18 @@ mod tests {
 
         #[test]
         fn any_bytes_and_steps_are_taken(
-            frame in prop::collection::vec(any::<u8>(), 0..160),
-            fields in prop::collection::vec(field(true), 0..6),
+            frame in prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..160),
+                (0..100usize, 0..94usize, any::<u8>()).prop_map(|(length, at, byte)| {
+                    let mut frame = solicitation();
+                    if let Some(to) = frame.get_mut(at) {
+                        *to = byte;
+                    }
+                    frame.truncate(length);
+                    frame
+                }),
+            ],
+            fields in prop::collection::vec(prop_oneof![field(true), neighbour_field()], 0..6),
             tags in prop::collection::vec(any::<Option<u16>>(), 0..6),
         ) {
             let mut editor = Editor::new(&frame, frame.len(), Checksum::Full);

@@ -4,8 +4,8 @@
 use alloc::vec::Vec;
 
 use crate::PortId;
+pub use crate::fields::Rewrite;
 use crate::key::{FlowKey, Vlan, ether};
-use crate::translate::Field;
 
 /// The priority of a flow that names none (OpenFlow 1.0 §5.3.3).
 pub const DEFAULT_PRIORITY: u16 = 0x8000;
@@ -113,12 +113,8 @@ pub enum Action {
     VlanVid(u16),
     /// Change the tag's priority; without a tag, put one in front.
     VlanPcp(u8),
-    /// Change a field.
-    Set(Field),
-    /// Change the upper six bits of the type of service, given in the lower six of this.
-    Dscp(u8),
-    /// Change its lower two bits.
-    Ecn(u8),
+    /// Change a field, or bits of it, where the frame has it.
+    Set(Rewrite),
     /// Count the time to live down; at its end this list of actions is over.
     DecTtl,
     /// Go on only if a meter lets it pass.

@@ -501,15 +501,4 @@ impl FlowKey {
         }
         out
     }
-
-    /// The bits of both.
-    #[must_use]
-    pub(crate) fn joined(&self, other: &Self) -> Self {
-        let mut out = *self;
-        let words: &mut [u64; KEY_WORDS] = zerocopy::transmute_mut!(&mut out);
-        for (word, other) in words.iter_mut().zip(other.words()) {
-            *word |= other;
-        }
-        out
-    }
 }

@@ -8,8 +8,8 @@
 //! | the frame's headers become a key | [`key`] |
 //! | limits of the port; what was decided for the key before | [`switch`], [`rate`], [`cache`] |
 //! | what the port admits: links, policies, echoes | [`normal`], `policy` |
-//! | flows, as Open vSwitch has them | [`tables`], [`flow`], [`ofctl`], [`translate`] |
-//! | VLANs, addresses, uplinks: the action `normal` | [`normal`], [`port`], [`learn`], [`uplink`] |
+//! | flows, as Open vSwitch has them | [`tables`], [`flow`], [`ofctl`], `fields`, [`translate`] |
+//! | VLANs, addresses, uplinks: the action `normal` | [`normal`], [`port`], [`learn`], [`uplink`], [`beacon`] |
 //! | the gate of each output, and mirrors | [`normal`], [`mirror`] |
 //! | meters, limits of the receivers, captures, counters | [`switch`], [`counters`] |
 //!
@@ -26,16 +26,19 @@ use core::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub mod beacon;
 pub mod cache;
 pub mod config;
 pub mod counters;
 pub mod edit;
+mod fields;
 pub mod flow;
 pub mod key;
 pub mod learn;
 pub mod mirror;
 pub mod normal;
 pub mod ofctl;
+mod order;
 mod policy;
 pub mod port;
 pub mod rate;

@@ -26,6 +26,8 @@
 //! | `flood` and `all` send by the uplink of the frame's own VLAN alone. | To all ports. |
 //! | A mirror's `output_vlan` never goes back to the port that the frame came from, and out by one uplink alone. | To all ports of the VLAN. |
 //! | A port whose link is down neither sends nor receives. | Frames are queued to it all the same. |
+//! | Beacons of such switches end at the uplink that hears them (R8). | No such frames. |
+//! | ICMP's type and code are not changed in later fragments, which have none. | What stands there is changed. |
 //! | Guests that may be, and asked to be, promiscuous see the unicasts of their VLANs. | No such port. |
 
 use alloc::vec::Vec;
@@ -121,6 +123,11 @@ impl<'a> Pass<'a> {
         }
         admitted?;
         if from_uplink {
+            if Core::is_beacon(key) {
+                // Each is listened to.
+                self.lasting = false;
+                return Err(DropCause::Beacon);
+            }
             self.admit_outside(key, now)?;
         }
         Ok(())

@@ -389,6 +389,8 @@ pub(crate) struct Port {
     pub mirror_src: u32,
     pub mirror_dst: u32,
     pub up: bool,
+    /// Beacons say that an uplink leads nowhere, whatever its link says.
+    pub lost: bool,
     /// The guest asked for what is not for it, and may.
     pub sees_all: bool,
     /// It moves to another machine: a gratuitous announcement from outside takes its address away.
@@ -417,6 +419,7 @@ impl Port {
             mirror_src: 0,
             mirror_dst: 0,
             up: true,
+            lost: false,
             sees_all: false,
             leaving: false,
             departed: false,

@@ -12,6 +12,7 @@ use core::fmt;
 
 use arch::Nanos;
 
+use crate::beacon::Beacons;
 use crate::cache::{Cache, Hasher, Notes};
 use crate::config::{ConfigError, SwitchConfig};
 use crate::counters::{Counters, DropCause};
@@ -21,6 +22,7 @@ use crate::key::FlowKey;
 use crate::learn::{self, Table};
 use crate::mirror::{CAPTURE, Capture, Mirror, MirrorOutput, Target};
 use crate::normal::Pass;
+use crate::order::{sort, sort_by};
 use crate::port::{Port, PortConfig, PortKind, VlanSet};
 use crate::rate::Bucket;
 use crate::tables::{FlowTables, TablesError};
@@ -77,12 +79,13 @@ pub(crate) struct Core {
     pub mirrors: Vec<Mirror>,
     pub learned: Table,
     pub announcements: VecDeque<Home>,
+    pub beacons: Beacons,
 }
 
 impl Core {
     fn new(config: &SwitchConfig, hasher: Hasher) -> Self {
         let mut sorted: Vec<&PortConfig> = config.ports.iter().collect();
-        sorted.sort_by_key(|port| port.id);
+        sort_by(&mut sorted, |a, b| a.id < b.id);
         let mut ports: Vec<Port> = Vec::with_capacity(sorted.len());
         ports.extend(
             sorted
@@ -95,6 +98,8 @@ impl Core {
             places.push(u16::try_from(place).unwrap_or(NOWHERE));
         }
         let limits = ports.iter().filter_map(|port| port.config.learning);
+        let uplinks = ports.iter().filter(|port| port.is(PortKind::Uplink));
+        let beacons = Beacons::new(uplinks.map(Port::id), &hasher);
         let mut core = Self {
             learned: Table::new(limits.map(|learning| learning.limit).sum(), hasher),
             ports,
@@ -105,6 +110,7 @@ impl Core {
             teaming: config.teaming.clone(),
             mirrors: Vec::new(),
             announcements: VecDeque::new(),
+            beacons,
         };
         core.index_addresses();
         core.index_listeners();
@@ -119,7 +125,7 @@ impl Core {
             let own = port.config.macs.iter().map(|mac| (*mac, place));
             self.addresses.extend(own);
         }
-        self.addresses.sort_unstable();
+        sort(&mut self.addresses);
     }
 
     fn index_listeners(&mut self) {
@@ -190,11 +196,11 @@ impl Core {
         (place != NOWHERE).then_some(place.into())
     }
 
-    fn port(&self, id: PortId) -> Option<&Port> {
+    pub fn port(&self, id: PortId) -> Option<&Port> {
         self.ports.get(self.place(id)?)
     }
 
-    fn port_mut(&mut self, id: PortId) -> Option<&mut Port> {
+    pub fn port_mut(&mut self, id: PortId) -> Option<&mut Port> {
         let place = self.place(id)?;
         self.ports.get_mut(place)
     }
@@ -240,12 +246,14 @@ impl Core {
     /// Takes over what the switch knew and counted under another configuration, where it still
     /// holds: of ports with the same number, name and kind.
     fn inherit(&mut self, older: &Self) {
+        let heard = self.beacons.inherit(&older.beacons);
         for port in &mut self.ports {
             let same = older.port(port.id()).filter(|older| {
                 older.config.name == port.config.name && older.config.kind == port.config.kind
             });
             if let Some(older) = same {
                 port.inherit(older);
+                port.lost = heard && older.lost;
             }
         }
         self.index_listeners();
@@ -302,20 +310,29 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// A switch of that configuration. Its name is no other switch's. The secret is random and known to nobody: it hides where
-    /// addresses are in tables.
+    /// A switch of that configuration. Its name is no other switch's. The secret is random and
+    /// known to nobody: it hides where addresses are in tables.
     ///
     /// # Errors
     /// What is wrong with the configuration.
     pub fn new(config: SwitchConfig, secret: [u64; 2]) -> Result<Self, ConfigError> {
-        config.check()?;
-        let flows = config.tables()?;
+        let flows = config.check()?;
+        Ok(Self::of(config, flows, secret))
+    }
+
+    /// A switch without ports, in the place of one whose configuration is refused.
+    #[must_use]
+    pub fn empty(secret: [u64; 2]) -> Self {
+        Self::of(SwitchConfig::default(), FlowTables::normal(), secret)
+    }
+
+    fn of(config: SwitchConfig, flows: FlowTables, secret: [u64; 2]) -> Self {
         let hasher = Hasher::new(secret);
         let name = config
             .name
             .bytes()
             .fold(secret[1], |sum, byte| hasher.hash(&[sum, u64::from(byte)]));
-        Ok(Self {
+        Self {
             core: Core::new(&config, hasher.clone()),
             meters: meters(&config),
             flows,
@@ -326,7 +343,7 @@ impl Switch {
             strays: 0,
             hasher,
             config,
-        })
+        }
     }
 
     /// Puts another configuration in its place, whole or not at all. Counters, links, what was
@@ -336,8 +353,7 @@ impl Switch {
     /// # Errors
     /// What is wrong with the configuration; the one before stays.
     pub fn replace(&mut self, config: SwitchConfig) -> Result<(), ConfigError> {
-        config.check()?;
-        let mut flows = config.tables()?;
+        let mut flows = config.check()?;
         flows.inherit(&self.flows);
         let before = self.core.homes();
         let mut core = Core::new(&config, self.hasher.clone());
@@ -404,6 +420,7 @@ impl Switch {
         let (steps, hits, notes) = match cache.look_up(&key, self.generation) {
             Ok(place) => cache.get(place).unwrap_or_default(),
             Err(hash) => {
+                self.core.hear(in_port, &key, header, now);
                 let (notes, lasting) = self.translate(entry, &key, now, None);
                 let Translation { steps, hits, .. } = &self.translation;
                 if lasting {
@@ -530,6 +547,7 @@ impl Switch {
             if let Some(port) = self.core.port_mut(id) {
                 port.up = up;
             }
+            self.core.forget_beacons(id, up);
             self.core.announce_moved(&before);
         } else {
             port.up = up;
@@ -538,8 +556,12 @@ impl Switch {
         Ok(())
     }
 
-    /// Forgets learned addresses that have been silent for too long. Call it about once a second.
+    /// Forgets learned addresses that have been silent for too long, and judges by beacons (R8).
+    /// Call it about once a second, or more often; announcements may be ready after.
     pub fn tick(&mut self, now: Nanos) {
+        if self.core.beat(now) {
+            self.changed();
+        }
         let ageing = self.core.ports.iter().map(|port| {
             let seconds = port.config.learning.map_or(0, |learning| learning.ageing);
             (port.id(), u64::from(seconds) * 1_000_000_000)
@@ -637,7 +659,13 @@ impl Switch {
         Ok(())
     }
 
-    /// The next announcement that is to be sent out of an uplink, as it is: the port, and how much
+    /// Whether beacons say that an uplink leads nowhere, though it has a link (R8).
+    #[must_use]
+    pub fn is_lost(&self, id: PortId) -> bool {
+        self.core.port(id).is_some_and(|port| port.up && port.lost)
+    }
+
+    /// The next announcement or beacon that is to be sent out of an uplink, as it is: the port, and how much
     /// of `frame` it takes.
     pub fn announcement(&mut self, frame: &mut [u8; 64]) -> Option<(PortId, usize)> {
         self.core.announcement(frame)

@@ -12,7 +12,8 @@ use alloc::vec::Vec;
 use core::cmp::Reverse;
 
 use crate::flow::{Action, Command, Flow, FlowMod, LAST_TABLE};
-use crate::key::{FRAG_ANY, FlowKey};
+use crate::key::{FRAG_ANY, FlowKey, KEY_WORDS};
+use crate::order::sort_by;
 
 /// How many flows a switch can have.
 pub const MAX_FLOWS: usize = 1 << 20;
@@ -194,12 +195,8 @@ impl FlowTables {
 
     /// Takes over what `older` counted for flows that are here, too.
     pub(crate) fn inherit(&mut self, older: &Self) {
-        let place = |flow: &Flow| {
-            let words = (*flow.matching.mask().words(), *flow.matching.key().words());
-            (flow.table, flow.priority, words)
-        };
         let mut order: Vec<&Counted> = older.flows.iter().collect();
-        order.sort_by_cached_key(|counted| place(&counted.flow));
+        sort_by(&mut order, |a, b| place(&a.flow) < place(&b.flow));
         for own in &mut self.flows {
             let wanted = place(&own.flow);
             let found = order.binary_search_by(|counted| place(&counted.flow).cmp(&wanted));
@@ -258,7 +255,7 @@ impl FlowTables {
             return Err(TablesError::TooMany(flows.len()));
         }
         let mut by_table: Vec<&Flow> = flows.iter().map(|c| &c.flow).collect();
-        by_table.sort_by_key(|f| Reverse(f.table));
+        sort_by(&mut by_table, |a, b| a.table > b.table);
         // Of each table, how many look-ups it takes at most, and how deep they nest.
         let mut bounds = [(1u32, 1u32); LAST_TABLE as usize + 1];
         for flow in by_table {
@@ -309,16 +306,20 @@ impl Counted {
     }
 }
 
+/// What makes two flows the same: table, priority and match.
+type Identity<'a> = (u8, u16, &'a [u64; KEY_WORDS], &'a [u64; KEY_WORDS]);
+
+fn place(flow: &Flow) -> Identity<'_> {
+    let matching = &flow.matching;
+    let (mask, key) = (matching.mask().words(), matching.key().words());
+    (flow.table, flow.priority, mask, key)
+}
+
 /// Of flows with the same table, priority and match keeps the last.
 fn keep_last(flows: &mut Vec<Counted>) {
-    let place = |flow: &Flow| {
-        let matching = &flow.matching;
-        let words = (*matching.mask().words(), *matching.key().words());
-        (flow.table, flow.priority, words)
-    };
     let mut order: Vec<usize> = (0..flows.len()).collect();
     let at = |index: &usize| flows.get(*index).map(|c| place(&c.flow));
-    order.sort_by(|a, b| at(a).cmp(&at(b)).then(a.cmp(b)));
+    sort_by(&mut order, |a, b| (at(a), a) < (at(b), b));
     let mut stale = alloc::vec![false; flows.len()];
     for (earlier, later) in order.iter().zip(order.iter().skip(1)) {
         if let Some(mark) = stale.get_mut(*earlier) {
@@ -379,13 +380,13 @@ impl FlowMod {
 /// The flows by table and mask.
 fn sorted(flows: &[Counted]) -> Vec<Table> {
     let mut all: Vec<(u32, &Flow)> = (0..).zip(flows.iter().map(|c| &c.flow)).collect();
-    all.sort_by(|(i, a), (j, b)| {
+    sort_by(&mut all, |(i, a), (j, b)| {
         let words = |f: &Flow| (*f.matching.mask().words(), *f.matching.key().words());
-        let rank = |f: &Flow, i: u32| (Reverse(f.priority), i);
-        a.table
-            .cmp(&b.table)
-            .then_with(|| words(a).cmp(&words(b)))
-            .then_with(|| rank(a, *i).cmp(&rank(b, *j)))
+        let order = a.table.cmp(&b.table).then_with(|| words(a).cmp(&words(b)));
+        // The highest priority first; of equals, the one added first.
+        order
+            .then_with(|| (b.priority, i).cmp(&(a.priority, j)))
+            .is_lt()
     });
     let mut tables = Vec::new();
     for of_table in all.chunk_by(|(_, a), (_, b)| a.table == b.table) {
@@ -407,7 +408,7 @@ fn sorted(flows: &[Counted]) -> Vec<Table> {
                 rows,
             });
         }
-        groups.sort_by_key(|g| Reverse(g.top));
+        sort_by(&mut groups, |a: &Group, b| a.top > b.top);
         let id = of_table.first().map_or(0, |(_, f)| f.table);
         tables.push(Table { id, groups });
     }

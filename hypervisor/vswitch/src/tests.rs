@@ -1,5 +1,6 @@
 //! A switch in a small world: ports, frames in, frames out.
 
+mod beacons;
 mod features;
 mod flows;
 mod networks;
@@ -125,11 +126,14 @@ impl World {
         counters.map_or(0, crate::counters::Counters::dropped_in_all)
     }
 
-    /// The announcements that wait: uplink, address, and VLAN if there is a tag.
+    /// The announcements that wait, without beacons: uplink, address, and VLAN if there is a tag.
     pub fn announced(&mut self) -> Vec<(u16, MacAddr, Option<u16>)> {
         let (mut all, mut frame) = (Vec::new(), [0; 64]);
         while let Some((port, length)) = self.switch.announcement(&mut frame) {
             let key = crate::key::FlowKey::extract(&frame[..length], PortId(0)).unwrap();
+            if key.dl_dst == crate::beacon::GROUP {
+                continue;
+            }
             assert_eq!((key.dl_dst, key.dl_type, key.nw_proto), (ALL, 0x8035, 3));
             assert_eq!((key.arp_sha, key.arp_tha), (key.dl_src, key.dl_src));
             let tag = key.vlans[0];

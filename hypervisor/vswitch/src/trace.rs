@@ -152,8 +152,11 @@ impl Datapath<'_> {
             }
             Field::TpSrc(_) | Field::TpDst(_) => match self.key.nw_proto {
                 proto::UDP => "udp",
+                proto::ICMP => "icmp",
+                proto::ICMPV6 => "icmpv6",
                 _ => "tcp",
             },
+            Field::NdTarget(_) | Field::NdSll(_) | Field::NdTll(_) => "nd",
             _ => "arp",
         }
     }
@@ -176,6 +179,8 @@ impl Datapath<'_> {
             Field::NwTos(tos) => write!(f, "tos={tos:#x}"),
             Field::NwTtl(ttl) if v6 => write!(f, "hlimit={ttl}"),
             Field::NwTtl(ttl) => write!(f, "ttl={ttl}"),
+            Field::TpSrc(kind) if self.key.is_message() => write!(f, "type={kind}"),
+            Field::TpDst(code) if self.key.is_message() => write!(f, "code={code}"),
             Field::TpSrc(port) => write!(f, "src={port}"),
             Field::TpDst(port) => write!(f, "dst={port}"),
             Field::ArpOp(op) => write!(f, "op={op}"),
@@ -183,6 +188,9 @@ impl Datapath<'_> {
             Field::ArpTpa(bytes) => write!(f, "tip={}", Ipv4Addr::from(bytes)),
             Field::ArpSha(mac) => write!(f, "sha={mac}"),
             Field::ArpTha(mac) => write!(f, "tha={mac}"),
+            Field::NdTarget(bytes) => write!(f, "target={}", Ipv6Addr::from(bytes)),
+            Field::NdSll(mac) => write!(f, "sll={mac}"),
+            Field::NdTll(mac) => write!(f, "tll={mac}"),
         }
     }
 }

@@ -47,9 +47,9 @@ pub enum Field {
     NwTos(u8),
     /// Time to live or hop limit.
     NwTtl(u8),
-    /// TCP's or UDP's source port.
+    /// TCP's or UDP's source port, or the type of an ICMP message.
     TpSrc(u16),
-    /// TCP's or UDP's destination port.
+    /// TCP's or UDP's destination port, or the code of an ICMP message.
     TpDst(u16),
     /// ARP's operation.
     ArpOp(u8),
@@ -61,6 +61,12 @@ pub enum Field {
     ArpSha(MacAddr),
     /// ARP's target.
     ArpTha(MacAddr),
+    /// The address a neighbour message is about.
+    NdTarget([u8; 16]),
+    /// Its source link-layer address option, if it has one.
+    NdSll(MacAddr),
+    /// Its target link-layer address option, if it has one.
+    NdTll(MacAddr),
 }
 
 /// How many steps a frame can need; what would go beyond is not done.
@@ -175,9 +181,14 @@ impl<'a> Emit<'a> {
                 self.set(from.nw_tos, to.nw_tos, Field::NwTos);
                 self.set(from.nw_ttl, to.nw_ttl, Field::NwTtl);
                 let ported = matches!(to.nw_proto, proto::TCP | proto::UDP);
-                if ported && (from.tp_src, from.tp_dst) != (0, 0) {
+                if to.is_message() || ported && (from.tp_src, from.tp_dst) != (0, 0) {
                     self.set(from.tp_src, to.tp_src, Field::TpSrc);
                     self.set(from.tp_dst, to.tp_dst, Field::TpDst);
+                }
+                if to.is_neighbour() {
+                    self.set(from.nd_target, to.nd_target, Field::NdTarget);
+                    self.set(from.arp_sha, to.arp_sha, Field::NdSll);
+                    self.set(from.arp_tha, to.arp_tha, Field::NdTll);
                 }
             }
             ether::ARP | ether::RARP => {
@@ -333,9 +344,7 @@ impl<N: Normal> Run<'_, '_, '_, N> {
             Action::PopVlan => (*outer, *inner) = (*inner, Vlan::NONE),
             Action::VlanVid(id) => outer.change(0xfff, id),
             Action::VlanPcp(priority) => outer.change(0xe000, u16::from(priority) << 13),
-            Action::Set(field) => key.set(field),
-            Action::Dscp(dscp) => key.nw_tos = (dscp << 2) | (key.nw_tos & 3),
-            Action::Ecn(ecn) => key.nw_tos = (key.nw_tos & 0xfc) | ecn,
+            Action::Set(rewrite) => rewrite.apply(key),
             Action::DecTtl if key.nw_ttl > 1 => key.nw_ttl -= 1,
             Action::DecTtl => {
                 self.out.drop(DropCause::TimeToLive);
@@ -391,6 +400,26 @@ impl FlowKey {
             Field::ArpTpa(address) => self.nw_dst = ipv4(address),
             Field::ArpSha(mac) => self.arp_sha = mac,
             Field::ArpTha(mac) => self.arp_tha = mac,
+            Field::NdTarget(address) => self.nd_target = address,
+            Field::NdSll(mac) => self.arp_sha = mac,
+            Field::NdTll(mac) => self.arp_tha = mac,
         }
+    }
+
+    /// Whether it is an ICMP message's, and not of a later fragment, which has no type.
+    #[must_use]
+    pub const fn is_message(&self) -> bool {
+        matches!(
+            (self.dl_type, self.nw_proto),
+            (ether::IPV4, proto::ICMP) | (ether::IPV6, proto::ICMPV6)
+        ) && self.nw_frag & FRAG_LATER == 0
+    }
+
+    /// Whether it is a neighbour solicitation's or advertisement's.
+    #[must_use]
+    pub const fn is_neighbour(&self) -> bool {
+        self.dl_type == ether::IPV6
+            && self.is_message()
+            && matches!((self.tp_src, self.tp_dst), (135 | 136, 0))
     }
 }

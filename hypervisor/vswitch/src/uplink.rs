@@ -7,11 +7,13 @@
 //! path its unicasts come in by that one only (R6): physical switches that do not know an address
 //! yet flood its frames to all uplinks.
 //!
-//! A failure is seen by the link alone (R8): beacons, which find one further away, are not sent.
+//! A failure is seen by the link and, where there are three uplinks or more, by [`crate::beacon`]s
+//! (R8).
 
 use alloc::vec::Vec;
 
 use crate::key::{Vlan, ether};
+use crate::order::sort;
 use crate::port::{PortKind, Tags};
 use crate::switch::Core;
 use crate::{MacAddr, PortId};
@@ -59,13 +61,16 @@ pub(crate) struct Home {
 }
 
 impl Core {
-    /// The uplinks with a link in a VLAN, by preference.
+    /// The uplinks with a link in a VLAN, by preference; those that are lost only if all are.
     fn usable(&self, vlan: u16) -> impl Iterator<Item = usize> + '_ {
-        let usable = move |place: &usize| {
+        let carries = move |place: &usize| {
             let port = self.ports.get(*place);
             port.is_some_and(|port| port.up && port.vlan.carries(vlan))
         };
-        self.uplinks.iter().copied().filter(usable)
+        let linked = move || self.uplinks.iter().copied().filter(carries);
+        let lost = move |place: &usize| self.ports.get(*place).is_some_and(|port| port.lost);
+        let all_lost = linked().all(|place| lost(&place));
+        linked().filter(move |place| all_lost || !lost(place))
     }
 
     /// The active uplink of a VLAN.
@@ -97,7 +102,7 @@ impl Core {
         for place in 0..self.ports.len() {
             self.homes_of(place, &mut homes);
         }
-        homes.sort_unstable();
+        sort(&mut homes);
         homes.dedup();
         homes
     }
@@ -142,9 +147,12 @@ impl Core {
         self.announcements.extend(homes.iter().take(room));
     }
 
-    /// The next announcement: a RARP request for the address's own (RFC 903), which teaches
+    /// The next beacon, or announcement: a RARP request for the address's own (RFC 903), which teaches
     /// physical switches and asks nobody. The uplink, and how long it is.
     pub(crate) fn announcement(&mut self, frame: &mut [u8; 64]) -> Option<(PortId, usize)> {
+        if let Some(beacon) = self.beacon(frame) {
+            return Some(beacon);
+        }
         loop {
             let home = self.announcements.pop_front()?;
             let place = home.uplink.and_then(|uplink| self.place(uplink));

@@ -19,12 +19,15 @@ use crate::Bytes;
 /// The uplinks' numbers begin here.
 const UPLINK: u16 = 8;
 /// What frames do in the switch beside `normal`.
-const FLOWS: [&str; 9] = [
+const FLOWS: [&str; 12] = [
     "priority=50,udp,tp_dst=53,actions=set_field:10.0.0.9->nw_dst,mod_tp_dst:5353,NORMAL",
     "priority=50,tcp,tcp_flags=+syn-ack,actions=meter:1,NORMAL",
     "priority=50,ip,nw_dst=10.9.0.0/16,actions=push_vlan:0x8100,set_field:4105->vlan_vid,output:1",
     "priority=40,arp,arp_op=2,actions=mod_dl_src:02:00:00:00:00:07,resubmit(,2)",
     "priority=40,icmp6,icmp_type=135,actions=resubmit(,1),resubmit(,2)",
+    "priority=60,icmp6,icmp_type=135,icmp_code=0,actions=set_field:fe80::/16->nd_target,set_field:02:00:00:00:00:07->nd_sll,NORMAL",
+    "priority=50,icmp,actions=set_field:3->icmp_type,set_field:1->icmp_code,resubmit(,2)",
+    "priority=20,dl_vlan=10,actions=set_field:0x1009/0x100f->vlan_vid,set_field:02:00:00:00:00:00/0f:00:00:00:00:00->eth_dst,NORMAL",
     "priority=30,dl_vlan=9,actions=strip_vlan,output:2,NORMAL",
     "table=1,priority=1,ip,actions=mod_nw_tos:184,NORMAL",
     "table=2,actions=output:3,output:8,output:9",
@@ -62,7 +65,9 @@ fn switch(strange: bool) -> Switch {
     };
     let config = SwitchConfig {
         name: "s".into(),
-        ports: [1, 2, 3, 4, UPLINK, UPLINK + 1].map(port).into(),
+        ports: [1, 2, 3, 4, UPLINK, UPLINK + 1, UPLINK + 2]
+            .map(port)
+            .into(),
         mirrors: vec![MirrorConfig {
             name: "m".into(),
             select_all: true,
@@ -102,8 +107,20 @@ pub fn frame(data: &[u8]) {
             break;
         }
         let [port, more] = bytes.take();
-        let port = PortId([1, 2, 3, 4, UPLINK, UPLINK + 1, 77][usize::from(port) % 7]);
+        let port = PortId([1, 2, 3, 4, UPLINK, UPLINK + 1, 77, UPLINK + 2][usize::from(port) % 8]);
         now += u64::from(more) << 20;
+        if more & 8 != 0 {
+            // Beacons and announcements, of which one comes back in place of a frame's beginning.
+            switch.tick(Nanos(now));
+            let mut own = [0; 64];
+            while let Some((from, length)) = switch.announcement(&mut own) {
+                assert!(from.0 >= UPLINK, "{from:?} is no uplink");
+                let decision = switch.decide(&mut cache, port, &own[..length], length, Nanos(now));
+                let outside = |step: &Step| matches!(step, Step::Output(to) if to.0 >= UPLINK);
+                let back = decision.steps.iter().any(outside);
+                assert!(port.0 < UPLINK || !back, "R1: {port:?}");
+            }
+        }
         let frame = bytes.some(200);
         let head = frame.get(..HEADER).unwrap_or(frame);
         let length = match more & 3 {
@@ -120,7 +137,7 @@ pub fn frame(data: &[u8]) {
             editor.apply(step);
             let Step::Output(to) = *step else { continue };
             left += 1;
-            let uplink = |id: PortId| id.0 == UPLINK || id.0 == UPLINK + 1;
+            let uplink = |id: PortId| (UPLINK..UPLINK + 3).contains(&id.0);
             assert!(!(uplink(port) && uplink(to)), "R1: {port:?} to {to:?}");
             assert_ne!(to, PortId(77), "nobody is there");
             let out = editor.header();

@@ -3,6 +3,7 @@
 //! A memory map with overlaps is no input that an emulator's firmware can be made to give; the
 //! host tests of `boot` cover it.
 
+use super::{MONITOR, TO_MONITOR, left_well};
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, QEMU_UEFI, Source, Step};
 use crate::emulator::Extension;
 
@@ -43,12 +44,7 @@ debug_exit = true
 const END: Step = Expect(r"^tessera\| end: status=");
 
 fn rest_went_on(heard: &Heard) -> Result<(), String> {
-    let line = "tessera| vm rest: ended: debug exit, code 1";
-    if heard.all.contains(line) {
-        Ok(())
-    } else {
-        Err(format!("no line `{line}`"))
-    }
+    left_well(heard, &["rest"])
 }
 
 /// What `list` said first and last.
@@ -146,8 +142,8 @@ pub(super) const CASES: &[Case] = &[
                 r"^tessera\| warning: switch lan: port up: no network card of this machine is 00:1f\.7; it has none$",
             ),
             Expect("^#$"),
-            Send("\x140"),
-            Expect(r"^tessera\| keyboard: monitor"),
+            TO_MONITOR,
+            MONITOR,
             Send("flows man\r"),
             Expect(r"^tessera\| no switch is named `man`; there are: twins circle words lan$"),
             Send("port show lan/tap\r"),
@@ -194,6 +190,22 @@ pub(super) const CASES: &[Case] = &[
         steps: &[Told(
             r"^tessera\| .*tessera\.toml:4:\d+: .*unknown key `kernal`",
         )],
+        ..CONFIG
+    },
+    Case {
+        name: "switch-left-out",
+        load: hello(&[
+            "[[switch]]\nname = \"words\"\nflows = [\"ip,actions=set_field:1/1->nw_ttl,normal\"]\n",
+            REST,
+        ]),
+        steps: &[
+            Told(
+                r"^tessera\| error: tessera\.toml:3:10: switch `words`: .*set_field: can not be masked",
+            ),
+            Expect(r"^tessera\| end: status=102 .*switch `words`"),
+        ],
+        on: &[QEMU_BIOS, BOCHS_BIOS],
+        end: Ending::Judged(102, rest_went_on),
         ..CONFIG
     },
     Case {
@@ -441,8 +453,8 @@ autostart = false
         },
         steps: &[
             Expect("^#$"),
-            Send("\x140"),
-            Expect(r"^tessera\| keyboard: monitor"),
+            TO_MONITOR,
+            MONITOR,
             Send("list\r"),
             Expect(r"KiB of memory free$"),
             // Verbs and names.

@@ -1,6 +1,7 @@
 //! The console: who has the keyboard, what the past was, what the monitor answers, and how far a
 //! guest's output gets.
 
+use super::{MONITOR, TO_MONITOR};
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Load, QEMU_BIOS, Source, Step};
 
 use Step::{Expect, ExpectSecond, Refuse, Send, SendSecond, Shown, Told};
@@ -44,7 +45,6 @@ const TWO: Case = Case {
 /// sign is one character, which no other guest's line can cut in two.
 const STARTED: Step =
     Expect(r"(?s)^tessera\| keyboard: one \(Ctrl-T \? for help\)$.*^(two\| )?#$.*^(two\| )?#$");
-const MONITOR: Step = Expect(r"^tessera\| keyboard: monitor");
 /// Nothing that a guest wrote looks like the end.
 const HONEST: Step = Refuse(&[r"tessera\| end:"]);
 
@@ -112,7 +112,7 @@ pub(super) const CASES: &[Case] = &[
         name: "monitor",
         steps: &[
             STARTED,
-            Send("\x140"),
+            TO_MONITOR,
             MONITOR,
             Send("he\t\r"),
             Expect("> help "),
@@ -135,7 +135,7 @@ pub(super) const CASES: &[Case] = &[
             Send("sched one weight=0\r"),
             Expect(r"^tessera\| `weight=0` is out of range: a weight is 1 to 10000$"),
             Send("log 1\r"),
-            Expect(r"^tessera\| keyboard: monitor"),
+            MONITOR,
             Send("sto\tt\t\r"),
             Expect(r"^tessera\| vm two: ended: "),
             // The line before, from the history, and corrected.

@@ -1,6 +1,6 @@
 //! The life of a VM, as a person at the monitor leads it, and what follows each end.
 
-use super::linux;
+use super::{MONITOR, TO_MONITOR, linux};
 use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, Source, Step};
 
 use Step::{Check, Expect, Refuse, Send};
@@ -56,8 +56,6 @@ cmdline = "console"
 memory = "16MiB"
 "#;
 
-const TO_MONITOR: Step = Send("\x140");
-const MONITOR: Step = Expect(r"^tessera\| keyboard: monitor");
 const TICK: Step = Expect(r"^clock\| beat \d+ late");
 const QUIT: Step = Send("quit\r");
 
@@ -271,7 +269,7 @@ pub(super) const CASES: &[Case] = &[
             Expect(r"^tessera\| keyboard: talk"),
             Send("b"),
             Expect("^waiting for the button$"),
-            Send("\x140"),
+            TO_MONITOR,
             MONITOR,
             TICK,
             Refuse(&["button$"]),
@@ -433,16 +431,7 @@ debug_exit = true
     Case {
         name: "linux",
         load: Load::Bundle {
-            config: &[r#"
-[[vm]]
-name = "linux"
-kind = "linux"
-kernel = "vmlinuz"
-initrd = "initrd.cpio"
-cmdline = "console=ttyS0"
-memory = "256MiB"
-vcpus = 2
-"#],
+            config: &[linux::VM, "vcpus = 2\n"],
             files: linux::FILES,
             spoil: None,
         },

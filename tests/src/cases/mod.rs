@@ -13,7 +13,7 @@ mod smp;
 mod switch;
 mod virtio;
 
-use crate::dialogue::{Case, Heard};
+use crate::dialogue::{Case, Heard, Step};
 
 /// The groups of emulator tests, with what they show.
 pub const GROUPS: [(&str, &str); 12] = [
@@ -55,6 +55,11 @@ pub const GROUPS: [(&str, &str); 12] = [
     ),
 ];
 
+/// The monitor gets the keyboard: then no guest's line is broken by another's.
+const TO_MONITOR: Step = Step::Send("\x140");
+/// It has it.
+const MONITOR: Step = Step::Expect(r"^tessera\| keyboard: monitor");
+
 /// Whether these VMs left by their debug-exit port with the code that counts as a good end.
 fn left_well(heard: &Heard, names: &[&str]) -> Result<(), String> {
     for name in names {
@@ -90,7 +95,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::dialogue::{Step, compile};
+    use crate::dialogue::compile;
 
     #[test]
     fn every_case_has_a_known_group_a_name_of_its_own_and_patterns_that_compile() {

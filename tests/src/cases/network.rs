@@ -1,5 +1,6 @@
 //! The machine's network cards, and guests on a switch that is joined to them.
 
+use super::TO_MONITOR;
 use super::guests::HELLO;
 use super::linux::{FAULTS, FILES, LINUX};
 use crate::dialogue::{BOCHS_BIOS, Case, Load, QEMU_BIOS, QEMU_UEFI, Source, Step};
@@ -84,9 +85,8 @@ const LAN: Case = Case {
     ..LINUX
 };
 
-/// The monitor gets the keyboard: then no guest's line is broken by another's.
+/// Somebody has the keyboard.
 pub(super) const KEYBOARD: Step = Expect(r"^tessera\| keyboard: ");
-pub(super) const TO_MONITOR: Step = Send("\x140");
 /// Two or four guests have told their addresses, in any order.
 pub(super) const TWO_LEASES: Step =
     Expect(r"(?s)(^[a-z0-9]+\| eth0: 10\.0\.2\.1[5-9]/24 by DHCP, gateway 10\.0\.2\.2$.*?){2}");

@@ -43,16 +43,7 @@ pub(super) const CASES: &[Case] = &[
         name: "linux",
         on: &[QEMU_BIOS, BOCHS_BIOS],
         load: Load::Bundle {
-            config: &[r#"
-[[vm]]
-name = "linux"
-kind = "linux"
-kernel = "vmlinuz"
-initrd = "initrd.cpio"
-cmdline = "console=ttyS0"
-memory = "256MiB"
-vcpus = 4
-"#],
+            config: &[linux::VM, "vcpus = 4\n"],
             files: linux::FILES,
             spoil: None,
         },

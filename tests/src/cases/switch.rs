@@ -1,13 +1,13 @@
 //! Switches at the monitor: what they tell, and changes while guests talk.
 
 use super::linux::FILES;
-use super::network::{KEYBOARD, TO_MONITOR, TWO_LEASES};
+use super::network::{KEYBOARD, TWO_LEASES};
+use super::{MONITOR, TO_MONITOR};
 use crate::dialogue::{Case, Heard, Load, QEMU_BIOS, Step};
 use crate::emulator::Card;
 
 use Step::{Check, Expect, Refuse, Send};
 
-const MONITOR: Step = Expect(r"^tessera\| keyboard: monitor");
 const PROMPT_A: Step = Expect("^a# ");
 
 /// The lines of pcap that came hold three echo requests and their answers at least, behind the
@@ -74,7 +74,7 @@ kind = "mirror"
         Expect(r"^tessera\| keyboard: b"),
         Send("ip a add 10.9.0.2/24 dev eth0; ip link set eth0 up; echo ready$((1))b\r"),
         Expect("^ready1b$"),
-        Send("\x140"),
+        TO_MONITOR,
         MONITOR,
         Send("switch show\r"),
         Expect(r"^tessera\| switch lan: 4 ports, 1 flows, 0 mirrors, active uplink up$"),
@@ -100,7 +100,7 @@ kind = "mirror"
         // And what it may is done: answers find its new address.
         Send("ip link set eth0 address 02:00:00:00:00:88; ping -c 2 10.9.0.1\r"),
         Expect("^2 packets transmitted, 2 packets received, 0% packet loss$"),
-        Send("\x140"),
+        TO_MONITOR,
         MONITOR,
         Send("capture a off\r"),
         Expect(r"^tessera\| capture of switch lan: over; [0-9]+ frames, 0 lost$"),
@@ -135,7 +135,7 @@ kind = "mirror"
         Expect(r"^tessera\| keyboard: a"),
         Send("echo carrier$(cat /sys/class/net/eth0/carrier)\r"),
         Expect("^carrier0$"),
-        Send("\x140"),
+        TO_MONITOR,
         MONITOR,
         Send("link a up\r"),
         Expect(r"^tessera\| cable in$"),
@@ -146,7 +146,7 @@ kind = "mirror"
         Expect("^2 packets transmitted, 2 packets received, 0% packet loss$"),
         Refuse(&["Call Trace"]),
         // A cable stays out over the VM's end; its next life has its own address again.
-        Send("\x140"),
+        TO_MONITOR,
         MONITOR,
         Send("link b down\r"),
         Expect(r"^tessera\| cable out$"),

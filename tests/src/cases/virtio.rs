@@ -4,11 +4,10 @@
 //! see [`super::hostile`]. The attacker looks itself whether a device asks for a reset or works,
 //! and whether a driver that begins anew is served; here the neighbours are judged, and the log.
 
-use super::hostile::{BEATEN, beats_within, heartbeat};
+use super::hostile::{self, BEATEN, beats_within, explained_by, heartbeat};
 use super::left_well;
 use super::network::talker;
-use crate::dialogue::{BOCHS_BIOS, Case, Ending, Heard, Load, QEMU_BIOS, Source, Step};
-use crate::emulator::Pace;
+use crate::dialogue::{Case, Ending, Heard, Load, Source, Step};
 
 use Step::{Expect, Send};
 
@@ -33,27 +32,32 @@ const FILES: &[(&str, Source)] = &[
     ("guest-hostile", Source::Made("guest-hostile")),
 ];
 const PEER: &str = talker!("peer", "ip=10.9.0.9/24 stay=10");
-/// The greatest lateness of the heartbeat, in microseconds: slices of an attacker and a peer, and
-/// the batches of frames that a core moves in one go, which nobody has derived a bound for.
-const BOUND: u64 = 40_000;
+/// Instructions of the longest work that a doorbell of the attacker makes before others may have the
+/// core: two batches of frames (`BATCHES` in `kernel::network`). A batch is 32 frames, no two alike,
+/// at 3,500 instructions each (`bench switch`); or as much as fits its buffer, four frames of 64 KiB.
+/// Such a frame takes as well a step of copying for each 8 bytes, and four for each 8 bytes of a
+/// checksum to be put in: 45,000, or 360,000 for the eight of them. What is cut into segments fills
+/// the peer's 32 buffers at most, at 3,500 each, as the peer does not run meanwhile; what finds no
+/// buffer ends there. The other devices' work is shorter: 256 random bytes, 64 pieces of text.
+const LONGEST_DOORBELL: u64 = 360_000 + 32 * 3_500;
 
-/// The heartbeat was right, and the log tells of nothing worse than a device to be reset.
-fn neighbours_are_sound(heard: &Heard) -> Result<(), String> {
+/// The heartbeat was right, beside so many vCPUs of the attacker and a peer, whose exits are short
+/// but for first touches; and the log tells of nothing worse than a device to be reset.
+fn neighbours_are_sound(heard: &Heard, attackers: u64) -> Result<(), String> {
     let worse = |line: &&str| {
         line.starts_with("tessera| error") || line.contains("crashed") || line.contains("panic")
     };
     if let Some(line) = heard.all.lines().find(worse) {
         return Err(format!("the log says `{line}`"));
     }
-    beats_within(heard, BOUND)
+    let bound = explained_by(heard, attackers + 1, attackers * LONGEST_DOORBELL);
+    beats_within(heard, bound)
 }
 
 const BESIDE: Case = Case {
     group: "virtio",
-    on: &[QEMU_BIOS, BOCHS_BIOS],
-    pace: Pace::Even,
     deadline: 150,
-    ..Case::BASE
+    ..hostile::BESIDE
 };
 
 const fn survives(name: &'static str, config: &'static [&'static str]) -> Case {
@@ -65,12 +69,14 @@ const fn survives(name: &'static str, config: &'static [&'static str]) -> Case {
             spoil: None,
         },
         steps: &[Expect(r"^tessera\| end: status=0 ")],
-        end: Ending::Judged(0, |heard| {
-            left_well(heard, &["hostile", "peer"])?;
-            neighbours_are_sound(heard)
-        }),
+        end: Ending::Judged(0, |heard| survived(heard, 1)),
         ..BESIDE
     }
+}
+
+fn survived(heard: &Heard, attackers: u64) -> Result<(), String> {
+    left_well(heard, &["hostile", "peer"])?;
+    neighbours_are_sound(heard, attackers)
 }
 
 pub(super) const CASES: &[Case] = &[
@@ -93,14 +99,17 @@ pub(super) const CASES: &[Case] = &[
             heartbeat!("100"),
         ],
     ),
-    survives(
-        "races",
-        &[
-            attacker!("ring-races ring-resets ring-messages", 2),
-            PEER,
-            heartbeat!("100"),
-        ],
-    ),
+    Case {
+        end: Ending::Judged(0, |heard| survived(heard, 2)),
+        ..survives(
+            "races",
+            &[
+                attacker!("ring-races ring-resets ring-messages", 2),
+                PEER,
+                heartbeat!("100"),
+            ],
+        )
+    },
     survives(
         "frames",
         &[
@@ -116,7 +125,7 @@ pub(super) const CASES: &[Case] = &[
             Send("\x14x"),
             Expect(r"^tessera\| end: status=0 left at the console"),
         ],
-        end: Ending::Judged(0, neighbours_are_sound),
+        end: Ending::Judged(0, |heard| neighbours_are_sound(heard, 1)),
         ..survives(
             "flood",
             &[attacker!("net-flood", 1), PEER, heartbeat!("20")],

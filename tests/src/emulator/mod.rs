@@ -203,7 +203,7 @@ impl FromStr for Wire {
                 remote,
             }),
             _ => Err(format!(
-                "`{text}` is not PORT:HOST:PORT, for instance 4000:localhost:4001"
+                "`{text}` is neither PORT:HOST:PORT, as 4000:localhost:4001 is, nor PORT:PORT"
             )),
         }
     }

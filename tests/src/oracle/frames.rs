@@ -340,6 +340,8 @@ fn read(frame: &[u8]) -> Option<Sound> {
             }
             Some(transport_sound(body, &rest[8..40], protocol, true))
         }
+        // A length: what SNAP names behind it is not checked here.
+        0..0x600 => None,
         // A third tag hides what is behind it until another goes.
         ether::VLAN | ether::SERVICE_VLAN => None,
         _ => Some(Sound {

@@ -21,8 +21,8 @@ use crate::process::{Process, limited};
 
 /// Where Debian has the database's schema.
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
-/// Longer than a million cases take.
-const LIMIT: Duration = Duration::from_secs(1500);
+/// Longer than a million cases take on a busy machine.
+const LIMIT: Duration = Duration::from_secs(7200);
 
 /// A bridge whose frames go through Open vSwitch's userspace datapath.
 pub struct Userspace {
@@ -200,12 +200,14 @@ impl Daemons {
                 .collect()
         };
         for mirror in &config.mirrors {
-            let MirrorOutput::Port(to) = mirror.output else {
-                bail!("a mirror without a port was made");
+            let (to, vlan) = match mirror.output {
+                MirrorOutput::Port(to) => (vec![to], None),
+                MirrorOutput::Vlan(vlan) => (vec![], Some(vlan.get())),
+                MirrorOutput::Capture => bail!("a mirror into a capture was made"),
             };
             let (source, target) = (names(&mirror.select_src), names(&mirror.select_dst));
             let mut used: Vec<&str> = source.iter().chain(&target).copied().collect();
-            let output = names(&[to]);
+            let output = names(&to);
             used.extend(&output);
             used.sort_unstable();
             used.dedup();
@@ -217,12 +219,17 @@ impl Daemons {
                 refs.join(",")
             };
             let mut line = format!(
-                "-- --id=@m_{0} create mirror name={0} select_all={1} output_port={2}",
-                mirror.name,
-                mirror.select_all,
-                refs(&output)
+                "-- --id=@m_{0} create mirror name={0} select_all={1}",
+                mirror.name, mirror.select_all,
             );
-            for (column, names) in [("select_src_port", &source), ("select_dst_port", &target)] {
+            if let Some(vlan) = vlan {
+                line += &format!(" output_vlan={vlan}");
+            }
+            for (column, names) in [
+                ("select_src_port", &source),
+                ("select_dst_port", &target),
+                ("output_port", &output),
+            ] {
                 if !names.is_empty() {
                     line += &format!(" {column}={}", refs(names));
                 }
@@ -255,6 +262,14 @@ impl Daemons {
             flows => flows,
         };
         let socket = format!("unix:{}", self.dir.join("br0.mgmt").display());
+        for meter in &world.config.meters {
+            let text = format!(
+                "meter={},pktps,band=type=drop,rate={}",
+                meter.id, meter.rate
+            );
+            let words = ["-O", "OpenFlow13", "add-meter", &socket, &text];
+            run(&self.dir, "ovs-ofctl", &words)?;
+        }
         let file = self.dir.join("flows");
         for (version, old) in [("OpenFlow10", true), ("OpenFlow13", false)] {
             let chosen = flows.iter().filter(|f| is_old(f) == old);
@@ -364,7 +379,8 @@ impl Traced {
     /// source, or there was more than one `normal`, or addresses were changed.
     pub fn learned_itself(&self, key: &FlowKey) -> bool {
         let normals = self.text.matches("    NORMAL\n").count();
-        let changed = self.text.contains("->eth_") || self.text.contains("mod_dl_");
+        let changes = ["->eth_", "mod_dl_", "->NXM_OF_ETH_"];
+        let changed = changes.iter().any(|word| self.text.contains(word));
         let mattered = key.dl_src == key.dl_dst || normals > 1 || changed;
         mattered && self.text.contains(LEARNED)
     }
@@ -456,6 +472,11 @@ fn apply(action: &str, key: &mut FlowKey, outputs: &mut Vec<Output>) -> Result<(
         key.vlans = [tag, key.vlans[0]];
         return Ok(());
     }
+    if name == "meter" {
+        // The datapath counts them from 0, in the order in which they were made.
+        key.reserved[0] |= 1 << (inner.parse::<u8>()? + 1);
+        return Ok(());
+    }
     if name == "userspace" {
         // Tells a controller that a time to live is over.
         return Ok(());
@@ -466,37 +487,63 @@ fn apply(action: &str, key: &mut FlowKey, outputs: &mut Vec<Output>) -> Result<(
         let (name, value) = word.split_once('=').context("no value")?;
         let (value, mask) = value.split_once('/').unwrap_or((value, ""));
         let low = |old: u8| -> Result<u8> {
-            let mask = if mask.is_empty() {
-                0xff
-            } else {
-                number(mask)? as u8
-            };
-            Ok((old & !mask) | (number(value)? as u8 & mask))
+            let mask = if mask.is_empty() { 0xff } else { number(mask)? };
+            Ok((old & !(mask as u8)) | (number(value)? & mask) as u8)
         };
-        ensure!(
-            mask.is_empty() || matches!(name, "tos" | "tclass"),
-            "masked {word}"
-        );
-        let v4 =
-            |text: &str| -> Result<[u8; 4]> { Ok(text.parse::<std::net::Ipv4Addr>()?.octets()) };
+        let word = |old: u16| -> Result<u16> {
+            let mask = if mask.is_empty() {
+                0xffff
+            } else {
+                number(mask)?
+            };
+            Ok((old & !mask) | (number(value)? & mask))
+        };
+        let link = |MacAddr(mut old): MacAddr| -> Result<MacAddr> {
+            let all = MacAddr::BROADCAST;
+            let mask = if mask.is_empty() { all } else { mac(mask)? };
+            merge(&mut old, mac(value)?.0, mask.0);
+            Ok(MacAddr(old))
+        };
+        let ip = |mut old: [u8; 16]| -> Result<[u8; 16]> {
+            let mask = match mask {
+                "" => [0xff; 16],
+                mask => address(mask)?,
+            };
+            merge(&mut old, address(value)?, mask);
+            Ok(old)
+        };
+        let v4 = |old: [u8; 16]| -> Result<[u8; 4]> {
+            let [.., a, b, c, d] = ip(old)?;
+            Ok([a, b, c, d])
+        };
         key.set(match (header, name) {
-            ("eth", "src") => Field::DlSrc(mac(value)?),
-            ("eth", "dst") => Field::DlDst(mac(value)?),
-            ("ipv4" | "ipv6", "src") => Field::NwSrc(address(value)?),
-            ("ipv4" | "ipv6", "dst") => Field::NwDst(address(value)?),
+            ("eth", "src") => Field::DlSrc(link(key.dl_src)?),
+            ("eth", "dst") => Field::DlDst(link(key.dl_dst)?),
+            ("ipv4" | "ipv6", "src") => Field::NwSrc(ip(key.nw_src)?),
+            ("ipv4" | "ipv6", "dst") => Field::NwDst(ip(key.nw_dst)?),
             ("ipv4", "tos") | ("ipv6", "tclass") => Field::NwTos(low(key.nw_tos)?),
             ("ipv4", "ttl") | ("ipv6", "hlimit") => Field::NwTtl(low(key.nw_ttl)?),
             // Repeated as they are.
             ("ipv4" | "ipv6", "proto" | "frag" | "label") => continue,
-            ("tcp" | "udp", "src") => Field::TpSrc(number(value)?),
-            ("tcp" | "udp", "dst") => Field::TpDst(number(value)?),
-            ("arp", "op") => Field::ArpOp(low(0)?),
-            ("arp", "sip") => Field::ArpSpa(v4(value)?),
-            ("arp", "tip") => Field::ArpTpa(v4(value)?),
-            ("arp", "sha") => Field::ArpSha(mac(value)?),
-            ("arp", "tha") => Field::ArpTha(mac(value)?),
+            ("tcp" | "udp", "src") | ("icmp" | "icmpv6", "type") => Field::TpSrc(word(key.tp_src)?),
+            ("tcp" | "udp", "dst") | ("icmp" | "icmpv6", "code") => Field::TpDst(word(key.tp_dst)?),
+            ("arp", "op") => Field::ArpOp(low(key.nw_proto)?),
+            ("arp", "sip") => Field::ArpSpa(v4(key.nw_src)?),
+            ("arp", "tip") => Field::ArpTpa(v4(key.nw_dst)?),
+            ("arp", "sha") => Field::ArpSha(link(key.arp_sha)?),
+            ("arp", "tha") => Field::ArpTha(link(key.arp_tha)?),
+            ("nd", "target") => Field::NdTarget(ip(key.nd_target)?),
+            ("nd", "sll") => Field::NdSll(link(key.arp_sha)?),
+            ("nd", "tll") => Field::NdTll(link(key.arp_tha)?),
             _ => bail!("unknown {header} {name}"),
         });
     }
     Ok(())
+}
+
+/// Puts those bits of `value` into `old` that are in `mask`.
+fn merge<const N: usize>(old: &mut [u8; N], value: [u8; N], mask: [u8; N]) {
+    for ((old, value), mask) in old.iter_mut().zip(value).zip(mask) {
+        *old = (*old & !mask) | (value & mask);
+    }
 }

@@ -1,10 +1,15 @@
 //! Random switches and flows, within what both switches can do.
 
-use vswitch::config::SwitchConfig;
-use vswitch::key::ether;
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use anyhow::{Context, Result, ensure};
+use arch::Nanos;
+use vswitch::cache::Cache;
+use vswitch::config::{MeterConfig, SwitchConfig};
+use vswitch::key::{Vlan, ether};
 use vswitch::mirror::{MirrorConfig, MirrorOutput};
 use vswitch::port::{Learning, PortConfig, PortKind, PriorityTags, VlanMode};
-use vswitch::{MacAddr, PortId};
+use vswitch::{MacAddr, PortId, Switch, VlanId};
 
 use super::random::Random;
 
@@ -21,6 +26,8 @@ pub struct World {
     pub config: SwitchConfig,
     /// No flows: all is `normal`.
     pub plain: bool,
+    /// Addresses that ports have learned, in each of their VLANs.
+    learned: Vec<(MacAddr, PortId)>,
 }
 
 /// Whether a port is in a VLAN.
@@ -66,6 +73,7 @@ impl World {
     pub fn random(random: &mut Random) -> Self {
         let plain = random.once_in(2);
         let mirrored = random.once_in(3);
+        let into_vlan = plain && mirrored && random.once_in(3);
         // Where what is dropped differs by rules, so would its copies.
         let alike = !plain || mirrored;
         let guests = 2 + random.below(4);
@@ -75,7 +83,7 @@ impl World {
             ..SwitchConfig::default()
         };
         config.teaming.reverse_path = false;
-        for id in 1..=guests + uplinks + usize::from(mirrored) {
+        for id in 1..=guests + uplinks + usize::from(mirrored && !into_vlan) {
             let kind = match id {
                 id if id <= guests => PortKind::Vnic,
                 id if id <= guests + uplinks => PortKind::Uplink,
@@ -101,18 +109,62 @@ impl World {
             config.ports.push(port);
         }
         if mirrored {
-            config.mirrors = vec![mirror(random, &config.ports, plain)];
+            config.mirrors = vec![mirror(random, &config.ports, plain, into_vlan)];
         }
         if !plain {
-            config.flows = flows(random, &config.ports, mirrored);
+            config.meters = (1..=random.below(3) as u32).map(meter).collect();
+            config.flows = flows(random, &config.ports, mirrored, config.meters.len());
         }
-        Self { config, plain }
+        let mut learned = Vec::new();
+        let learning = config.ports.iter().filter(|p| p.learning.is_some());
+        let learning: Vec<PortId> = learning.map(|port| port.id).collect();
+        for number in 6..8 {
+            if plain && !learning.is_empty() && random.once_in(2) {
+                learned.push((mac(number), random.pick(&learning)));
+            }
+        }
+        Self {
+            config,
+            plain,
+            learned,
+        }
     }
 
-    /// Guests' addresses.
+    /// Addresses that are known: guests' own, and learned ones.
     pub fn homes(&self) -> impl Iterator<Item = (MacAddr, &PortConfig)> {
         let ports = self.config.ports.iter();
-        ports.flat_map(|port| port.macs.iter().map(move |mac| (*mac, port)))
+        let own = ports.flat_map(|port| port.macs.iter().map(move |mac| (*mac, port)));
+        let port = |id: PortId| self.config.ports.iter().find(move |port| port.id == id);
+        let learned = self.learned.iter();
+        own.chain(learned.filter_map(move |(mac, id)| Some((*mac, port(*id)?))))
+    }
+
+    /// Has the switch learn what there is to learn, by a frame from each port in each of its VLANs.
+    pub fn teach(&self, switch: &mut Switch) -> Result<()> {
+        let mut cache = Cache::new(4, [1, 2]);
+        for (mac, id) in &self.learned {
+            let port = self.config.ports.iter().find(|port| port.id == *id);
+            let port = port.context("a port")?;
+            let vlans = || VLANS.iter().chain(&EDGES);
+            for vlan in vlans().filter(|vlan| carries(port, **vlan)) {
+                let mut frame = [[0xff; 6], mac.0].concat();
+                // Without a tag, else with that of the VLAN; a tunnel puts its own in front.
+                let tagged = [0]
+                    .iter()
+                    .chain(vlans())
+                    .find(|id| admits(port, **id) && vlan_of(port, **id) == *vlan);
+                if let Some(id @ 1..) = tagged {
+                    frame.extend(ether::VLAN.to_be_bytes());
+                    frame.extend(id.to_be_bytes());
+                }
+                frame.extend([0x12, 0x34]);
+                frame.resize(60, 0);
+                switch.decide(&mut cache, port.id, &frame, frame.len(), Nanos::ZERO);
+                let known = switch.learned().any(|e| e.mac == *mac && e.vlan == *vlan);
+                ensure!(known, "{mac} was not learned in VLAN {vlan}");
+            }
+        }
+        Ok(())
     }
 
     /// The ports, for a report.
@@ -176,14 +228,33 @@ fn vlans(random: &mut Random, port: &mut PortConfig, plain: bool, mirrored: bool
     ]);
 }
 
-fn mirror(random: &mut Random, ports: &[PortConfig], plain: bool) -> MirrorConfig {
+const fn meter(id: u32) -> MeterConfig {
+    MeterConfig {
+        id,
+        frames: true,
+        rate: 1000,
+        burst: 1000,
+    }
+}
+
+/// A mirror to the last port, or into a VLAN.
+fn mirror(random: &mut Random, ports: &[PortConfig], plain: bool, into_vlan: bool) -> MirrorConfig {
     let ids: Vec<PortId> = ports.iter().map(|p| p.id).collect();
-    let (output, sources) = ids.split_last().expect("there are ports");
+    let (last, others) = ids.split_last().expect("there are ports");
+    let (output, sources) = match into_vlan {
+        true => {
+            let vlan = VlanId::new(random.pick(&VLANS[1..])).expect("a VLAN");
+            (MirrorOutput::Vlan(vlan), &*ids)
+        }
+        false => (MirrorOutput::Port(*last), others),
+    };
     MirrorConfig {
         name: "m1".to_owned(),
         select_all: plain && random.once_in(3),
         select_src: random.some(sources),
-        select_dst: if plain {
+        // A copy of what leaves has the form of one of the frame's outputs, and which is not said:
+        // a port that gets nothing but copies can forget its tags, a VLAN cannot.
+        select_dst: if plain && !into_vlan {
             random.some(sources)
         } else {
             Vec::new()
@@ -193,12 +264,12 @@ fn mirror(random: &mut Random, ports: &[PortConfig], plain: bool) -> MirrorConfi
         } else {
             Vec::new()
         },
-        output: MirrorOutput::Port(*output),
+        output,
     }
 }
 
 /// Flows for a switch: in every table of different priorities, and something to do with the rest.
-fn flows(random: &mut Random, ports: &[PortConfig], mirrored: bool) -> Vec<String> {
+fn flows(random: &mut Random, ports: &[PortConfig], mirrored: bool, meters: usize) -> Vec<String> {
     let ids: Vec<u16> = ports
         .iter()
         .filter(|p| p.kind != PortKind::Mirror)
@@ -208,7 +279,7 @@ fn flows(random: &mut Random, ports: &[PortConfig], mirrored: bool) -> Vec<Strin
     for table in 0..4u8 {
         for rank in 0..2 + random.below(6) {
             let priority = (rank as u16 + 1) * 10;
-            flows.push(flow(random, table, priority, &ids, !mirrored));
+            flows.push(flow(random, table, priority, &ids, !mirrored, meters));
         }
         if !random.once_in(4) {
             let rest = if random.once_in(4) { "drop" } else { "normal" };
@@ -219,7 +290,14 @@ fn flows(random: &mut Random, ports: &[PortConfig], mirrored: bool) -> Vec<Strin
 }
 
 /// A flow that both switches take.
-pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods: bool) -> String {
+pub fn flow(
+    random: &mut Random,
+    table: u8,
+    priority: u16,
+    ports: &[u16],
+    floods: bool,
+    meters: usize,
+) -> String {
     let mut fields: Vec<String> = vec![format!("table={table}"), format!("priority={priority}")];
     if random.once_in(4) {
         fields.push(format!("cookie={:#x}", random.number() >> 8));
@@ -237,7 +315,10 @@ pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods
         }
     };
     let word = |random: &mut Random| random.number() as u16;
-    let (port, vlan) = (random.pick(ports), random.pick(&VLANS));
+    let (mut port, vlan) = (random.pick(ports).to_string(), random.pick(&VLANS));
+    if random.once_in(8) {
+        port = "LOCAL".to_owned();
+    }
     some(random, format!("in_port={port}"), &mut fields);
     let (tagged, mut odd) = (random.once_in(3), false);
     if tagged {
@@ -332,8 +413,10 @@ pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods
         some(random, "icmp_type=8".to_owned(), &mut fields);
         some(random, "icmp_code=0".to_owned(), &mut fields);
     }
+    let mut message = "";
     if kind == "icmp6" && random.once_in(2) {
         let (kind, link) = random.pick(&[(135, "nd_sll"), (136, "nd_tll")]);
+        message = link;
         fields.push(format!("icmp_type={kind},icmp_code=0"));
         let target = v6(random);
         some(random, format!("nd_target={target}"), &mut fields);
@@ -347,6 +430,8 @@ pub fn flow(random: &mut Random, table: u8, priority: u16, ports: &[u16], floods
         is_arp,
         tagged,
         odd,
+        message,
+        meters,
     };
     let actions = actions(random, table, ports, floods, &of);
     format!("{},actions={actions}", fields.join(","))
@@ -361,6 +446,66 @@ struct Kind<'a> {
     tagged: bool,
     /// Bits of the tag are matched as only OpenFlow 1.0 can.
     odd: bool,
+    /// The option of the neighbour messages that it is about.
+    message: &'a str,
+    meters: usize,
+}
+
+/// A field of which some bits are set; none where there is no such field.
+fn masked(random: &mut Random, end: &str, of: &Kind<'_>, tags: u32) -> String {
+    let (value, mask) = (random.number(), random.number());
+    let byte = |number: u64, at: u32| (number >> (8 * at)) as u8;
+    let bytes = |number: u64| [0, 1, 2, 3, 4, 5].map(|at| byte(number, at));
+    let link = || {
+        // Neither groups nor the reserved ones.
+        let mask = mask & !1;
+        let (value, mask) = (MacAddr(bytes(value & mask)), MacAddr(bytes(mask)));
+        format!("{value}/{mask}")
+    };
+    let v4 = |random: &mut Random| {
+        if random.once_in(2) {
+            return format!("10.{}.0.0/16", random.below(4));
+        }
+        let address = |n: u64| Ipv4Addr::from_bits(n as u32);
+        format!("{}/{}", address(value & mask), address(mask | 1))
+    };
+    let v6 = |random: &mut Random| {
+        // Open vSwitch takes a mask that begins with a decimal digit for a prefix's length.
+        let address = |n: u64| Ipv6Addr::from_bits(0xffff << 112 | u128::from(n) << 32 | 3);
+        match random.once_in(2) {
+            true => format!("fe80:{:x}::/32", random.below(4)),
+            false => format!("{}/{}", address(value & mask), address(mask)),
+        }
+    };
+    let ports = ["tcp", "udp"].into_iter().find(|p| of.kind.starts_with(p));
+    match random.below(4) {
+        0 => format!("set_field:{}->eth_{end}", link()),
+        1 if tags > 0 => {
+            let (id, mask) = (value as u16 & 0x7ff, mask as u16 & 0xfff);
+            let value = Vlan::PRESENT | id & mask;
+            format!("set_field:{value:#x}/{:#x}->vlan_vid", mask | Vlan::PRESENT)
+        }
+        2 if of.is_arp => {
+            let which = random.pick(&["sha", "tha"]);
+            format!("set_field:{}->arp_{which}", link())
+        }
+        _ if of.is_arp => {
+            let which = random.pick(&["spa", "tpa"]);
+            format!("set_field:{}->arp_{which}", v4(random))
+        }
+        2 if !of.message.is_empty() => match random.once_in(2) {
+            true => format!("set_field:{}->nd_target", v6(random)),
+            false => format!("set_field:{}->{}", link(), of.message),
+        },
+        2 if ports.is_some() => {
+            let (value, mask) = (value as u16, mask as u16 | 1);
+            let name = ports.unwrap_or_default();
+            format!("set_field:{:#x}/{mask:#x}->{name}_{end}", value & mask)
+        }
+        _ if of.is_v6 => format!("set_field:{}->ipv6_{end}", v6(random)),
+        _ if of.is_ip => format!("set_field:{}->ip_{end}", v4(random)),
+        _ => String::new(),
+    }
 }
 
 fn actions(random: &mut Random, table: u8, ports: &[u16], floods: bool, of: &Kind<'_>) -> String {
@@ -368,13 +513,17 @@ fn actions(random: &mut Random, table: u8, ports: &[u16], floods: bool, of: &Kin
     // OpenFlow 1.0 changes tags that need not be there, 1.3 pushes them; no version does both.
     let old = of.odd || random.once_in(3);
     let mut tags = u32::from(of.tagged);
+    if !old && of.meters != 0 && random.once_in(3) {
+        actions.push(format!("meter:{}", 1 + random.below(of.meters)));
+    }
     for _ in 0..random.below(6) {
         let (id, pcp) = (random.pick(&VLANS), random.below(8));
         let address = mac(random.below(8) as u8);
         let v4 = format!("10.0.0.{}", random.below(5));
         let v6 = format!("fe80::{}", random.below(5));
         let end = random.pick(&["src", "dst"]);
-        let action = match random.below(15) {
+        let action = match random.below(22) {
+            0 if random.once_in(10) => "LOCAL".to_owned(),
             0 | 1 => format!("output:{}", random.pick(ports)),
             2 if floods => random.pick(&["flood", "all"]).to_owned(),
             2 => "in_port".to_owned(),
@@ -424,8 +573,27 @@ fn actions(random: &mut Random, table: u8, ports: &[u16], floods: bool, of: &Kin
             12 if of.kind.starts_with("tcp") || of.kind.starts_with("udp") => {
                 format!("mod_tp_{end}:{}", random.pick(&PORTS))
             }
+            13 if of.kind == "icmp" || of.kind == "icmp6" => {
+                let name = if of.is_v6 { "icmpv6" } else { "icmp" };
+                match random.below(3) {
+                    0 => format!("set_field:{}->{name}_code", random.below(3)),
+                    _ => format!(
+                        "set_field:{}->{name}_type",
+                        random.pick(&[0, 8, 128, 135, 136])
+                    ),
+                }
+            }
+            14 | 15 if !of.message.is_empty() => match random.below(2) {
+                0 => format!("set_field:{v6}->nd_target"),
+                _ => format!("set_field:{address}->{}", of.message),
+            },
+            // In OpenFlow 1.0 a mask gets lost.
+            16..=20 if !old => masked(random, end, of, tags),
             _ => continue,
         };
+        if action.is_empty() {
+            continue;
+        }
         actions.push(action);
     }
     if table < 3 && !old && random.once_in(5) {

@@ -90,16 +90,6 @@ pub unsafe fn save_host(page: u64) {
     unsafe { asm!("vmsave rax", in("rax") page, options(nostack, preserves_flags)) };
 }
 
-/// Opens a window for the interrupts that are pending on this core, and closes it again: to be
-/// called after [`arch::Exit::ExternalInterrupt`]`(None)`.
-///
-/// # Safety
-/// The core's IDT handles what may come, and the caller holds no lock that a handler takes.
-pub unsafe fn take_interrupts() {
-    // SAFETY: by the contract above. The NOP is the STI shadow; interrupts are taken behind it.
-    unsafe { asm!("sti", "nop", "nop", "cli", options(nostack)) };
-}
-
 /// Writes DR0 to DR3.
 ///
 /// # Safety

@@ -148,13 +148,11 @@ pub fn rare(vmcb: &Vmcb, features: &SvmFeatures) -> Exit {
             };
             Exit::Cr(CrAccess { register, op })
         }
-        code::DR_READ..code::EXCEPTION => match debug_register(code & 15) {
-            Some(register) => Exit::Dr {
-                register,
-                write: code >= code::DR_WRITE,
-                gpr: assists.then(|| gpr(info1)),
-            },
-            None => unknown,
+        // DR8 to DR15 are none.
+        code::DR_READ..code::EXCEPTION if code & 8 == 0 => Exit::Dr {
+            register: DebugRegister::from_number((code & 7) as u8),
+            write: code >= code::DR_WRITE,
+            gpr: assists.then(|| gpr(info1)),
         },
         code::EXCEPTION..=code::EXCEPTION_LAST => {
             match Exception::from_vector((code - code::EXCEPTION) as u8) {
@@ -223,20 +221,6 @@ fn control_register(number: u32) -> Option<ControlRegister> {
         3 => ControlRegister::Cr3,
         4 => ControlRegister::Cr4,
         8 => ControlRegister::Cr8,
-        _ => return None,
-    })
-}
-
-fn debug_register(number: u32) -> Option<DebugRegister> {
-    Some(match number {
-        0 => DebugRegister::Dr0,
-        1 => DebugRegister::Dr1,
-        2 => DebugRegister::Dr2,
-        3 => DebugRegister::Dr3,
-        4 => DebugRegister::Dr4,
-        5 => DebugRegister::Dr5,
-        6 => DebugRegister::Dr6,
-        7 => DebugRegister::Dr7,
         _ => return None,
     })
 }

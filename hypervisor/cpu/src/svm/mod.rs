@@ -12,7 +12,7 @@
 //! host's are back. Outside, the hypervisor runs as it does on VT-x: GIF 1 and RFLAGS.IF as the
 //! run loop wants it. A host interrupt therefore only makes the guest leave
 //! (`ExternalInterrupt(None)`); it is still pending then, and taken when the run loop enables
-//! interrupts ([`entry::take_interrupts`]). A host NMI or SMI that made the guest leave is taken
+//! interrupts ([`crate::host::serve_interrupts`]). A host NMI or SMI that made the guest leave is taken
 //! at the STGI, so that the NMI handler has run before [`arch::Vcpu::enter`] returns
 //! [`arch::Exit::Nmi`].
 //!

@@ -370,8 +370,8 @@ impl VmxCaps {
     }
 
     /// The same machine with only these optional features: fall-backs are tested this way.
-    #[must_use]
-    pub fn with_only(mut self, features: Features) -> Self {
+    #[cfg(test)]
+    pub(crate) fn with_only(mut self, features: Features) -> Self {
         self.features &= features;
         if !self.features.contains(Features::TPR_SHADOW) {
             self.features -= Features::APIC_ACCESSES | Features::APIC_REGISTERS | Features::X2APIC;

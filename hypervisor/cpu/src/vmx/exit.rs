@@ -179,16 +179,7 @@ pub(super) const fn decode_cr(qualification: u64) -> Option<CrAccess> {
 
 /// Table 28-4: register, whether it is written, and the operand.
 pub(super) const fn decode_dr(qualification: u64) -> (DebugRegister, bool, Gpr) {
-    let register = match qualification & 7 {
-        0 => DebugRegister::Dr0,
-        1 => DebugRegister::Dr1,
-        2 => DebugRegister::Dr2,
-        3 => DebugRegister::Dr3,
-        4 => DebugRegister::Dr4,
-        5 => DebugRegister::Dr5,
-        6 => DebugRegister::Dr6,
-        _ => DebugRegister::Dr7,
-    };
+    let register = DebugRegister::from_number((qualification & 7) as u8);
     let gpr = Gpr::from_number((qualification >> 8) as u8);
     (register, qualification & 1 << 4 == 0, gpr)
 }

@@ -67,6 +67,7 @@ const VM_KEYS: &[&str] = &[
     "pin",
     "large_pages",
     "autostart",
+    "background",
     "on_poweroff",
     "on_reboot",
     "on_crash",
@@ -232,6 +233,8 @@ pub struct VmConfig {
     pub scheduling: Scheduling,
     /// It starts with the machine, and else when it is told to.
     pub autostart: bool,
+    /// It keeps no machine on: it is stopped once the others have ended.
+    pub background: bool,
     /// What follows when the guest powers off.
     pub on_poweroff: OnEnd,
     /// What follows when the guest resets its machine.
@@ -620,6 +623,7 @@ fn vm<'a>(
         large_pages: vm.boolean("large_pages", true)?,
         scheduling: scheduling(&vm, vcpus, position)?,
         autostart: vm.boolean("autostart", true)?,
+        background: vm.boolean("background", false)?,
         on_poweroff: on_end("on_poweroff", OnEnd::Stop)?,
         on_reboot: on_end("on_reboot", OnEnd::Restart)?,
         on_crash: on_end("on_crash", OnEnd::Stop)?,
@@ -1353,7 +1357,8 @@ success_code = 0x21
             (plain.on_poweroff, plain.on_reboot, plain.on_crash),
             (OnEnd::Stop, OnEnd::Restart, OnEnd::Stop)
         );
-        assert!(plain.autostart && !plain.devices.watchdog && plain.console_port.is_none());
+        assert!(plain.autostart && !plain.background);
+        assert!(!plain.devices.watchdog && plain.console_port.is_none());
 
         let fair = "weight = 10_000\ncap = 150\nreservation = 150\naffinity = [0, 2, '4-7', 65]";
         let fair = scheduled(fair).unwrap().scheduling;
@@ -1380,14 +1385,14 @@ success_code = 0x21
         );
         assert_eq!(realtime.position, Position { line: 8, column: 7 });
 
-        let rest = "class = 'dedicated'\nautostart = false\non_poweroff = 'restart'\non_reboot = 'hold'\non_crash = 'hold'\nconsole_port = 'com3'\ndevices = { watchdog = true, rng = true, virtio_console = true }";
+        let rest = "class = 'dedicated'\nautostart = false\nbackground = true\non_poweroff = 'restart'\non_reboot = 'hold'\non_crash = 'hold'\nconsole_port = 'com3'\ndevices = { watchdog = true, rng = true, virtio_console = true }";
         let rest = scheduled(rest).unwrap();
         assert_eq!(rest.scheduling.class, Class::Dedicated);
         assert_eq!(
             (rest.on_poweroff, rest.on_reboot, rest.on_crash),
             (OnEnd::Restart, OnEnd::Hold, OnEnd::Hold)
         );
-        assert!(!rest.autostart && rest.devices.watchdog);
+        assert!(!rest.autostart && rest.background && rest.devices.watchdog);
         assert!(rest.devices.rng && rest.devices.virtio_console);
         assert_eq!(rest.console_port, Some(3));
     }

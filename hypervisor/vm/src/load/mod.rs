@@ -23,7 +23,7 @@ use arch::{GuestMemory, GuestPhysAddr, MemoryFault};
 use crate::{config::Kind, layout::MemoryLayout};
 pub use entry::{EntryState, Mode};
 use ram::Ram;
-pub use sniff::Looks;
+pub use sniff::{Looks, sniff};
 
 /// The loader's name, for guests that ask.
 pub const LOADER_NAME: &str = "Tessera";

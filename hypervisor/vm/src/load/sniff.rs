@@ -21,7 +21,8 @@ impl fmt::Display for Looks {
 }
 
 /// Looks at a file's first bytes and headers.
-pub(super) fn sniff(data: &[u8]) -> Looks {
+#[must_use]
+pub fn sniff(data: &[u8]) -> Looks {
     let looks = |text, kind| Looks { text, kind };
     if data.is_empty() {
         return looks("an empty file", None);

@@ -672,7 +672,7 @@ fn real_kernels_load() {
     };
     for path in paths.split(':') {
         let kernel = std::fs::read(path).unwrap();
-        let looks = sniff::sniff(&kernel);
+        let looks = sniff(&kernel);
         let kind = looks.kind.unwrap_or_else(|| panic!("{path} is {looks}"));
         let state = run(&boot(kind, &kernel), &mut Sparse::new(256)).unwrap();
         std::println!("{path}: {looks}, {:?} at {:#x}", state.mode, state.rip);
@@ -680,132 +680,10 @@ fn real_kernels_load() {
 }
 
 mod entry {
-    use arch::{
-        ControlRegister, DebugRegister, DescriptorTable, Event, Exit, Gpr, Gprs, HostPhysAddr,
-        Interruptibility, RFlags, Segment, SegmentRegister, Vcpu,
-    };
+    use arch::{Gpr, RFlags, SegmentRegister, Vcpu};
+    use machine::mock::MockVcpu;
 
     use super::*;
-
-    /// A vCPU that is its registers.
-    #[derive(Default)]
-    struct Registers {
-        gprs: Gprs,
-        rsp: u64,
-        rip: u64,
-        rflags: u64,
-        cr: [u64; 5],
-        efer: u64,
-        segments: [Segment; 8],
-        gdtr: DescriptorTable,
-        idtr: DescriptorTable,
-    }
-
-    impl Vcpu for Registers {
-        fn load(&mut self) {}
-        fn unload(&mut self) {}
-        fn enter(&mut self) -> Exit {
-            Exit::Rare
-        }
-        fn rare_exit(&self) -> Exit {
-            Exit::Benign
-        }
-        fn gprs(&self) -> &Gprs {
-            &self.gprs
-        }
-        fn gprs_mut(&mut self) -> &mut Gprs {
-            &mut self.gprs
-        }
-        fn rsp(&self) -> u64 {
-            self.rsp
-        }
-        fn set_rsp(&mut self, value: u64) {
-            self.rsp = value;
-        }
-        fn rip(&self) -> u64 {
-            self.rip
-        }
-        fn set_rip(&mut self, value: u64) {
-            self.rip = value;
-        }
-        fn next_rip(&self) -> Option<u64> {
-            None
-        }
-        fn rflags(&self) -> RFlags {
-            RFlags::from_bits_retain(self.rflags)
-        }
-        fn set_rflags(&mut self, value: RFlags) {
-            self.rflags = value.bits();
-        }
-        fn cr(&self, register: ControlRegister) -> u64 {
-            self.cr[register as usize]
-        }
-        fn set_cr(&mut self, register: ControlRegister, value: u64) {
-            self.cr[register as usize] = value;
-        }
-        fn dr(&self, _: DebugRegister) -> u64 {
-            0
-        }
-        fn set_dr(&mut self, _: DebugRegister, _: u64) {}
-        fn segment(&self, register: SegmentRegister) -> Segment {
-            self.segments[register as usize]
-        }
-        fn set_segment(&mut self, register: SegmentRegister, value: Segment) {
-            self.segments[register as usize] = value;
-        }
-        fn gdtr(&self) -> DescriptorTable {
-            self.gdtr
-        }
-        fn set_gdtr(&mut self, value: DescriptorTable) {
-            self.gdtr = value;
-        }
-        fn idtr(&self) -> DescriptorTable {
-            self.idtr
-        }
-        fn set_idtr(&mut self, value: DescriptorTable) {
-            self.idtr = value;
-        }
-        fn efer(&self) -> u64 {
-            self.efer
-        }
-        fn set_efer(&mut self, value: u64) {
-            self.efer = value;
-        }
-        fn msr(&self, _: u32) -> Option<u64> {
-            None
-        }
-        fn set_msr(&mut self, _: u32, _: u64) -> bool {
-            false
-        }
-        fn xcr0(&self) -> u64 {
-            1
-        }
-        fn set_xcr0(&mut self, _: u64) {}
-        fn interruptibility(&self) -> Interruptibility {
-            Interruptibility::default()
-        }
-        fn inject(&mut self, _: Event) -> bool {
-            false
-        }
-        fn pending_event(&self) -> Option<Event> {
-            None
-        }
-        fn request_interrupt_window(&mut self, _: bool) {}
-        fn request_nmi_window(&mut self, _: bool) {}
-        fn set_tsc_offset(&mut self, _: u64) {}
-        fn set_deadline(&mut self, _: u64) -> bool {
-            false
-        }
-        fn flush_nested(&mut self, _: HostPhysAddr) {}
-        fn virtual_tpr(&self) -> Option<u8> {
-            None
-        }
-        fn set_virtual_tpr(&mut self, _: u8, _: u8) {}
-        fn init(&mut self) {}
-        fn reset(&mut self) {
-            *self = Self::default();
-        }
-    }
 
     #[test]
     fn segments_are_what_the_descriptor_table_says() {
@@ -814,14 +692,12 @@ mod entry {
             let layout = memory.layout.clone();
             let mut ram = Ram::new(&layout, &mut memory);
             let state = EntryState::new(&mut ram, long, 0x1234).unwrap();
-            let mut vcpu = Registers::default();
+            let mut vcpu = MockVcpu::real();
             EntryState { rbx: 5, ..state }.apply(&mut vcpu);
 
-            assert_eq!((vcpu.rip, vcpu.gpr(Gpr::Rbx), vcpu.rflags), (0x1234, 5, 2));
-            assert_eq!(
-                vcpu.cr(ControlRegister::Cr0),
-                if long { 0x8000_0011 } else { 0x11 }
-            );
+            assert_eq!((vcpu.rip, vcpu.gpr(Gpr::Rbx)), (0x1234, 5));
+            assert_eq!(vcpu.rflags, RFlags::FIXED);
+            assert_eq!(vcpu.cr0, if long { 0x8000_0011 } else { 0x11 });
             assert_eq!(vcpu.efer, if long { 0x500 } else { 0 });
             for register in [
                 SegmentRegister::Cs,

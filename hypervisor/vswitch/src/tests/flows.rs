@@ -112,6 +112,48 @@ fn actions_are_open_vswitchs() {
             "set(arp(op=2,sip=1.2.3.4)),2",
         ),
         ("actions=meter:3,2", "in_port=1", "meter(3),2"),
+        (
+            "ip,actions=set_field:10.1.0.0/16->ip_dst,2",
+            "in_port=1,udp,nw_dst=192.168.3.4",
+            "set(ipv4(dst=10.1.3.4)),2",
+        ),
+        (
+            "actions=set_field:02:00:00:00:00:05/ff:00:00:00:00:0f->eth_src,2",
+            "in_port=1,dl_src=04:aa:bb:cc:dd:e1",
+            "set(eth(src=02:aa:bb:cc:dd:e5)),2",
+        ),
+        (
+            "udp,actions=set_field:0x50/0xf0->udp_dst,2",
+            "in_port=1,udp,tp_src=1,tp_dst=0x1234",
+            "set(udp(dst=4692)),2",
+        ),
+        (
+            "dl_vlan=5,actions=set_field:0x1002/0x1003->vlan_vid,2",
+            "in_port=1,dl_vlan=5",
+            "pop_vlan,push_vlan(vid=6,pcp=0),2",
+        ),
+        (
+            "icmp,actions=set_field:0->icmp_type,set_field:3->icmp_code,2",
+            "in_port=1,icmp,icmp_type=8",
+            "set(icmp(type=0,code=3)),2",
+        ),
+        (
+            "icmp6,icmp_type=135,icmp_code=0,actions=set_field:fe80::9->nd_target,set_field:02:00:00:00:00:09->nd_sll,2",
+            "in_port=1,icmp6,icmp_type=135,icmp_code=0,nd_target=fe80::1,nd_sll=02:00:00:00:00:01",
+            "set(nd(target=fe80::9,sll=02:00:00:00:00:09)),2",
+        ),
+        // What is no neighbour message any more has no such fields.
+        (
+            "icmp6,icmp_type=135,icmp_code=0,actions=set_field:128->icmpv6_type,set_field:fe80::9->nd_target,2",
+            "in_port=1,icmp6,icmp_type=135,icmp_code=0,nd_target=fe80::1",
+            "set(icmpv6(type=128)),2",
+        ),
+        // Nor is there a tag to change when it went.
+        (
+            "dl_vlan=5,actions=mod_dl_src:02:00:00:00:00:07,set_field:0x1009->vlan_vid,strip_vlan,mod_vlan_pcp:1,2",
+            "in_port=1,dl_vlan=5",
+            "set(eth(src=02:00:00:00:00:07)),pop_vlan,push_vlan(vid=0,pcp=1),2",
+        ),
     ] {
         assert_eq!(actions(&[flow], frame), want, "{flow} {frame}");
     }
@@ -195,11 +237,11 @@ fn text_comes_back_as_open_vswitch_prints_it() {
         ),
         (
             "dl_vlan=0xffff,actions=mod_vlan_vid:3,mod_vlan_pcp:1",
-            "vlan_tci=0x0000/0x1fff actions=mod_vlan_vid:3,set_field:1->vlan_pcp",
+            "vlan_tci=0x0000/0x1fff actions=mod_vlan_vid:3,mod_vlan_pcp:1",
         ),
         (
             "dl_vlan=3,actions=mod_vlan_vid:5,strip_vlan,strip_vlan",
-            "dl_vlan=3 actions=set_field:4101->vlan_vid,pop_vlan,strip_vlan",
+            "dl_vlan=3 actions=mod_vlan_vid:5,pop_vlan,strip_vlan",
         ),
         (
             "ip,nw_src=1.2.3.4/255.0.255.0,nw_tos=184,ip_frag=first,actions=mod_nw_tos:8",
@@ -212,6 +254,22 @@ fn text_comes_back_as_open_vswitch_prints_it() {
         (
             "arp,arp_op=1,arp_tpa=1.2.3.0/24,actions=resubmit(vm3,5),resubmit(,7),goto_table:9",
             "arp,arp_tpa=1.2.3.0/24,arp_op=1 actions=resubmit(3,5),resubmit(,7),goto_table:9",
+        ),
+        (
+            "ip,actions=set_field:10.0.0.0/255.0.0.0->nw_src,set_field:0.0.0.1/0.0.0.3->ip_dst,set_field:4->nw_tos",
+            "ip actions=set_field:10.0.0.0/8->ip_src,set_field:0.0.0.1/0.0.0.3->ip_dst,set_field:4->nw_tos",
+        ),
+        (
+            "tcp6,actions=set_field:fe80::/16->ipv6_src,set_field:0x50/0xf0->tcp_dst,mod_tp_src:9",
+            "tcp6 actions=set_field:fe80::/16->ipv6_src,set_field:80/0xf0->tcp_dst,set_field:9->tcp_src",
+        ),
+        (
+            "icmp6,icmpv6_type=136,icmp_code=0,actions=set_field:::1->nd_target,set_field:2:0:0:0:0:0/f:0:0:0:0:0->nd_tll",
+            "icmp6,icmp_type=136,icmp_code=0 actions=set_field:::1->nd_target,set_field:02:00:00:00:00:00/0f:00:00:00:00:00->nd_tll",
+        ),
+        (
+            "dl_vlan=3,actions=set_field:0x1005/0x100f->vlan_vid,set_field:3->vlan_pcp",
+            "dl_vlan=3 actions=set_field:4101/0x100f->vlan_vid,set_field:3->vlan_pcp",
         ),
         (
             "add dl_type=0x1234,actions=meter:3,all",
@@ -322,6 +380,36 @@ fn an_error_names_field_and_place() {
             8,
             "actions",
             "has no meaning in this command",
+        ),
+        (
+            "ip,actions=set_field:7/7->nw_ttl",
+            12,
+            "set_field",
+            "can not be masked",
+        ),
+        (
+            "ip,actions=set_field:10.0.0.1/8->ip_src",
+            12,
+            "set_field",
+            "its value has bits outside its mask",
+        ),
+        (
+            "ip,actions=set_field:0.0.0.0/0->ip_src",
+            12,
+            "set_field",
+            "a mask without bits changes nothing",
+        ),
+        (
+            "icmp6,icmp_type=136,icmp_code=0,actions=set_field:02:00:00:00:00:01->nd_sll",
+            41,
+            "set_field",
+            "needs a match of icmp6,icmp_type=135,icmp_code=0",
+        ),
+        (
+            "tcp,actions=set_field:2->tcp_flags",
+            13,
+            "set_field",
+            "\"tcp_flags\" is not a field that can be set",
         ),
         (
             "modify priority=3,actions=1",
