@@ -22,7 +22,7 @@ use anyhow::{Context, Result, bail, ensure};
 use arch::Nanos;
 use vswitch::Switch;
 use vswitch::edit::{Checksum, Editor};
-use vswitch::key::{FRAG_LATER, FlowKey, Vlan, ether};
+use vswitch::key::{FRAG_LATER, FlowKey, Vlan, ether, proto};
 use vswitch::mirror::{MirrorConfig, MirrorOutput};
 use vswitch::ofctl::parse_key;
 use vswitch::port::{PortConfig, PortKind, VlanMode};
@@ -212,6 +212,10 @@ fn same_key(key: &FlowKey, said: &Traced) -> Result<()> {
     theirs.tp_src |= ports.0;
     theirs.tp_dst |= ports.1;
     let mut ours = *key;
+    if (ours.dl_type, ours.nw_proto) == (ether::IPV4, proto::ICMPV6) {
+        // It reads such a message in IPv4, too, where no flow can match it.
+        (theirs.tp_src, theirs.tp_dst) = (ours.tp_src, ours.tp_dst);
+    }
     for vlan in ours.vlans.iter_mut().chain(&mut theirs.vlans) {
         // It does not say which kind of tag.
         vlan.tpid = 0;
