@@ -375,7 +375,9 @@ fn find_hardware(map: DirectMap, rsdp: Option<u64>) -> Host {
     let routed = acpi.io_apic.map(|registers| {
         // SAFETY: the I/O APIC is the one the MADT names, and ours.
         let mut io_apic = unsafe { IoApic::new(map, registers)? };
-        io_apic.route(gsi, Trigger::Edge, hw::SERIAL_VECTOR, apic.id())
+        let routed = io_apic.route(gsi, Trigger::Edge, hw::SERIAL_VECTOR, apic.id());
+        uplinks::use_io_apic(io_apic, gsi);
+        routed
     });
     if matches!(routed, Some(Ok(()))) {
         console::use_interrupt();

@@ -10,11 +10,12 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use arch::{FrameSource, HostPhysAddr, Nanos, PAGE_SIZE, PageSize};
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use cpu::paging::Caching;
 use hw::acpi::AcpiInfo;
 use hw::mmio::{DmaRegion, Window};
 use hw::pci::{Address, Bar, Function, Messages, Pci};
+use hw::{IoApic, Trigger};
 use log::{error, info};
 use nic::ids::Kind;
 use nic::intel::Family;
@@ -39,6 +40,10 @@ static UPLINKS: Lock<Vec<Uplink>> = Lock::new(Vec::new());
 static ANY: AtomicBool = AtomicBool::new(false);
 /// One of them wants to be looked at.
 static FIRED: AtomicBool = AtomicBool::new(false);
+/// Where pins of cards end, and which pin is the serial port's.
+static IO_APIC: Lock<Option<(IoApic, u8)>> = Lock::new(None);
+/// The pins that cards have there, a set.
+static PINS: AtomicU32 = AtomicU32::new(0);
 
 /// A network card of the machine.
 pub struct Uplink {
@@ -46,8 +51,7 @@ pub struct Uplink {
     pub address: Address,
     /// The card.
     pub nic: Box<dyn Nic + Send>,
-    /// It can interrupt the boot core, by messages. Those that have only a pin are polled: with
-    /// level-triggered interrupts of one in Bochs, a guest's program found its memory zeroed.
+    /// It can interrupt the boot core.
     interrupts: bool,
     /// It is in a switch.
     used: bool,
@@ -126,8 +130,42 @@ pub unsafe fn find(host: &Host, acpi: &AcpiInfo) {
     }
 }
 
-/// An interrupt of a card, by a message.
+/// Keeps the I/O APIC for the cards; the serial port has this pin.
+pub fn use_io_apic(io_apic: IoApic, serial: u8) {
+    *IO_APIC.lock() = Some((io_apic, serial));
+}
+
+/// Lets a card interrupt by its pin, where that leads to the I/O APIC: `true`. Otherwise it is
+/// polled.
+fn route_pin(host: &Host, pci: &Pci, at: Address) -> bool {
+    if let Some((io_apic, serial)) = IO_APIC.lock().as_mut()
+        && let Some(pin) = pci.pin(at)
+        && pin != *serial
+        && (io_apic.route(pin, Trigger::Level, hw::NIC_VECTOR, host.apic.id())).is_ok()
+    {
+        pci.use_pin(at);
+        PINS.fetch_or(1 << pin, Ordering::Relaxed);
+        return true;
+    }
+    false
+}
+
+/// Masks all pins of cards, or lets them through again.
+fn mask_pins(masked: bool) {
+    let pins = PINS.load(Ordering::Relaxed);
+    if pins != 0
+        && let Some((io_apic, _)) = IO_APIC.lock().as_mut()
+    {
+        for pin in (0..16).filter(|pin| pins & 1 << pin != 0) {
+            io_apic.set_masked(pin, masked);
+        }
+    }
+}
+
+/// An interrupt of a card, by message or pin. A pin stays masked until the cards have been looked
+/// at: it may be another device's, too, which nobody quiets.
 pub fn interrupt() {
+    mask_pins(true);
     FIRED.store(true, Ordering::Release);
 }
 
@@ -173,7 +211,7 @@ fn open_with(
                 _ => false,
             };
             let nic = nic::intel::open(registers, region, family, &mut wait)?;
-            Ok((Box::new(nic), messages))
+            Ok((Box::new(nic), messages || route_pin(host, pci, at)))
         }
         Kind::Virtio => {
             let parts = pci.virtio_parts(at);
@@ -211,7 +249,7 @@ fn open_with(
                 _ => false,
             };
             let nic = nic::virtio::open(windows, region, messages, &mut wait)?;
-            Ok((Box::new(nic), messages))
+            Ok((Box::new(nic), messages || route_pin(host, pci, at)))
         }
     }
 }
@@ -265,6 +303,9 @@ pub fn poll(now: Nanos) -> Option<Nanos> {
         if let Some(event) = event {
             info!("nic {address}: {event}");
         }
+    }
+    if fired {
+        mask_pins(false);
     }
     let mut uplinks = UPLINKS.lock();
     let polled = uplinks
