@@ -49,6 +49,7 @@ pub(super) const FAULTS: &[&str] = &[
     r"ACPI (BIOS )?(Error|Warning|Exception)",
     r"ACPI.*(?i:invalid|(bad|incorrect) checksum|failed|unable|truncated)",
     r"\] (WARNING|BUG):",
+    r"segfault at|trap invalid opcode",
     r"Call Trace|Oops|general protection|Kernel panic",
     r"unchecked MSR access error",
     r"MP-BIOS bug|IO-APIC.*(?i:fail|bug)",
@@ -169,6 +170,14 @@ pub(super) const CASES: &[Case] = &[
             Send("cat /proc/interrupts; echo is-$?\n"),
             Expect("^is-0$"),
             Check(interrupts),
+            PROMPT,
+            // Programs that take turns in the midst of their first steps keep their registers.
+            Send(
+                "t() { i=0; while [ $i -lt 60 ]; do busybox true || echo broken; i=$((i + 1)); \
+                 done; }; t & t & t; wait; echo ran-$?\n",
+            ),
+            Expect("^ran-0$"),
+            Refuse(&["^broken$"]),
             PROMPT,
             Send("dmesg; echo is-$?\n"),
             Expect("^is-0$"),
