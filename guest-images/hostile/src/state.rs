@@ -22,6 +22,22 @@ pub const RANGES: [core::ops::Range<u32>; 6] = [
     0xffff_fff0..0xffff_ffff,
 ];
 
+/// Whether the MSR names memory that a hypervisor writes to, at any time from then on.
+fn is_address(index: u32) -> bool {
+    matches!(index, 0x11 | 0x12 | 0x4000_0000..0x4000_0200 | 0x4b56_4d00..0x4b56_4d10)
+}
+
+/// An address like `value`, but in a page that is for that, or where this guest has no memory: one
+/// that had records written over its code would harm itself.
+fn aside(value: u64) -> u64 {
+    static PAGE: Page = Page::zero();
+    if value >> 32 == 0 {
+        PAGE.address() | value & 0xfff
+    } else {
+        value
+    }
+}
+
 /// Every MSR that is there: random values, and each bit of its value turned over.
 pub fn msr_random() {
     let mut random = Random(0x0f1e_2d3c_4b5a_6978);
@@ -34,6 +50,11 @@ pub fn msr_random() {
             let value = match turn {
                 0..8 => random.next() >> (random.next() & 63),
                 _ => kept ^ 1 << (random.next() & 63),
+            };
+            let value = if is_address(index) {
+                aside(value)
+            } else {
+                value
             };
             // Long mode and the local APIC's page are what this guest itself stands on.
             if index == EFER && (value ^ kept) & 0x500 == 0 && value & 0x500 != 0x500
@@ -191,6 +212,12 @@ fn execute(code: &[u8]) {
     unsafe {
         at.copy_from(code.as_ptr(), code.len());
         at.add(code.len()).write(0xc3);
+        // What code finds where RAX and RDI point: as a far pointer it has a selector of nothing.
+        at.add(2048)
+            .cast::<u64>()
+            .write_unaligned(0xffff_ffff_0000_0000);
+        // Where SYSCALL goes: #UD.
+        asm!("mov word ptr [{}], 0x0b0f", in(reg) 0u64, options(nostack));
     }
     let _ = attempt!({
         asm!("push rbx", "push rbp", "xor ebx, ebx", "xor ebp, ebp", "call {}", "pop rbp", "pop rbx",
